@@ -1,0 +1,60 @@
+#include "base/metrics.h"
+
+#include <exception>
+
+#include "absl/strings/str_cat.h"
+
+#include "base/version.h"
+
+namespace headwater {
+namespace {
+
+const prometheus::Histogram::BucketBoundaries& SecondsBuckets() {
+  static const auto* const buckets = new prometheus::Histogram::BucketBoundaries{
+      .001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560};
+  return *buckets;
+}
+
+}  // namespace
+
+Metrics::Metrics(absl::string_view component) : registry_(std::make_shared<prometheus::Registry>()) {
+  Gauge("headwater_build_info", "Always 1; the labels tell the build.",
+        {{"version", kVersion}, {"component", std::string(component)}})
+      .Set(1);
+}
+
+Metrics::~Metrics() = default;
+
+prometheus::Counter& Metrics::Counter(const std::string& name, const std::string& help,
+                                      const MetricLabels& labels) {
+  return prometheus::BuildCounter().Name(name).Help(help).Register(*registry_).Add(labels);
+}
+
+prometheus::Gauge& Metrics::Gauge(const std::string& name, const std::string& help,
+                                  const MetricLabels& labels) {
+  return prometheus::BuildGauge().Name(name).Help(help).Register(*registry_).Add(labels);
+}
+
+prometheus::Histogram& Metrics::Seconds(const std::string& name, const std::string& help,
+                                        const MetricLabels& labels) {
+  return Histogram(name, help, SecondsBuckets(), labels);
+}
+
+prometheus::Histogram& Metrics::Histogram(const std::string& name, const std::string& help,
+                                          const prometheus::Histogram::BucketBoundaries& buckets,
+                                          const MetricLabels& labels) {
+  return prometheus::BuildHistogram().Name(name).Help(help).Register(*registry_).Add(labels, buckets);
+}
+
+absl::Status Metrics::Serve(const std::string& address) {
+  if (address.empty()) return absl::OkStatus();
+  try {
+    exposer_ = std::make_unique<prometheus::Exposer>(address, 1);
+    exposer_->RegisterCollectable(registry_);
+  } catch (const std::exception& e) {
+    return absl::UnavailableError(absl::StrCat("metrics address ", address, " cannot be bound: ", e.what()));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace headwater

@@ -1,0 +1,38 @@
+// What every Headwater process does to serve and to dial gRPC.
+#ifndef HW_BASE_RPC_SERVER_H_
+#define HW_BASE_RPC_SERVER_H_
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include <grpcpp/channel.h>
+#include <grpcpp/server.h>
+#include <grpcpp/support/channel_arguments.h>
+
+namespace headwater {
+
+// A running server and the address that it really listens on (port 0 becomes the one taken).
+struct RunningServer {
+  std::unique_ptr<grpc::Server> server;
+  std::string address;
+  int port = 0;
+};
+
+// Serves `services` and grpc.health.v1 on `address` (host:port, plaintext). Messages up to 64 MiB, metadata
+// up to 8 KiB. UNAVAILABLE: the address cannot be bound (port in use, no such host). The services must
+// outlive the server.
+absl::StatusOr<RunningServer> StartServer(const std::string& address,
+                                          const std::vector<grpc::Service*>& services);
+
+// A channel with a TCP connection of its own (not shared with other channels to the same address), keepalive
+// of 10 s, and reconnection after at most 2 s.
+std::shared_ptr<grpc::Channel> DialPrivate(const std::string& address);
+
+// 128 random bits as 32 hex digits.
+std::string RandomId();
+
+}  // namespace headwater
+
+#endif  // HW_BASE_RPC_SERVER_H_

@@ -1,0 +1,48 @@
+# Language level, CUDA, build type, sanitizers, compiler cache and linker.
+set(CMAKE_CXX_STANDARD 20)
+set(CMAKE_CXX_STANDARD_REQUIRED ON)
+set(CMAKE_CXX_EXTENSIONS OFF)
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+
+if(NOT CMAKE_BUILD_TYPE)
+  set(CMAKE_BUILD_TYPE RelWithDebInfo CACHE STRING "" FORCE)
+endif()
+
+# -g1 keeps line numbers in stack traces at a fraction of the size and the link time of -g.
+set(CMAKE_CXX_FLAGS_RELWITHDEBINFO "-O2 -g1")
+
+find_program(HW_CCACHE ccache)
+if(HW_CCACHE)
+  set(CMAKE_CXX_COMPILER_LAUNCHER ${HW_CCACHE})
+  set(CMAKE_CUDA_COMPILER_LAUNCHER ${HW_CCACHE})
+endif()
+find_program(HW_MOLD mold)
+if(HW_MOLD)
+  add_link_options(-fuse-ld=mold)
+endif()
+
+if(HW_SANITIZE)
+  string(REPLACE ";" "," HW_SANITIZE_LIST "${HW_SANITIZE}")
+  add_compile_options(-fsanitize=${HW_SANITIZE_LIST} -fno-omit-frame-pointer)
+  add_link_options(-fsanitize=${HW_SANITIZE_LIST})
+endif()
+
+if(NOT HW_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    set(CMAKE_CUDA_ARCHITECTURES 90a-real CACHE STRING "")
+    enable_language(CUDA)
+    # CMake 3.25 does not know that nvcc 13 speaks C++20.
+    if(NOT DEFINED CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
+      set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+      set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
+      list(APPEND CMAKE_CUDA_COMPILE_FEATURES cuda_std_20)
+    endif()
+    set(HW_HAVE_CUDA ON)
+  elseif(HW_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "HW_CUDA=ON, but no CUDA compiler was found (set CUDACXX to nvcc's path)")
+  endif()
+endif()
+message(STATUS "Headwater: service ${HW_SERVICE}, CUDA ${HW_HAVE_CUDA}, sanitizers '${HW_SANITIZE}'")

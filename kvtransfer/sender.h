@@ -1,0 +1,76 @@
+// KvSender: pushes one rank's share of a KV cache to a decode node and does not forget a block before it is
+// acknowledged.
+#ifndef HW_KVTRANSFER_SENDER_H_
+#define HW_KVTRANSFER_SENDER_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+
+#include "base/clock.h"
+#include "base/metrics.h"
+#include "kvtransfer/digest.h"
+#include "kvtransfer/layout.h"
+
+namespace headwater {
+
+struct KvSenderOptions {
+  std::string address;  // host:port of the decode node's KvTransferService
+  std::string session_id;
+  std::string session_token;
+  std::string request_id;  // for logs
+  uint32_t epoch = 0;
+  uint32_t rank = 0;
+  // TCP connections; each is about one core at either end.
+  int num_channels = 2;
+  // Sent and not acknowledged, over all channels.
+  uint64_t max_inflight_bytes = 64 << 20;
+  // Without any acknowledgement for this long while blocks wait, the stream fails with UNAVAILABLE,
+  // KV_STREAM_STALLED. Reconnecting to a restarted receiver counts into it.
+  absl::Duration stall_timeout = absl::Seconds(30);
+  // Times that one block may arrive corrupt before the stream fails with DATA_LOSS, KV_CORRUPT.
+  int max_corrupt_retries = 8;
+  Metrics* metrics = nullptr;  // may be null; must outlive the sender
+};
+
+struct KvSenderStats {
+  uint64_t blocks_acked = 0;
+  uint64_t bytes_acked = 0;
+  uint64_t bytes_submitted = 0;
+  uint64_t blocks_resent = 0;   // sent more than once, for whatever reason
+  uint32_t stream_resumes = 0;  // connections made anew after the first
+  KvDigest digest;              // of all submitted blocks
+};
+
+// One use: Create, Submit..., Finish (or Cancel). Submit and Finish from one thread; Stats, Cancel from any.
+class KvSender {
+ public:
+  // Starts connecting and returns.
+  static std::unique_ptr<KvSender> Create(const KvSenderOptions& options, const KvGeometry& geometry);
+  // Cancels what is under way and waits until no thread uses the caller's memory.
+  virtual ~KvSender() = default;
+
+  // Queues the block for sending. `data` (geometry.BytesOf(block) bytes) must stay unchanged until `done` has
+  // run; `done` runs exactly once, on another thread: after the ACK, or when the sender fails, is cancelled
+  // or destroyed. Returns the sender's error if it has failed. Never waits: the caller bounds what it submits
+  // by the buffers that `done` frees.
+  virtual absl::Status Submit(const KvBlockId& block, const void* data, std::function<void()> done) = 0;
+
+  // Waits until every submitted block is acknowledged, or for the sender's error (stall, stale epoch,
+  // refused, cancelled).
+  virtual absl::Status Finish() = 0;
+
+  // Makes Submit and Finish return CANCELLED; sends nothing more. Returns at once.
+  virtual void Cancel() = 0;
+
+  virtual absl::Status status() const = 0;
+  virtual KvSenderStats Stats() const = 0;
+};
+
+}  // namespace headwater
+
+#endif  // HW_KVTRANSFER_SENDER_H_

@@ -1,0 +1,50 @@
+// Configuration of a Hugging Face checkpoint directory, checked and brought into one form.
+#ifndef HW_MODEL_CONFIG_H_
+#define HW_MODEL_CONFIG_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+
+#include "kernels/dtype.h"
+#include "kernels/ops/layer_ops.h"
+
+namespace headwater {
+
+enum class Architecture { kLlama, kMistral, kQwen2, kQwen3 };
+
+struct ModelConfig {
+  Architecture architecture = Architecture::kLlama;
+  int32_t num_layers = 0;
+  int32_t hidden_size = 0;
+  int32_t intermediate_size = 0;
+  int32_t num_q_heads = 0;
+  int32_t num_kv_heads = 0;
+  int32_t head_dim = 0;
+  int32_t vocab_size = 0;
+  int64_t max_position = 0;
+  float rms_norm_epsilon = 0;
+  bool tied_embeddings = false;
+  bool qkv_bias = false;
+  bool output_bias = false;  // attention's output projection (Llama's attention_bias)
+  bool mlp_bias = false;
+  bool qk_norm = false;
+  kernels::RopeFrequencies rope;
+  std::vector<int32_t> eos_token_ids;
+};
+
+// Parses config.json. Takes both spellings that transformers 4 and 5 write (torch_dtype/dtype; rope_theta +
+// rope_scaling / rope_parameters). Refuses by name what would silently change the result: unknown
+// architectures, an active sliding window, rope types other than default and llama3, partial_rotary_factor
+// other than 1, quantization_config, dual-chunk attention, activations other than SiLU, sizes out of range.
+absl::StatusOr<ModelConfig> ParseModelConfig(absl::string_view json);
+
+// Reads and parses `directory`/config.json.
+absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& directory);
+
+}  // namespace headwater
+
+#endif  // HW_MODEL_CONFIG_H_

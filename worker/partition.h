@@ -1,0 +1,33 @@
+// Which tokens each rank of a group holds.
+#ifndef HW_WORKER_PARTITION_H_
+#define HW_WORKER_PARTITION_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/statusor.h"
+
+#include "headwater/v1/types.pb.h"
+
+namespace headwater {
+
+// Tokens [begin, end).
+struct TokenRange {
+  int64_t begin = 0;
+  int64_t end = 0;
+  int64_t size() const { return end - begin; }
+};
+
+// Non-empty ranges of one rank, ascending. Zigzag gives up to two, contiguous one; a rank may have none.
+using RankTokens = std::vector<TokenRange>;
+
+// Deals whole blocks of `block_tokens` (the last may be short) as evenly as blocks allow. Pure: every process
+// that knows the arguments gets the same result. INVALID_ARGUMENT: an argument out of range.
+absl::StatusOr<std::vector<RankTokens>> PartitionTokens(int64_t num_tokens, int world_size,
+                                                        v1::Partition partition, int64_t block_tokens);
+
+int64_t NumTokens(const RankTokens& tokens);
+
+}  // namespace headwater
+
+#endif  // HW_WORKER_PARTITION_H_
