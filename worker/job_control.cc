@@ -18,8 +18,12 @@ void JobControl::Cancel(absl::Status why) {
   for (CancelHook* hook = hooks_; hook != nullptr; hook = hook->next_) hook->stop_();
 }
 
-absl::Status JobControl::Step() {
+void JobControl::Stamp() {
   last_step_nanos_.store(absl::ToUnixNanos(clock_->Now()), std::memory_order_relaxed);
+}
+
+absl::Status JobControl::Step() {
+  Stamp();
   return status();
 }
 
@@ -34,6 +38,7 @@ absl::Status JobControl::status() const {
 }
 
 absl::Duration JobControl::StepAge() const {
+  if (waiting_.load() > 0) return absl::ZeroDuration();
   return clock_->Now() - absl::FromUnixNanos(last_step_nanos_.load(std::memory_order_relaxed));
 }
 

@@ -31,9 +31,24 @@ class JobControl {
   // Why the job has to stop, or OK; does not stamp.
   absl::Status status() const;
 
-  // Time since the last Step(), or since construction.
+  // Time since the last Step(), or since construction; 0 while a Waiting lives.
   absl::Duration StepAge() const;
   absl::Time deadline() const { return deadline_; }
+
+  // Marks a wait for somebody else, which has a deadline of its own: the loop is not stuck meanwhile.
+  class Waiting {
+   public:
+    explicit Waiting(JobControl* control) : control_(control) { control_->waiting_.fetch_add(1); }
+    ~Waiting() {
+      control_->Stamp();
+      control_->waiting_.fetch_sub(1);
+    }
+    Waiting(const Waiting&) = delete;
+    Waiting& operator=(const Waiting&) = delete;
+
+   private:
+    JobControl* const control_;
+  };
 
   // While this lives, Cancel() runs `stop` (at once if the job is cancelled already). `stop` must return
   // quickly and must not call back into the JobControl. It is not running when the destructor has returned.
@@ -52,8 +67,11 @@ class JobControl {
   };
 
  private:
+  void Stamp();
+
   const Clock* const clock_;
   const absl::Time deadline_;
+  std::atomic<int> waiting_{0};
   std::atomic<int64_t> last_step_nanos_;
   mutable absl::Mutex mutex_;
   absl::Status why_ ABSL_GUARDED_BY(mutex_);

@@ -147,7 +147,11 @@ absl::Status RingAttention(const RingAttentionArgs& args, RingTimes* times) {
     const absl::Time computed = clock->Now();
     times->attention += computed - start;
     if (exchange != nullptr) {
-      const absl::Status status = exchange->Wait();
+      absl::Status status;
+      {
+        const JobControl::Waiting waiting(args.control);
+        status = exchange->Wait();
+      }
       times->exchange += clock->Now() - computed;
       if (!status.ok()) return CollectiveError(status, *args.control);
       HW_RETURN_IF_ERROR(args.control->Step());
