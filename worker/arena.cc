@@ -13,9 +13,9 @@ absl::Status Arena::Reset(uint64_t bytes) {
   if (bytes <= capacity_) return absl::OkStatus();
   Free();
   // Mapped, not taken from the heap: Free() really gives it back, and pages that no job touches cost nothing.
-  void* const data =
-      bytes >> 47 != 0 ? MAP_FAILED
-                       : mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* const data = bytes >> 47 != 0
+                         ? MAP_FAILED
+                         : mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) {
     return absl::ResourceExhaustedError(absl::StrCat("the system has no ", bytes, " bytes for a prefill"));
   }
@@ -27,7 +27,8 @@ absl::Status Arena::Reset(uint64_t bytes) {
 }
 
 char* Arena::Take(uint64_t bytes) {
-  const uint64_t rounded = (bytes + MemoryPlan::kAlignment - 1) / MemoryPlan::kAlignment * MemoryPlan::kAlignment;
+  const uint64_t rounded =
+      (bytes + MemoryPlan::kAlignment - 1) / MemoryPlan::kAlignment * MemoryPlan::kAlignment;
   HW_CHECK(rounded <= capacity_ - used_);
   char* const taken = data_ + used_;
   used_ += rounded;

@@ -80,9 +80,9 @@ absl::Status TakeTokens(const v1::PrefillAssignment& assignment, const ModelConf
   const int64_t count = assignment.token_ids_size();
   if (count == 0) return Invalid(v1::ERROR_REASON_EMPTY_PROMPT, "the prompt has no tokens");
   if (count > config.max_position) {
-    return Invalid(v1::ERROR_REASON_PROMPT_TOO_LONG, absl::StrCat("the prompt has ", count,
-                                                                  " tokens; the model takes at most ",
-                                                                  config.max_position));
+    return Invalid(
+        v1::ERROR_REASON_PROMPT_TOO_LONG,
+        absl::StrCat("the prompt has ", count, " tokens; the model takes at most ", config.max_position));
   }
   tokens->reserve(static_cast<size_t>(count));
   for (const uint32_t token : assignment.token_ids()) {
@@ -105,8 +105,9 @@ absl::Status CheckLayout(const v1::PrefillAssignment& assignment, const Model& m
                                   ", this worker serves ", model.fingerprint()));
   }
   if (ElementBytes(layout.dtype()) == 0) {
-    return Invalid(v1::ERROR_REASON_KV_DTYPE_UNSUPPORTED,
-                   absl::StrCat("layout.dtype ", static_cast<int>(layout.dtype()), " is not f32, f16 or bf16"));
+    return Invalid(
+        v1::ERROR_REASON_KV_DTYPE_UNSUPPORTED,
+        absl::StrCat("layout.dtype ", static_cast<int>(layout.dtype()), " is not f32, f16 or bf16"));
   }
   const struct {
     const char* name;
@@ -149,7 +150,8 @@ absl::Status TakePolicy(const v1::AttentionPolicy& policy,
     return absl::OkStatus();
   }
   const std::vector<std::string> names = kernels::PolicyNames();
-  const bool known = policy.name().empty() || std::find(names.begin(), names.end(), policy.name()) != names.end();
+  const bool known =
+      policy.name().empty() || std::find(names.begin(), names.end(), policy.name()) != names.end();
   return Invalid(known ? v1::ERROR_REASON_BAD_POLICY_PARAMETER : v1::ERROR_REASON_UNKNOWN_POLICY,
                  status.message());
 }
@@ -186,8 +188,7 @@ absl::StatusOr<PrefillJob> CheckAssignment(const v1::PrefillAssignment& assignme
   for (const RankTokens& tokens : job.partition) most = std::max(most, NumTokens(tokens));
   job.plan = PlanMemory(context.shape, WireType(assignment.layout().dtype()), NumTokens(job.local()), most,
                         static_cast<int64_t>(job.tokens.size()), job.world_size());
-  HW_RETURN_IF_ERROR(
-      CheckMemoryPlan(job.plan, context.memory_budget_bytes, context.model->weight_bytes()));
+  HW_RETURN_IF_ERROR(CheckMemoryPlan(job.plan, context.memory_budget_bytes, context.model->weight_bytes()));
   return job;
 }
 

@@ -110,9 +110,10 @@ void AssignmentQueue::StartDraining() {
     refused.swap(waiting_);
   }
   for (const Job& job : refused) {
-    send_(job.stream, MakeRankFailed(job.assignment.request_id(), job.assignment.epoch(), job.assignment.rank(),
-                                     MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_DRAINING,
-                                               "this worker is draining")));
+    send_(job.stream,
+          MakeRankFailed(job.assignment.request_id(), job.assignment.epoch(), job.assignment.rank(),
+                         MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_DRAINING,
+                                   "this worker is draining")));
   }
 }
 
@@ -130,8 +131,8 @@ void AssignmentQueue::Stop() {
     stopping_ = true;
     waiting_.clear();
     if (running_ != nullptr) {
-      running_->control->Cancel(MakeError(absl::StatusCode::kCancelled, v1::ERROR_REASON_CANCELLED,
-                                          "this worker is stopping"));
+      running_->control->Cancel(
+          MakeError(absl::StatusCode::kCancelled, v1::ERROR_REASON_CANCELLED, "this worker is stopping"));
     }
   }
   if (thread_.joinable()) thread_.join();
@@ -168,12 +169,12 @@ void AssignmentQueue::RunAll() {
       waiting_.pop_front();
       running_ = &job;
     }
-    v1::ConnectRequest result = runner_->Run(
-        job.assignment, job.control.get(), [this, stream = job.stream](const v1::RankProgress& progress) {
-          v1::ConnectRequest message;
-          *message.mutable_progress() = progress;
-          send_(stream, std::move(message));
-        });
+    v1::ConnectRequest result = runner_->Run(job.assignment, job.control.get(),
+                                             [this, stream = job.stream](const v1::RankProgress& progress) {
+                                               v1::ConnectRequest message;
+                                               *message.mutable_progress() = progress;
+                                               send_(stream, std::move(message));
+                                             });
     // Before it counts as ended, so that an idle queue has sent all its results.
     send_(job.stream, std::move(result));
     absl::MutexLock lock(&mutex_);

@@ -30,9 +30,9 @@ class AssignmentQueue {
   AssignmentQueue(AssignmentRunner* runner, uint32_t max_waiting, Send send);
   ~AssignmentQueue();  // Stop()
 
-  // Queues the assignment, or answers RankFailed: RESOURCE_EXHAUSTED, QUEUE_FULL; UNAVAILABLE, DRAINING; ABORTED,
-  // STALE_EPOCH where a later epoch of the request is here already. The same (request_id, epoch) again is
-  // ignored.
+  // Queues the assignment, or answers RankFailed: RESOURCE_EXHAUSTED, QUEUE_FULL; UNAVAILABLE, DRAINING;
+  // ABORTED, STALE_EPOCH where a later epoch of the request is here already. The same (request_id, epoch)
+  // again is ignored.
   void Add(uint64_t stream, v1::PrefillAssignment assignment);
 
   // Cancels it if it runs, drops it if it waits; either way RankFailed (CANCELLED) follows. One that ended

@@ -87,6 +87,8 @@ class GrpcControlClient final : public ControlClient {
   std::deque<v1::ConnectRequest> outbox_ ABSL_GUARDED_BY(mutex_);
   // The latest; an older one that was not sent yet is of no use.
   std::optional<v1::RankProgress> progress_ ABSL_GUARDED_BY(mutex_);
+  // What was posted last of the assignment that runs; heartbeats repeat it with the bytes acknowledged since.
+  std::optional<v1::RankProgress> last_progress_ ABSL_GUARDED_BY(mutex_);
   bool posted_progress_ ABSL_GUARDED_BY(mutex_) = false;
 
   AssignmentQueue queue_;
@@ -98,6 +100,7 @@ void GrpcControlClient::Post(uint64_t stream, v1::ConnectRequest message) {
   if (stream != stream_ || stream_over_) return;
   if (message.has_progress()) {
     progress_ = std::move(*message.mutable_progress());
+    last_progress_ = progress_;
     posted_progress_ = clock_->Now() >= next_progress_;
     return;
   }
@@ -109,6 +112,7 @@ void GrpcControlClient::Post(uint64_t stream, v1::ConnectRequest message) {
     progress_.reset();
     posted_progress_ = false;
   }
+  last_progress_.reset();
   outbox_.push_back(std::move(message));
   if (outbox_.size() > kMaxOutbox) {
     HW_LOG(WARNING) << "the coordinator takes no messages, " << outbox_.size() << " wait; disconnecting";
@@ -120,7 +124,15 @@ v1::ConnectRequest GrpcControlClient::Heartbeat() {
   v1::ConnectRequest message;
   const absl::Duration age = queue_.StepAge();
   message.mutable_heartbeat()->set_last_step_age_ms(static_cast<uint64_t>(absl::ToInt64Milliseconds(age)));
-  message.mutable_heartbeat()->set_kv_unacked_bytes(runner_->kv_bytes().unacked);
+  const AssignmentRunner::KvBytes kv_bytes = runner_->kv_bytes();
+  message.mutable_heartbeat()->set_kv_unacked_bytes(kv_bytes.unacked);
+  {
+    absl::MutexLock lock(&mutex_);
+    if (last_progress_.has_value() && kv_bytes.acked > last_progress_->bytes_acked()) {
+      last_progress_->set_bytes_acked(kv_bytes.acked);
+      progress_ = last_progress_;
+    }
+  }
   if (options_.metrics != nullptr) options_.metrics->last_step_age.Set(absl::ToDoubleSeconds(age));
   return message;
 }
@@ -188,9 +200,8 @@ bool GrpcControlClient::Handle(v1::ConnectResponse* response, uint64_t number) {
   if (response->has_registered()) {
     absl::MutexLock lock(&mutex_);
     const uint32_t asked = response->registered().heartbeat_interval_ms();
-    heartbeat_interval_ =
-        asked == 0 ? kDefaultHeartbeat
-                   : std::clamp(absl::Milliseconds(asked), kLeastHeartbeat, kMostHeartbeat);
+    heartbeat_interval_ = asked == 0 ? kDefaultHeartbeat
+                                     : std::clamp(absl::Milliseconds(asked), kLeastHeartbeat, kMostHeartbeat);
     next_heartbeat_ = clock_->Now() + heartbeat_interval_;
     registered_ = true;
     posted_progress_ = true;  // wakes the writer, whose next moment has changed
@@ -250,6 +261,7 @@ absl::Status GrpcControlClient::RunStream() {
     stream_over_ = true;
     outbox_.clear();
     progress_.reset();
+    last_progress_.reset();
   }
   queue_.DropAll(MakeError(absl::StatusCode::kCancelled, v1::ERROR_REASON_CANCELLED,
                            "the control stream to the coordinator broke"));

@@ -1,5 +1,5 @@
-// ControlClient: the worker's end of the control stream. Registers, heartbeats, takes assignments, runs them one
-// at a time on a thread of its own, and reports.
+// ControlClient: the worker's end of the control stream. Registers, heartbeats, takes assignments, runs them
+// one at a time on a thread of its own, and reports.
 #ifndef HW_WORKER_CONTROL_CLIENT_H_
 #define HW_WORKER_CONTROL_CLIENT_H_
 
@@ -28,8 +28,9 @@ struct ControlClientOptions {
   WorkerMetrics* metrics = nullptr;  // may be null
 };
 
-// Connects until Stop(), with growing pauses. When the stream breaks, the coordinator gives up the epochs that
-// this worker takes part in: what runs is cancelled, what waits is dropped, and their results are not sent.
+// Connects until Stop(), with growing pauses. When the stream breaks, the coordinator gives up the epochs
+// that this worker takes part in: what runs is cancelled, what waits is dropped, and their results are not
+// sent.
 class ControlClient {
  public:
   // `runner` must outlive it. Starts the threads.

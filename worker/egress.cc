@@ -21,8 +21,7 @@ EgressRing::EgressRing(std::vector<char*> buffers, absl::Duration stall_timeout,
       clock_(clock),
       state_(std::make_shared<State>(buffers_.size())) {}
 
-absl::Status EgressRing::Acquire(int32_t layer, JobControl* control, char** buffer,
-                                 absl::Duration* stalled) {
+absl::Status EgressRing::Acquire(int32_t layer, JobControl* control, char** buffer, absl::Duration* stalled) {
   const size_t slot = static_cast<size_t>(layer) % buffers_.size();
   const absl::Time start = clock_->Now();
   absl::Status status;

@@ -1,5 +1,5 @@
-// EgressRing: the layer buffers that the KV sender still reads. The compute loop waits here when the decode node
-// is slow, so memory stays what the plan says.
+// EgressRing: the layer buffers that the KV sender still reads. The compute loop waits here when the decode
+// node is slow, so memory stays what the plan says.
 #ifndef HW_WORKER_EGRESS_H_
 #define HW_WORKER_EGRESS_H_
 

@@ -65,11 +65,11 @@ void FillCompleted(const PrefillJob& job, const PrefillResult& result, const KvS
 
 absl::Duration SlowPeerAllowance(const ModelConfig& config, const PrefillJob& job) {
   double tokens = 0;
-  for (const RankTokens& rank : job.partition) tokens = std::max(tokens, static_cast<double>(NumTokens(rank)));
+  for (const RankTokens& rank : job.partition)
+    tokens = std::max(tokens, static_cast<double>(NumTokens(rank)));
   const double q_width = static_cast<double>(config.num_q_heads) * config.head_dim;
   const double kv_width = static_cast<double>(config.num_kv_heads) * config.head_dim;
-  const double weights =
-      config.hidden_size * (2 * q_width + 2 * kv_width + 3.0 * config.intermediate_size);
+  const double weights = config.hidden_size * (2 * q_width + 2 * kv_width + 3.0 * config.intermediate_size);
   return absl::Seconds((2 * weights * tokens + 4 * q_width * tokens * tokens) / kSlowestFlopPerSecond);
 }
 
@@ -135,8 +135,7 @@ absl::StatusOr<std::unique_ptr<Collectives>> PrefillExecutor::JoinGroup(
   spec.rank = job.rank;
   spec.world_size = job.world_size();
   spec.rendezvous_address = assignment.rendezvous_address();
-  spec.timeout =
-      options_.collective_timeout + SlowPeerAllowance(options_.assignment.model->config(), job);
+  spec.timeout = options_.collective_timeout + SlowPeerAllowance(options_.assignment.model->config(), job);
   const JobControl::Waiting waiting(control);
   const absl::Time start = Clock::Real()->Now();
   absl::StatusOr<std::unique_ptr<Collectives>> group = options_.join_group(spec, control);
@@ -152,8 +151,7 @@ absl::StatusOr<PrefillExecutor::Outcome> PrefillExecutor::RunChecked(
   HW_RETURN_IF_ERROR(arena_.Reset(job.plan.arena_bytes()));
   HW_ASSIGN_OR_RETURN(const std::unique_ptr<Collectives> collectives, JoinGroup(assignment, job, control));
   Outcome outcome;
-  const absl::Status status =
-      RunWithSender(assignment, job, collectives.get(), control, progress, &outcome);
+  const absl::Status status = RunWithSender(assignment, job, collectives.get(), control, progress, &outcome);
   if (!status.ok()) {
     // Whatever broke on the way down, the cause is the cancellation.
     HW_RETURN_IF_ERROR(control->status());

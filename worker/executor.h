@@ -76,8 +76,8 @@ class PrefillExecutor final : public AssignmentRunner {
   KvSender* sender_ ABSL_GUARDED_BY(mutex_) = nullptr;  // of the running job
 };
 
-// How much longer than the plain collective timeout a living peer may stay away: the time that the largest rank
-// of a very slow machine (1 GFLOP/s) takes for its part of one layer.
+// How much longer than the plain collective timeout a living peer may stay away: the time that the largest
+// rank of a very slow machine (1 GFLOP/s) takes for its part of one layer.
 absl::Duration SlowPeerAllowance(const ModelConfig& config, const PrefillJob& job);
 
 }  // namespace headwater

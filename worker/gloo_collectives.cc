@@ -75,7 +75,7 @@ class Gloo final : public GlooCollectives {
   Gloo(const GlooOptions& options, std::shared_ptr<gloo::transport::Device> device)
       : options_(options), device_(std::move(device)) {}
   ~Gloo() override {
-    Fail(absl::CancelledError("the group was destroyed"));
+    Fail(absl::CancelledError("the group was destroyed")).IgnoreError();
     // Pairs unregister from the device's thread; the device must go last.
     transport_.reset();
   }
@@ -123,7 +123,7 @@ class Gloo final : public GlooCollectives {
 };
 
 GlooExchange::~GlooExchange() {
-  if (!waited_) group_->Fail(absl::CancelledError(Describe("was given up")));
+  if (!waited_) group_->Fail(absl::CancelledError(Describe("was given up"))).IgnoreError();
   group_->Forget(this);
 }
 
@@ -163,16 +163,14 @@ absl::Status GlooExchange::Wait() {
 absl::Status GlooExchange::WaitFor(bool receiving, absl::Time deadline) {
   const absl::Duration left = deadline - absl::Now();
   bool completed = false;
-  absl::Status status =
-      Guard(Describe(absl::StrCat("failed with rank ", receiving ? from_ : to_)), [&] {
-        completed = receiving ? receive_buffer_->waitRecv(nullptr, GlooTimeout(left))
-                              : send_buffer_->waitSend(nullptr, GlooTimeout(left));
-      });
+  absl::Status status = Guard(Describe(absl::StrCat("failed with rank ", receiving ? from_ : to_)), [&] {
+    completed = receiving ? receive_buffer_->waitRecv(nullptr, GlooTimeout(left))
+                          : send_buffer_->waitSend(nullptr, GlooTimeout(left));
+  });
   if (status.ok()) return completed ? status : absl::CancelledError(Describe("was interrupted"));
   if (absl::Now() < deadline) return status;
-  return absl::DeadlineExceededError(
-      Describe(absl::StrCat("waited ", absl::FormatDuration(group_->timeout()), " for rank ",
-                            receiving ? from_ : to_)));
+  return absl::DeadlineExceededError(Describe(absl::StrCat("waited ", absl::FormatDuration(group_->timeout()),
+                                                           " for rank ", receiving ? from_ : to_)));
 }
 
 std::string GlooExchange::Describe(absl::string_view what) const {
@@ -289,8 +287,8 @@ class SettledExchange final : public PendingExchange {
 std::unique_ptr<PendingExchange> Gloo::StartExchange(int to, absl::Span<const char> send, int from,
                                                      absl::Span<char> receive) {
   const uint64_t slot = next_slot_++;
-  if (to < 0 || to >= world_size() || from < 0 || from >= world_size() || (to == rank()) != (from == rank()) ||
-      (to == rank() && send.size() != receive.size())) {
+  if (to < 0 || to >= world_size() || from < 0 || from >= world_size() ||
+      (to == rank()) != (from == rank()) || (to == rank() && send.size() != receive.size())) {
     return std::make_unique<SettledExchange>(absl::InvalidArgumentError(
         absl::StrCat("exchange of rank ", rank(), " to ", to, " (", send.size(), " bytes), from ", from, " (",
                      receive.size(), " bytes): not possible with ", world_size(), " ranks")));
@@ -302,7 +300,8 @@ std::unique_ptr<PendingExchange> Gloo::StartExchange(int to, absl::Span<const ch
   auto exchange = std::make_unique<GlooExchange>(this, to, send, from, receive);
   absl::MutexLock lock(&mutex_);
   *exchange->status() = error_;
-  if (error_.ok() && !connected_) *exchange->status() = absl::FailedPreconditionError("the group is not formed");
+  if (error_.ok() && !connected_)
+    *exchange->status() = absl::FailedPreconditionError("the group is not formed");
   if (exchange->status()->ok()) {
     exchange->Start(transport_.get(), slot);
     pending_.push_back(exchange.get());

@@ -204,8 +204,7 @@ class Endpoint final : public Collectives {
 std::vector<std::unique_ptr<Collectives>> MakeInProcessGroup(int world_size, absl::Duration timeout) {
   const auto group = std::make_shared<Group>(world_size, timeout);
   std::vector<std::unique_ptr<Collectives>> endpoints;
-  for (int rank = 0; rank < world_size; ++rank)
-    endpoints.push_back(std::make_unique<Endpoint>(group, rank));
+  for (int rank = 0; rank < world_size; ++rank) endpoints.push_back(std::make_unique<Endpoint>(group, rank));
   return endpoints;
 }
 

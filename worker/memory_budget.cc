@@ -29,12 +29,28 @@ uint64_t ReadNumber(const std::string& path) {
   return absl::SimpleAtoi(absl::StripAsciiWhitespace(ReadAll(path)), &value) ? value : kNoLimit;
 }
 
+// Page cache that the kernel gives back before it kills: "inactive_file" (v2) or "total_inactive_file" (v1).
+uint64_t ReclaimableIn(const std::string& folder) {
+  const std::string stat = ReadAll(absl::StrCat(folder, "/memory.stat"));
+  const absl::string_view wanted =
+      absl::StrContains(stat, "total_inactive_file") ? "total_inactive_file" : "inactive_file";
+  for (const absl::string_view line : absl::StrSplit(stat, '\n')) {
+    const std::vector<absl::string_view> words = absl::StrSplit(line, ' ');
+    uint64_t bytes = 0;
+    if (words.size() == 2 && words[0] == wanted && absl::SimpleAtoi(words[1], &bytes)) {
+      return bytes;
+    }
+  }
+  return 0;
+}
+
 uint64_t LeftIn(const std::string& folder, const char* limit_file, const char* usage_file) {
   const uint64_t limit = ReadNumber(absl::StrCat(folder, "/", limit_file));
   // v1 says "no limit" with a huge number.
   if (limit >= uint64_t{1} << 60) return kNoLimit;
-  const uint64_t usage = ReadNumber(absl::StrCat(folder, "/", usage_file));
+  uint64_t usage = ReadNumber(absl::StrCat(folder, "/", usage_file));
   if (usage == kNoLimit) return limit;
+  usage -= std::min(usage, ReclaimableIn(folder));
   return limit > usage ? limit - usage : 0;
 }
 

@@ -21,9 +21,7 @@ constexpr uint64_t kBytesPerPromptToken = 16;
 // A block list grows by doubling.
 constexpr uint64_t kIndexSlack = 2;
 
-uint64_t Saturate(unsigned __int128 value) {
-  return value > kLimit ? kLimit : static_cast<uint64_t>(value);
-}
+uint64_t Saturate(unsigned __int128 value) { return value > kLimit ? kLimit : static_cast<uint64_t>(value); }
 
 uint64_t Product(std::initializer_list<uint64_t> factors) {
   unsigned __int128 product = 1;
@@ -43,8 +41,8 @@ uint64_t Aligned(uint64_t bytes) {
 }
 
 uint64_t KvBytesPerToken(const MemoryShape& shape, kernels::DType dtype) {
-  return Product({2, static_cast<uint64_t>(shape.num_kv_heads), static_cast<uint64_t>(shape.head_dim),
-                  SizeOf(dtype)});
+  return Product(
+      {2, static_cast<uint64_t>(shape.num_kv_heads), static_cast<uint64_t>(shape.head_dim), SizeOf(dtype)});
 }
 
 // One list of 4-byte block numbers for each query tile, and its offset, flag and slack.
@@ -95,8 +93,7 @@ MemoryPlan PlanMemory(const MemoryShape& shape, kernels::DType wire, int64_t loc
   if (wire != shape.compute) plan.compute_kv = Product({local, KvBytesPerToken(shape, shape.compute)});
   plan.egress_kv = Product({local, KvBytesPerToken(shape, wire)});
   plan.num_egress = shape.egress_buffers;
-  plan.receive_kv =
-      Product({static_cast<uint64_t>(max_rank_tokens), KvBytesPerToken(shape, shape.compute)});
+  plan.receive_kv = Product({static_cast<uint64_t>(max_rank_tokens), KvBytesPerToken(shape, shape.compute)});
   plan.num_receive = std::min(world_size - 1, 2);
   plan.index = Product({tiles, IndexBytesPerTile(num_tokens)});
   plan.tokens = Product({static_cast<uint64_t>(num_tokens), kBytesPerPromptToken});
@@ -106,8 +103,8 @@ MemoryPlan PlanMemory(const MemoryShape& shape, kernels::DType wire, int64_t loc
 }
 
 v1::MemoryModel LinearMemoryModel(const MemoryShape& shape, uint64_t budget_bytes, uint64_t weight_bytes) {
-  const uint64_t q_values = Product(
-      {static_cast<uint64_t>(shape.num_q_heads), static_cast<uint64_t>(shape.head_dim)});
+  const uint64_t q_values =
+      Product({static_cast<uint64_t>(shape.num_q_heads), static_cast<uint64_t>(shape.head_dim)});
   uint64_t own_kv = 0;
   for (const auto wire : {kernels::DType::kF32, kernels::DType::kF16, kernels::DType::kBF16}) {
     const uint64_t converted = wire == shape.compute ? 0 : KvBytesPerToken(shape, shape.compute);

@@ -35,8 +35,9 @@ struct MemoryPlan {
   uint64_t attention = 0;  // [local, num_q_heads, head_dim] f32
   uint64_t lse = 0;        // [local, num_q_heads] f32
   uint64_t q = 0;          // [local, num_q_heads, head_dim], compute type
-  uint64_t compute_kv = 0;  // one layer's own K and V where the wire type differs from the compute type, else 0
-  uint64_t egress_kv = 0;   // one egress buffer: a layer's own K and V in the wire type
+  uint64_t compute_kv =
+      0;  // one layer's own K and V where the wire type differs from the compute type, else 0
+  uint64_t egress_kv = 0;  // one egress buffer: a layer's own K and V in the wire type
   int num_egress = 0;
   uint64_t receive_kv = 0;  // one receive buffer: the largest rank's K and V, compute type
   int num_receive = 0;
@@ -52,8 +53,8 @@ struct MemoryPlan {
   static constexpr uint64_t kAlignment = 64;
 };
 
-// local_tokens: of this rank; max_rank_tokens: of the rank that holds most; num_tokens: of the prompt, at most
-// max_position. Saturates at 2^63 rather than wrap.
+// local_tokens: of this rank; max_rank_tokens: of the rank that holds most; num_tokens: of the prompt, at
+// most max_position. Saturates at 2^63 rather than wrap.
 MemoryPlan PlanMemory(const MemoryShape& shape, kernels::DType wire, int64_t local_tokens,
                       int64_t max_rank_tokens, int64_t num_tokens, int world_size);
 

@@ -19,7 +19,8 @@ prometheus::Histogram& Collective(Metrics* metrics, const char* op) {
 
 WorkerMetrics::WorkerMetrics(Metrics* metrics)
     : registry(metrics),
-      prompt_tokens(metrics->Counter("headwater_prompt_tokens_total", "Prompt tokens prefilled by this rank.")),
+      prompt_tokens(
+          metrics->Counter("headwater_prompt_tokens_total", "Prompt tokens prefilled by this rank.")),
       layer_linear(Stage(metrics, "linear")),
       layer_attention(Stage(metrics, "attention")),
       layer_exchange(Stage(metrics, "exchange")),

@@ -18,7 +18,7 @@ class WorkerMetrics {
   void CountPrefill(const absl::Status& status);
 
   Metrics* const registry;
-  prometheus::Counter& prompt_tokens;  // headwater_prompt_tokens_total: local tokens of completed ranks
+  prometheus::Counter& prompt_tokens;   // headwater_prompt_tokens_total: local tokens of completed ranks
   prometheus::Histogram& layer_linear;  // headwater_worker_layer_seconds{stage}
   prometheus::Histogram& layer_attention;
   prometheus::Histogram& layer_exchange;

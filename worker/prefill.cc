@@ -143,7 +143,8 @@ class PrefillLoop {
       context_.metrics->layer_attention.Observe(absl::ToDoubleSeconds(ring.attention));
       context_.metrics->layer_exchange.Observe(absl::ToDoubleSeconds(ring.exchange));
       context_.metrics->layer_egress_stall.Observe(absl::ToDoubleSeconds(stalled));
-      if (job_.world_size() > 1) context_.metrics->ring_exchange.Observe(absl::ToDoubleSeconds(ring.exchange));
+      if (job_.world_size() > 1)
+        context_.metrics->ring_exchange.Observe(absl::ToDoubleSeconds(ring.exchange));
     }
     return absl::OkStatus();
   }

@@ -1,5 +1,5 @@
-// Prefill: the layer-major loop of one rank. The whole prompt passes a layer before the next one starts; a layer's K
-// and V go to the KV sender as soon as they are computed.
+// Prefill: the layer-major loop of one rank. The whole prompt passes a layer before the next one starts; a
+// layer's K and V go to the KV sender as soon as they are computed.
 #ifndef HW_WORKER_PREFILL_H_
 #define HW_WORKER_PREFILL_H_
 
@@ -33,7 +33,7 @@ struct PrefillJob {
   std::string request_id;
   uint32_t epoch = 0;
   int rank = 0;
-  std::vector<int32_t> tokens;       // of the whole prompt
+  std::vector<int32_t> tokens;        // of the whole prompt
   std::vector<RankTokens> partition;  // of all ranks; ranges start on block boundaries
   std::shared_ptr<const KvGeometry> geometry;
   std::shared_ptr<const kernels::PatternPolicy> policy;
@@ -57,10 +57,10 @@ struct PrefillContext {
   Collectives* collectives = nullptr;  // null: world size 1
   KvSender* sender = nullptr;
   JobControl* control = nullptr;
-  Arena* arena = nullptr;  // Reset() to at least plan.arena_bytes()
+  Arena* arena = nullptr;            // Reset() to at least plan.arena_bytes()
   WorkerMetrics* metrics = nullptr;  // may be null
   absl::Duration stall_timeout = absl::Seconds(30);
-  double flop_per_step = 4e9;  // see RingAttentionArgs
+  double flop_per_step = 4e9;                            // see RingAttentionArgs
   std::function<void(const PrefillProgress&)> progress;  // after every layer, from the calling thread; may be
                                                          // empty
 };

@@ -22,7 +22,8 @@ namespace {
 
 class Service;
 
-// One waiting Get. Finish() may be called once; whoever takes the reactor out of Service::waiting_ may call it.
+// One waiting Get. Finish() may be called once; whoever takes the reactor out of Service::waiting_ may call
+// it.
 class GetReactor final : public grpc::ServerUnaryReactor {
  public:
   GetReactor(Service* service, std::string key, v1::GetResponse* response)
@@ -91,9 +92,8 @@ class Service final : public v1::RendezvousService::CallbackService {
 
   absl::Status CheckKey(const std::string& key) const {
     if (!key.empty() && key.size() <= limits_.max_key_bytes) return absl::OkStatus();
-    return MakeError(
-        absl::StatusCode::kInvalidArgument, v1::ERROR_REASON_BAD_FIELD,
-        absl::StrCat("key of ", key.size(), " bytes; allowed are 1 to ", limits_.max_key_bytes));
+    return MakeError(absl::StatusCode::kInvalidArgument, v1::ERROR_REASON_BAD_FIELD,
+                     absl::StrCat("key of ", key.size(), " bytes; allowed are 1 to ", limits_.max_key_bytes));
   }
 
   absl::Status Store(const v1::PutRequest& request, std::vector<GetReactor*>* ready) {
@@ -181,9 +181,8 @@ class Client final : public RendezvousClient {
     request.set_key(std::string(key));
     request.set_value(std::string(value));
     v1::PutResponse response;
-    return Call("Put", key, timeout, [&](grpc::ClientContext* context) {
-      return stub_->Put(context, request, &response);
-    });
+    return Call("Put", key, timeout,
+                [&](grpc::ClientContext* context) { return stub_->Put(context, request, &response); });
   }
 
   absl::StatusOr<std::string> Get(absl::string_view key, absl::Duration timeout) override {

@@ -1,5 +1,5 @@
-// Rendezvous: where the ranks of a group leave each other their addresses. Every worker serves one; rank 0's is
-// the group's.
+// Rendezvous: where the ranks of a group leave each other their addresses. Every worker serves one; rank 0's
+// is the group's.
 #ifndef HW_WORKER_RENDEZVOUS_H_
 #define HW_WORKER_RENDEZVOUS_H_
 

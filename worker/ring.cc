@@ -17,9 +17,8 @@ absl::Status RingAllGather(Collectives* group, const void* in, uint64_t bytes, v
   for (int step = 0; step + 1 < world; ++step) {
     const int sent = (rank - step + world) % world;
     const int received = (sent - 1 + world) % world;
-    auto exchange =
-        group->StartExchange((rank + 1) % world, absl::MakeConstSpan(row(sent), bytes),
-                             (rank - 1 + world) % world, absl::MakeSpan(row(received), bytes));
+    auto exchange = group->StartExchange((rank + 1) % world, absl::MakeConstSpan(row(sent), bytes),
+                                         (rank - 1 + world) % world, absl::MakeSpan(row(received), bytes));
     HW_RETURN_IF_ERROR(exchange->Wait());
   }
   return absl::OkStatus();

@@ -72,12 +72,10 @@ class Attender {
     if (keys.begin >= q_end) return absl::OkStatus();
     const int64_t most_queries =
         std::max(kMinCallQueries, pairs_per_call_ / std::max<int64_t>(1, keys.num_tokens));
-    for (const TokenRange& rows :
-         Cut(segment.chunk.begin, q_end, most_queries, kernels::kQueryTileTokens)) {
+    for (const TokenRange& rows : Cut(segment.chunk.begin, q_end, most_queries, kernels::kQueryTileTokens)) {
       const int64_t visible_end = std::min(keys.begin + keys.num_tokens, rows.end);
       const int64_t most_keys = std::max(kMinCallKeys, pairs_per_call_ / rows.size());
-      for (const TokenRange& columns :
-           Cut(keys.begin, visible_end, most_keys, kernels::kKeyBlockTokens)) {
+      for (const TokenRange& columns : Cut(keys.begin, visible_end, most_keys, kernels::kKeyBlockTokens)) {
         HW_RETURN_IF_ERROR(args_.control->Step());
         HW_RETURN_IF_ERROR(Call(segment, rows, keys, columns));
       }
@@ -89,7 +87,8 @@ class Attender {
                     const TokenRange& columns) const {
     const int64_t row = rows.begin - segment.chunk.begin;
     QueryChunk queries = segment.chunk;
-    queries.q = static_cast<const char*>(segment.chunk.q) + static_cast<uint64_t>(row * q_row_) * element_bytes_;
+    queries.q =
+        static_cast<const char*>(segment.chunk.q) + static_cast<uint64_t>(row * q_row_) * element_bytes_;
     queries.begin = rows.begin;
     queries.num_tokens = rows.size();
     KeyChunk part = keys;

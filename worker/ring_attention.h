@@ -32,7 +32,7 @@ struct RingAttentionArgs {
   // A chunk is its rank's K and then V, both [tokens, num_kv_heads, head_dim], the rank's ranges one behind
   // the other.
   const char* own_kv = nullptr;
-  char* receive_kv[2] = {nullptr, nullptr};  // each as large as the largest chunk
+  char* receive_kv[2] = {nullptr, nullptr};       // each as large as the largest chunk
   const std::vector<RankTokens>* keys = nullptr;  // of all ranks
   const RingSchedule* schedule = nullptr;
   Collectives* collectives = nullptr;  // null: world size 1
