@@ -291,7 +291,7 @@ absl::StatusOr<uint64_t> FileKvStore::Create(const v1::OpenSessionRequest& reque
 absl::StatusOr<v1::KvSessionState> FileKvStore::Hello(const v1::KvHello& hello, KvGeometry* geometry) {
   HW_ASSIGN_OR_RETURN(const auto session, FindWithToken(hello.session_id(), hello.session_token()));
   HW_ASSIGN_OR_RETURN(v1::KvSessionState state, session->Hello(hello));
-  *geometry = session->geometry();
+  if (geometry != nullptr) *geometry = session->geometry();
   return state;
 }
 

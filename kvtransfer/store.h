@@ -67,8 +67,8 @@ class KvStore {
   // pages.
   virtual absl::StatusOr<uint64_t> OpenSession(const v1::OpenSessionRequest& request) = 0;
 
-  // Geometry and current state, for a hello. NOT_FOUND, UNKNOWN_SESSION; PERMISSION_DENIED: wrong token;
-  // ABORTED, STALE_EPOCH.
+  // Geometry (may be null) and current state, for a hello. NOT_FOUND, UNKNOWN_SESSION; PERMISSION_DENIED:
+  // wrong token; ABORTED, STALE_EPOCH.
   virtual absl::StatusOr<v1::KvSessionState> Hello(const v1::KvHello& hello, KvGeometry* geometry) = 0;
 
   // Checks the header against the layout, then the payload against the CRC, and stores it. `payload` is in
