@@ -67,7 +67,8 @@ TEST(MemoryPlanTest, LinearModelIsAnUpperBoundOfEveryPlan) {
               for (const RankTokens& rank : *ranks) most = std::max(most, NumTokens(rank));
               for (const RankTokens& rank : *ranks) {
                 const MemoryPlan plan = PlanMemory(shape, wire, NumTokens(rank), most, tokens, world);
-                ASSERT_LE(plan.total_bytes(), Linear(model, most)) << tokens << " tokens, " << world << " ranks";
+                ASSERT_LE(plan.total_bytes(), Linear(model, most))
+                    << tokens << " tokens, " << world << " ranks";
               }
             }
           }
@@ -89,7 +90,8 @@ TEST(MemoryPlanTest, SaturatesInsteadOfWrapping) {
   MemoryShape shape = Shape(DType::kF32);
   shape.hidden_size = int64_t{1} << 40;
   shape.scratch_bytes = uint64_t{1} << 63;
-  const MemoryPlan plan = PlanMemory(shape, DType::kF32, int64_t{1} << 40, int64_t{1} << 40, int64_t{1} << 40, 4);
+  const MemoryPlan plan =
+      PlanMemory(shape, DType::kF32, int64_t{1} << 40, int64_t{1} << 40, int64_t{1} << 40, 4);
 
   EXPECT_EQ(plan.hidden, uint64_t{1} << 63);
   EXPECT_EQ(plan.total_bytes(), uint64_t{1} << 63);
