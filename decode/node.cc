@@ -133,10 +133,7 @@ void DecodeNode::KeepHouse() {
   while (!stop_.wait_for(lock, kHousekeepingInterval, [this] { return stopping_; })) {
     lock.unlock();
     const int expired = store_->ExpireLeases();
-    if (expired > 0) {
-      expired_total.Increment(expired);
-      HW_LOG(INFO).Field("sessions", expired) << "freed sessions whose lease ended";
-    }
+    if (expired > 0) expired_total.Increment(expired);
     UpdateGauges();
     lock.lock();
   }

@@ -92,7 +92,8 @@ std::string DumpJson(const Json& json) { return json.dump(-1, ' ', false, Json::
 Json ErrorToJson(const absl::Status& status) {
   Json json;
   json["code"] = absl::StatusCodeToString(status.code());
-  json["reason"] = ReasonName(ReasonOf(status));
+  const v1::ErrorReason reason = ReasonOf(status);
+  json["reason"] = reason == v1::ERROR_REASON_UNSPECIFIED ? "" : ReasonName(reason);
   json["message"] = std::string(status.message());
   json["metadata"] = ErrorMetadata(status);
   return json;
