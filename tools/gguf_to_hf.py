@@ -110,9 +110,19 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def write_tensors(reader, tensors: dict, path: Path, dtype: str, report) -> None:
+def dequantized(tensor, shape: tuple) -> np.ndarray:
     from gguf.quants import dequantize  # here so that --help needs no package
 
+    try:
+        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shape)
+    except NotImplementedError as error:
+        raise ConversionError(f"tensor {tensor.name} is {tensor.tensor_type.name}, which cannot be dequantised") from error
+    if not np.isfinite(values).all():
+        raise ConversionError(f"tensor {tensor.name} has values that are not finite")
+    return values
+
+
+def write_tensors(reader, tensors: dict, path: Path, dtype: str, report) -> None:
     stored = {tensor.name: tensor for tensor in reader.tensors}
     if len(stored) != len(reader.tensors):
         raise ConversionError("the GGUF file has two tensors of one name")
@@ -127,21 +137,14 @@ def write_tensors(reader, tensors: dict, path: Path, dtype: str, report) -> None
         if stored_shape != shape:
             raise ConversionError(f"tensor {name} has shape {stored_shape}; the metadata asks for {shape}")
         shapes[hf_name] = shape
-    writer = SafetensorsWriter(path, shapes, dtype, {"format": "pt"})
-    for done, (name, (hf_name, shape, heads)) in enumerate(tensors.items(), start=1):
-        tensor = stored[name]
-        try:
-            values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shape)
-        except NotImplementedError as error:
-            raise ConversionError(f"tensor {name} is {tensor.tensor_type.name}, which cannot be dequantised") from error
-        if not np.isfinite(values).all():
-            raise ConversionError(f"tensor {name} has values that are not finite")
-        try:
-            writer.write(hf_name, unpermute(values, heads) if heads else values)
-        except ValueError as error:
-            raise ConversionError(f"tensor {name}: {error}") from error
-        report(done, len(tensors))
-    writer.close()
+    with SafetensorsWriter(path, shapes, dtype, {"format": "pt"}) as writer:
+        for done, (name, (hf_name, shape, heads)) in enumerate(tensors.items(), start=1):
+            values = dequantized(stored[name], shape)
+            try:
+                writer.write(hf_name, unpermute(values, heads) if heads else values)
+            except ValueError as error:
+                raise ConversionError(f"tensor {name}: {error}") from error
+            report(done, len(tensors))
 
 
 def write_json(path: Path, value) -> None:

@@ -19,9 +19,9 @@ def to_bf16_bits(values: np.ndarray) -> np.ndarray:
 
 
 def encode(values: np.ndarray, dtype: str) -> bytes:
-    """Converts float32 values to the bytes of `dtype` (F32, F16 or BF16), little endian.
+    """Converts finite float32 values to the bytes of `dtype` (F32, F16 or BF16), little endian.
 
-    Raises ValueError when a finite value has no finite counterpart in `dtype`.
+    Raises ValueError when a value has no finite counterpart in `dtype`.
     """
     if dtype == "F32":
         return np.ascontiguousarray(values, dtype="<f4").tobytes()
@@ -31,11 +31,15 @@ def encode(values: np.ndarray, dtype: str) -> bytes:
         if not np.isfinite(converted).all():
             raise ValueError(f"largest magnitude {np.abs(values).max():g} does not fit f16 (limit 65504)")
         return converted.tobytes()
-    return to_bf16_bits(values).astype("<u2").tobytes()
+    bits = to_bf16_bits(values)
+    if ((bits & 0x7FFF) >= 0x7F80).any():
+        raise ValueError(f"largest magnitude {np.abs(values).max():g} does not fit bf16 (limit 3.38953e+38)")
+    return bits.astype("<u2").tobytes()
 
 
 class SafetensorsWriter:
-    """Writes tensors in the order of `shapes` (name -> shape); close() fails when one is missing."""
+    """Writes tensors in the order of `shapes` (name -> shape). A context manager: leaving it without an error fails
+    when a declared tensor was not written."""
 
     def __init__(self, path, shapes: dict, dtype: str, metadata: dict):
         self._dtype = dtype
@@ -60,7 +64,10 @@ class SafetensorsWriter:
             raise ValueError(f"tensor {name} has shape {values.shape}, which was not declared")
         self._file.write(encode(values, self._dtype))
 
-    def close(self) -> None:
+    def __enter__(self) -> "SafetensorsWriter":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
         self._file.close()
-        if self._pending:
+        if kind is None and self._pending:
             raise ValueError(f"{len(self._pending)} declared tensors were not written, first {next(iter(self._pending))}")
