@@ -122,23 +122,25 @@ void Scheduler::Attach(Job& job, PreparedRequest prepared, std::shared_ptr<JobWa
   job.watchers.push_back(std::move(watcher));
 }
 
-void Scheduler::Detach(const JobKey& key, const JobWatcher* watcher) {
-  const RequestTable::Record* record = table_.Find(key);
+void Scheduler::Detach(const std::vector<Watch>& watches) {
+  for (const Watch& watch : watches) DetachUnsettled(watch);
+  Settle();
+}
+
+void Scheduler::DetachUnsettled(const Watch& watch) {
+  const RequestTable::Record* record = table_.Find(watch.key);
   Job* job = record == nullptr ? nullptr : FindJob(record->serial);
   if (job == nullptr) return;
   const auto successor = std::find_if(job->successors.begin(), job->successors.end(),
-                                      [&](const auto& entry) { return entry.second.get() == watcher; });
+                                      [&](const auto& entry) { return entry.second == watch.watcher; });
   if (successor != job->successors.end()) job->successors.erase(successor);
-  const auto it = std::find_if(job->watchers.begin(), job->watchers.end(),
-                               [&](const auto& entry) { return entry.get() == watcher; });
+  const auto it = std::find(job->watchers.begin(), job->watchers.end(), watch.watcher);
   if (it == job->watchers.end()) return;
   job->watchers.erase(it);
-  if (job->watchers.empty()) {
-    job->abandoned = true;
-    Stop(*job, MakeError(absl::StatusCode::kCancelled, v1::ERROR_REASON_CANCELLED,
-                         absl::StrCat("the client of request ", key.request_id, " went away")));
-  }
-  Settle();
+  if (!job->watchers.empty()) return;
+  job->abandoned = true;
+  Stop(*job, MakeError(absl::StatusCode::kCancelled, v1::ERROR_REASON_CANCELLED,
+                       absl::StrCat("the client of request ", watch.key.request_id, " went away")));
 }
 
 void Scheduler::Cancel(const JobKey& key, std::function<void(absl::StatusOr<bool>)> done) {

@@ -30,6 +30,12 @@
 
 namespace headwater {
 
+// A watcher of the job with this key.
+struct Watch {
+  JobKey key;
+  std::shared_ptr<JobWatcher> watcher;
+};
+
 class Scheduler {
  public:
   // The pointers must outlive the scheduler; callbacks given to `decode` must not run after its end.
@@ -42,8 +48,8 @@ class Scheduler {
   // event. A request that failed with UNAVAILABLE or RESOURCE_EXHAUSTED, or because its client went away, is
   // not replayed: it starts anew.
   void Submit(PreparedRequest prepared, std::shared_ptr<JobWatcher> watcher);
-  // The watcher's call has ended. A job without watchers is cancelled.
-  void Detach(const JobKey& key, const JobWatcher* watcher);
+  // The call that these watchers belong to has ended. Jobs left without watchers are cancelled.
+  void Detach(const std::vector<Watch>& watches);
   // `done` gets true once compute has stopped and the KV session is freed, false if the job ended otherwise;
   // NOT_FOUND, UNKNOWN_REQUEST: no such id.
   void Cancel(const JobKey& key, std::function<void(absl::StatusOr<bool>)> done);
@@ -74,6 +80,9 @@ class Scheduler {
   // Ends every job with `status` at once and closes all links. Only Detach, Cancel and Submit may follow.
   void EndAll(const absl::Status& status);
 
+  // Counts a refusal that was decided outside. Thread-safe, as is options().
+  void CountRejection(const absl::Status& status) { metrics_->CountRejection(status); }
+
   size_t num_jobs() const { return jobs_.size(); }
   const CoordinatorOptions& options() const { return options_; }
 
@@ -81,6 +90,7 @@ class Scheduler {
   using QueueKey = std::pair<int32_t, uint64_t>;
 
   // scheduler.cc: clients and time.
+  void DetachUnsettled(const Watch& watch);
   void SubmitUnsettled(PreparedRequest prepared, std::shared_ptr<JobWatcher> watcher);
   void Attach(Job& job, PreparedRequest prepared, std::shared_ptr<JobWatcher> watcher);
   void Reject(const std::shared_ptr<JobWatcher>& watcher, const absl::Status& status);

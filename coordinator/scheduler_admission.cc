@@ -181,7 +181,14 @@ Scheduler::Start Scheduler::TryStart(Job& job) {
 
 absl::Status Scheduler::StartEpoch(Job& job, v1::PrefillPlan plan) {
   if (job.decode_node.empty() || cluster_.FindDecodeNode(job.decode_node) == nullptr) {
-    HW_ASSIGN_OR_RETURN(job.decode_node, PickDecodeNode(job.request(), job.layout, cluster_));
+    absl::StatusOr<std::string> picked = PickDecodeNode(job.request(), job.layout, cluster_);
+    if (absl::IsNotFound(picked.status())) {
+      // It was there when the request was accepted.
+      return MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_DECODE_LOST,
+                       picked.status().message());
+    }
+    if (!picked.ok()) return picked.status();
+    job.decode_node = *std::move(picked);
   }
   const DecodeNode* node = cluster_.FindDecodeNode(job.decode_node);
   job.decode_address = node->registration.decode_address();
