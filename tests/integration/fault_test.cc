@@ -61,13 +61,14 @@ class FaultTest : public ::testing::Test {
 
   double DecodeMetric(const std::string& name) { return ReadMetric(cluster_->decode_metrics_port(), name); }
 
-  // Waits until the decode node's count of stored blocks has stood still for a while; returns it.
-  double WaitUntilIngressStands() {
+  // Waits until the proxy has let through all that it may and the decode node's count of stored blocks has
+  // stood still for half a second; returns it.
+  double WaitUntilIngressStands(uint64_t proxy_limit) {
     double last = -1;
     int same = 0;
-    for (int i = 0; i < 1000 && same < 10; ++i) {
+    for (int i = 0; i < 2000 && same < 25; ++i) {
       const double now = DecodeMetric(kStored);
-      same = now == last && now > 0 ? same + 1 : 0;
+      same = proxy_->forwarded_bytes() >= proxy_limit && now == last && now > 0 ? same + 1 : 0;
       last = now;
       absl::SleepFor(absl::Milliseconds(20));
     }
@@ -93,10 +94,11 @@ TEST_F(FaultTest, KilledDecodeNodeGetsOnlyTheMissingBlocksAfterItsRestart) {
     const double stored_before_run = DecodeMetric(kStored);
     // Between a fifth and four fifths of the cache.
     const uint64_t share = undisturbed_.kv_bytes() / 5 * static_cast<uint64_t>(1 + run % 4);
-    proxy_->LimitForwardedBytes(proxy_->forwarded_bytes() + share);
+    const uint64_t limit = proxy_->forwarded_bytes() + share;
+    proxy_->LimitForwardedBytes(limit);
     double stored_before_kill = 0;
     std::thread killer([&] {
-      stored_before_kill = WaitUntilIngressStands() - stored_before_run;
+      stored_before_kill = WaitUntilIngressStands(limit) - stored_before_run;
       cluster_->decode().Kill();
       proxy_->LimitForwardedBytes(UINT64_MAX);
       cluster_->StartDecode();
