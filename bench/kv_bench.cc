@@ -1,7 +1,7 @@
-// Times the KV stream over loopback (checksums, acknowledgements, file-backed store) beside a raw TCP socket with as
-// many connections and beside memcpy, alternating in one run; both ends share the machine. Appends rows to --out.
+// Times the KV stream over loopback (checksums, acknowledgements, file-backed store) beside a raw TCP socket
+// with as many connections and beside memcpy, alternating in one run; both ends share the machine. Appends
+// rows to --out.
 #include <algorithm>
-
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -33,7 +33,8 @@
 
 ABSL_FLAG(std::string, out, "bench/results/kv.jsonl", "file that the rows are appended to");
 ABSL_FLAG(std::string, kv_dir, "/dev/shm", "directory in which the store makes its own");
-ABSL_FLAG(int, layers, 64, "layers of 8 MiB: 16 blocks of 512 KiB (256 tokens, 8 heads, 128 dimensions, bf16)");
+ABSL_FLAG(int, layers, 64,
+          "layers of 8 MiB: 16 blocks of 512 KiB (256 tokens, 8 heads, 128 dimensions, bf16)");
 ABSL_FLAG(int, repeat, 3, "timed rounds after one that warms up; the median counts");
 ABSL_FLAG(std::vector<std::string>, channels, std::vector<std::string>({"1", "2", "4"}), "connections");
 
@@ -180,7 +181,8 @@ nlohmann::json MakeRow(int channels, uint64_t chunk_bytes, const std::vector<Sam
                    {"chunk_bytes", chunk_bytes},
                    {"tls", false},
                    {"cores", std::thread::hardware_concurrency()}};
-  row["metrics"] = {{"gb_per_s", Median(rate)}, {"cpu_s_per_gb", Median(cpu)}, {"first_block_ms", Median(first)}};
+  row["metrics"] = {
+      {"gb_per_s", Median(rate)}, {"cpu_s_per_gb", Median(cpu)}, {"first_block_ms", Median(first)}};
   row["peers"] = {{"raw_tcp", {{"gb_per_s", Median(tcp)}}}, {"memcpy", {{"gb_per_s", Median(copy)}}}};
   return row;
 }
