@@ -31,6 +31,12 @@ inline uint16_t F32ToBF16(float value) {
   return static_cast<uint16_t>(bits >> 16);
 }
 
+// Exact.
+float F16ToF32(uint16_t bits);
+
+// Rounds to nearest, ties to even; overflow becomes infinity; NaN stays NaN.
+uint16_t F32ToF16(float value);
+
 // Converts `count` elements between any two types; rounds to nearest even; f16 overflow becomes infinity.
 // `from` and `to` must not overlap unless they are equal types at the same address. Vectorised; one thread.
 void Convert(const void* from, DType from_dtype, void* to, DType to_dtype, size_t count);

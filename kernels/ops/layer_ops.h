@@ -1,5 +1,6 @@
 // The element-wise operations of a transformer layer on the CPU. All use the calling thread's OpenMP team;
-// none allocates. "out_dtype" is f32 or bf16. Rows are contiguous.
+// none allocates. Any element type may go in and out. Rows are contiguous; outputs do not overlap inputs,
+// unless said otherwise.
 #ifndef HW_KERNELS_OPS_LAYER_OPS_H_
 #define HW_KERNELS_OPS_LAYER_OPS_H_
 
@@ -19,6 +20,9 @@ void EmbedTokens(const void* table, DType dtype, int64_t width, const int32_t* i
 void RmsNorm(const float* x, const float* weight, float epsilon, int64_t num_tokens, int64_t width, void* out,
              DType out_dtype);
 
+// Largest head_dim of SplitQkv().
+inline constexpr int32_t kMaxRotaryHeadDim = 256;
+
 // Frequencies of rotary embedding for pairs (i, i + head_dim / 2), i < head_dim / 2, in double.
 struct RopeFrequencies {
   std::vector<double> inverse;  // [head_dim / 2], radians per position
@@ -36,7 +40,7 @@ struct SplitQkvArgs {
   int64_t num_tokens = 0;
   int32_t num_q_heads = 0;
   int32_t num_kv_heads = 0;
-  int32_t head_dim = 0;
+  int32_t head_dim = 0;           // even, at most kMaxRotaryHeadDim
   const float* q_norm = nullptr;  // [head_dim], or null: RMS norm of each query head before the rotation
   const float* k_norm = nullptr;
   float epsilon = 0;
