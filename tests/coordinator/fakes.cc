@@ -80,7 +80,10 @@ void FakeDecodeClient::Answer(const absl::Status& status, size_t index) {
   ASSERT_LT(index, pending.size()) << "no call to answer";
   const Call call = std::move(pending[index]);
   pending.erase(pending.begin() + static_cast<std::ptrdiff_t>(index));
-  if (call.kind == Kind::kAbort) ++aborts;
+  if (call.kind == Kind::kAbort) {
+    ++aborts;
+    if (!status.ok()) left_to_the_lease.insert(call.abort.session_id());
+  }
   if (status.ok()) {
     switch (call.kind) {
       case Kind::kOpen: {

@@ -7,6 +7,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -100,6 +101,8 @@ class FakeDecodeClient final : public DecodeClient {
   std::map<std::string, v1::CommitSessionRequest> committed;
   std::vector<v1::OpenSessionRequest> opened;
   int aborts = 0;
+  // Sessions whose abort did not reach the node.
+  std::set<std::string> left_to_the_lease;
   std::vector<std::string> violations;
 };
 
