@@ -369,7 +369,11 @@ KvStore::Usage FileKvStore::usage() const {
   usage.bytes = budget_->used();
   std::lock_guard<std::mutex> lock(mutex_);
   usage.sessions = static_cast<uint32_t>(sessions_.size());
-  for (const auto& [id, session] : sessions_) usage.committed += session->committed() ? 1 : 0;
+  for (const auto& [id, session] : sessions_) {
+    if (!session->committed()) continue;
+    ++usage.committed;
+    usage.committed_bytes += session->geometry().total_bytes();
+  }
   return usage;
 }
 

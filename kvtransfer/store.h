@@ -98,6 +98,7 @@ class KvStore {
     uint64_t bytes = 0;
     uint32_t sessions = 0;
     uint32_t committed = 0;
+    uint64_t committed_bytes = 0;  // of `bytes`, those of committed sessions
   };
   virtual Usage usage() const = 0;
 };
