@@ -19,6 +19,14 @@ struct FreeDeleter {
 };
 using Memory = std::unique_ptr<void, FreeDeleter>;
 
+Memory Allocate(size_t bytes) {
+  return Memory(std::aligned_alloc(64, std::max<size_t>((bytes + 63) / 64, 1) * 64));
+}
+
+// Most keys that are packed at a time.
+constexpr int64_t kPackedKeys = 4096;
+constexpr int64_t kPackedBlocks = kPackedKeys / kStepKeys;
+
 ElementType TypeOf(DType dtype) {
   return dtype == DType::kF32   ? ElementType::kF32
          : dtype == DType::kF16 ? ElementType::kF16
@@ -28,8 +36,9 @@ ElementType TypeOf(DType dtype) {
 const AttentionKernel& KernelFor(DType q, DType kv) {
 #if defined(__x86_64__)
   const CpuPath path = ActivePath();
-  (void)q;
-  (void)kv;
+  const bool bf16 = q == DType::kBF16 && kv == DType::kBF16;
+  if (bf16 && path >= CpuPath::kAmx) return kAmxAttention;
+  if (bf16 && path >= CpuPath::kAvx512Bf16) return kAvx512Bf16Attention;
   if (path >= CpuPath::kAvx512) return kAvx512Attention;
   if (path >= CpuPath::kAvx2) return kAvx2Attention;
 #endif
@@ -119,6 +128,7 @@ class Call {
     item_.kv_type = TypeOf(keys.dtype);
     item_.k_begin = keys.begin;
     item_.k_end = keys.begin + keys.num_tokens;
+    key_begin_ = keys.begin;
     item_.out = state.out;
     item_.lse_ln = state.lse_ln;
     item_.sink_tokens = index.sink_tokens;
@@ -126,22 +136,83 @@ class Call {
   }
 
   Status Run() {
-    const size_t bytes = (kernel_.scratch_bytes(item_.head_dim, plan_.max_lanes()) + 63) / 64 * 64;
-    const auto threads = static_cast<size_t>(omp_get_max_threads());
-    const Memory scratch(std::aligned_alloc(64, bytes * threads));
-    if (scratch == nullptr) {
-      return {StatusCode::kResourceExhausted,
-              "no memory for " + std::to_string(bytes * threads) + " bytes of attention scratch"};
+    const Memory scratch = Allocate(item_bytes() * static_cast<size_t>(omp_get_max_threads()));
+    const Memory packed = Allocate(packed_bytes());
+    if (scratch == nullptr || packed == nullptr) {
+      return {StatusCode::kResourceExhausted, "no memory for " + std::to_string(item_bytes()) +
+                                                  " bytes of attention scratch per thread and " +
+                                                  std::to_string(packed_bytes()) + " for packed keys"};
     }
-    char* base = static_cast<char*>(scratch.get());
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t i = 0; i < plan_.num_items(); ++i) {
-      RunItem(i, base + bytes * static_cast<size_t>(omp_get_thread_num()));
+    if (kernel_.pack == nullptr) {
+      RunItems(scratch.get());
+      return {};
+    }
+    // Piece by piece, so that packed keys take bounded memory; the running state carries over.
+    const int64_t k_begin = item_.k_begin;
+    const int64_t k_end = std::min(item_.k_end, queries_.begin + queries_.num_tokens);
+    for (int64_t begin = k_begin / kStepKeys * kStepKeys; begin < k_end; begin += kPackedKeys) {
+      item_.k_end = std::min(k_end, begin + kPackedKeys);
+      key_begin_ = std::max(begin, k_begin);
+      item_.packed = static_cast<const uint16_t*>(packed.get());
+      item_.packed_begin = begin;
+      if (PackNeeded(static_cast<uint16_t*>(packed.get()))) RunItems(scratch.get());
     }
     return {};
   }
 
  private:
+  size_t item_bytes() const {
+    return (kernel_.scratch_bytes(item_.head_dim, plan_.max_lanes()) + 63) / 64 * 64;
+  }
+
+  size_t packed_bytes() const {
+    if (kernel_.pack == nullptr) return 0;
+    const int64_t first = item_.k_begin / kStepKeys;
+    const int64_t blocks = std::min((item_.k_end - 1) / kStepKeys - first + 1, kPackedBlocks);
+    return static_cast<size_t>(blocks * item_.num_kv_heads) * kernel_.packed_elements(item_.head_dim) * 2;
+  }
+
+  // Packs the blocks of this piece of the keys that some query tile has selected; false if there is none.
+  bool PackNeeded(uint16_t* packed) const {
+    const int64_t num_blocks = (item_.k_end - 1) / kStepKeys - item_.packed_begin / kStepKeys + 1;
+    bool needed[kPackedBlocks] = {};
+    int64_t count = 0;
+    for (int32_t list = 0; list < index_.num_lists && count < num_blocks; ++list) {
+      for (int64_t i = plan_.num_tiles - 1; i >= 0 && count < num_blocks; --i) {
+        const int64_t tile = plan_.first_tile + i;
+        const int64_t end = std::min(item_.k_end, (tile + 1) * index_.q_tile_tokens);
+        ForEachRun(index_, index_.Row(list, tile), key_begin_, end, [&](int64_t run_begin, int64_t run_end) {
+          for (int64_t at = run_begin / kStepKeys * kStepKeys; at < run_end; at += kStepKeys) {
+            bool& flag = needed[(at - item_.packed_begin) / kStepKeys];
+            count += flag ? 0 : 1;
+            flag = true;
+          }
+        });
+      }
+    }
+    if (count == 0) return false;
+    const auto block_elements = static_cast<int64_t>(kernel_.packed_elements(item_.head_dim));
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t i = 0; i < num_blocks * item_.num_kv_heads; ++i) {
+      const int64_t block = i % num_blocks;
+      if (!needed[block]) continue;
+      AttentionItem item = item_;
+      item.kv_head = static_cast<int32_t>(i / num_blocks);
+      kernel_.pack(item, item_.packed_begin + block * kStepKeys,
+                   packed + (block * item.num_kv_heads + item.kv_head) * block_elements);
+    }
+    return true;
+  }
+
+  void RunItems(void* scratch) const {
+    char* base = static_cast<char*>(scratch);
+    const size_t bytes = item_bytes();
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t i = 0; i < plan_.num_items(); ++i) {
+      RunItem(i, base + bytes * static_cast<size_t>(omp_get_thread_num()));
+    }
+  }
+
   // Fills in which queries and heads item number `i` has; false if the chunk has none of them. Later queries,
   // which see more keys, come first, so that no thread is left with a long item at the end.
   bool Locate(int64_t i, AttentionItem* item, int64_t* segment) const {
@@ -187,8 +258,8 @@ class Call {
         begin = step_end;
       }
     };
-    ForEachRun(index_, segment, item.k_begin, std::min(key_end, sinks_end), visit);
-    ForEachRun(index_, segment, std::max(item.k_begin, window_begin), key_end, visit);
+    ForEachRun(index_, segment, key_begin_, std::min(key_end, sinks_end), visit);
+    ForEachRun(index_, segment, std::max(key_begin_, window_begin), key_end, visit);
     if (begun) kernel_.end(item, scratch);
   }
 
@@ -197,6 +268,8 @@ class Call {
   const Plan plan_;
   const QueryChunk& queries_;
   AttentionItem item_;
+  // Keys [key_begin_, item_.k_end) take part at the moment.
+  int64_t key_begin_ = 0;
 };
 
 }  // namespace

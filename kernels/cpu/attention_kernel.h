@@ -32,7 +32,8 @@ struct AttentionItem {
   ElementType kv_type = ElementType::kF32;
   int64_t k_begin = 0;  // position of the first row of k and v
   int64_t k_end = 0;
-  // Kernels with pack() only: what pack() wrote, starting at the block of position packed_begin.
+  // Kernels with pack() only: [blocks][num_kv_heads] packed blocks; the first block is that of position
+  // packed_begin, a multiple of kStepKeys.
   const uint16_t* packed = nullptr;
   int64_t packed_begin = 0;
 

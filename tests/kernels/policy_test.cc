@@ -1,0 +1,158 @@
+#include "kernels/pattern/policy.h"
+
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include <gtest/gtest.h>
+
+namespace headwater::kernels {
+namespace {
+
+std::unique_ptr<PatternPolicy> Make(const std::string& name,
+                                    const std::map<std::string, double>& parameters) {
+  std::unique_ptr<PatternPolicy> policy;
+  const Status status = MakePolicy(name, parameters, &policy);
+  EXPECT_TRUE(status.ok()) << status.message();
+  return policy;
+}
+
+PatternInputs Prompt(int64_t num_tokens) {
+  PatternInputs inputs;
+  inputs.num_q_heads = 4;
+  inputs.num_kv_heads = 2;
+  inputs.num_tokens = num_tokens;
+  inputs.num_q_tiles = (num_tokens + kQueryTileTokens - 1) / kQueryTileTokens;
+  return inputs;
+}
+
+bool Lists(const BlockIndex& index, int64_t tile, int64_t block) {
+  const auto row = static_cast<size_t>(index.Row(0, tile));
+  if (index.dense[row] != 0) return true;
+  for (int64_t i = index.offsets[row]; i < index.offsets[row + 1]; ++i) {
+    if (index.blocks[static_cast<size_t>(i)] == block) return true;
+  }
+  return false;
+}
+
+TEST(Policy, EmptyNameIsDense) {
+  EXPECT_EQ(Make("", {})->name(), "dense");
+  EXPECT_EQ(Make("dense", {})->name(), "dense");
+  EXPECT_EQ(Make("a_shape", {})->name(), "a_shape");
+  EXPECT_EQ(PolicyNames(), (std::vector<std::string>{"dense", "a_shape"}));
+}
+
+TEST(Policy, DenseSelectsEverything) {
+  BlockIndex index;
+  PatternInputs inputs = Prompt(1000);
+  inputs.first_q_tile = 3;
+  inputs.num_q_tiles = 5;
+  ASSERT_TRUE(Make("dense", {})->Select(inputs, &index).ok());
+  ASSERT_TRUE(ValidateBlockIndex(index).ok());
+  EXPECT_EQ(index.first_q_tile, 3);
+  EXPECT_EQ(CountBlocks(index).selected, CountBlocks(index).possible);
+}
+
+TEST(Policy, AShapeListsExactlyTheBlocksWithAVisibleKey) {
+  for (const int64_t tokens : {1, 127, 128, 129, 700, 1025}) {
+    for (const int64_t sink : {0, 1, 128, 129, 400}) {
+      for (const int64_t window : {1, 2, 127, 128, 129, 300, 2000}) {
+        BlockIndex index;
+        const auto policy = Make("a_shape", {{"sink_tokens", static_cast<double>(sink)},
+                                             {"window_tokens", static_cast<double>(window)}});
+        ASSERT_TRUE(policy->Select(Prompt(tokens), &index).ok());
+        ASSERT_TRUE(ValidateBlockIndex(index).ok()) << ValidateBlockIndex(index).message();
+        EXPECT_EQ(index.sink_tokens, sink);
+        EXPECT_EQ(index.window_tokens, window);
+        for (int64_t tile = 0; tile < index.num_q_tiles; ++tile) {
+          bool pruned = false;
+          for (int64_t block = 0; block <= tile; ++block) {
+            bool visible = false;
+            for (int64_t q = tile * 128; q < std::min(tile * 128 + 128, tokens); ++q) {
+              for (int64_t k = block * 128; k < std::min(block * 128 + 128, q + 1); ++k) {
+                const bool seen = k < sink || k > q - window;
+                visible = visible || seen;
+                pruned = pruned || !seen;
+              }
+            }
+            EXPECT_EQ(Lists(index, tile, block), visible)
+                << tokens << " tokens, sink " << sink << ", window " << window << ", tile " << tile
+                << ", block " << block;
+          }
+          EXPECT_EQ(index.dense[static_cast<size_t>(tile)] != 0, !pruned)
+              << tokens << " tokens, sink " << sink << ", window " << window << ", tile " << tile;
+        }
+      }
+    }
+  }
+}
+
+TEST(Policy, PartOfThePromptGetsTheSameListsAsTheWhole) {
+  const auto policy = Make("a_shape", {{"sink_tokens", 128}, {"window_tokens", 300}});
+  BlockIndex whole;
+  ASSERT_TRUE(policy->Select(Prompt(2000), &whole).ok());
+  PatternInputs inputs = Prompt(2000);
+  inputs.first_q_tile = 7;
+  inputs.num_q_tiles = 4;
+  BlockIndex part;
+  ASSERT_TRUE(policy->Select(inputs, &part).ok());
+  ASSERT_TRUE(ValidateBlockIndex(part).ok());
+  for (int64_t tile = 7; tile < 11; ++tile) {
+    for (int64_t block = 0; block <= tile; ++block) {
+      EXPECT_EQ(Lists(part, tile, block), Lists(whole, tile, block));
+    }
+  }
+}
+
+TEST(Policy, RefusesNamesAndValues) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  struct Row {
+    std::string name;
+    std::map<std::string, double> parameters;
+    std::string words;
+  };
+  const Row kRows[] = {
+      {"minference", {}, "policy \"minference\" is not one of dense, a_shape"},
+      {"dense", {{"window_tokens", 1}}, "policy dense has no parameter \"window_tokens\""},
+      {"", {{"x", 1}}, "policy dense has no parameter \"x\""},
+      {"a_shape", {{"sinks", 1}}, "policy a_shape has no parameter \"sinks\""},
+      {"a_shape", {{"window_tokens", 0}}, "window_tokens 0.000000 is not a whole number from 1 to 4194304"},
+      {"a_shape", {{"window_tokens", 4194305}}, "window_tokens 4194305"},
+      {"a_shape", {{"window_tokens", 1.5}}, "window_tokens 1.5"},
+      {"a_shape", {{"sink_tokens", -1}}, "sink_tokens -1.000000 is not a whole number from 0 to 4194304"},
+      {"a_shape", {{"sink_tokens", 1e300}}, "sink_tokens 1"},
+      {"a_shape", {{"sink_tokens", nan}}, "sink_tokens nan"},
+      {"a_shape", {{"window_tokens", INFINITY}}, "window_tokens inf"},
+  };
+  for (const Row& row : kRows) {
+    std::unique_ptr<PatternPolicy> policy;
+    const Status status = MakePolicy(row.name, row.parameters, &policy);
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument) << row.words;
+    EXPECT_NE(status.message().find(row.words), std::string::npos) << status.message();
+    EXPECT_EQ(policy, nullptr);
+  }
+}
+
+TEST(Policy, RefusesTilesOutsideThePrompt) {
+  BlockIndex index;
+  for (const auto& policy : {Make("dense", {}), Make("a_shape", {})}) {
+    PatternInputs inputs = Prompt(1000);
+    inputs.num_q_tiles = 9;
+    EXPECT_EQ(policy->Select(inputs, &index).code(), StatusCode::kInvalidArgument);
+    inputs = Prompt(1000);
+    inputs.first_q_tile = 1;
+    EXPECT_EQ(policy->Select(inputs, &index).code(), StatusCode::kInvalidArgument);
+    inputs.first_q_tile = -1;
+    EXPECT_EQ(policy->Select(inputs, &index).code(), StatusCode::kInvalidArgument);
+    inputs.first_q_tile = INT64_MAX;
+    EXPECT_EQ(policy->Select(inputs, &index).code(), StatusCode::kInvalidArgument);
+    inputs = Prompt(1000);
+    inputs.num_tokens = -1;
+    EXPECT_EQ(policy->Select(inputs, &index).code(), StatusCode::kInvalidArgument);
+    inputs = Prompt(0);
+    EXPECT_TRUE(policy->Select(inputs, &index).ok());
+  }
+}
+
+}  // namespace
+}  // namespace headwater::kernels
