@@ -28,11 +28,11 @@ std::vector<TokenScore> TopTokens(absl::Span<const float> logits, int count) {
   const double most = logits[static_cast<size_t>(order.front())];
   double sum = 0;
   for (const float logit : logits) sum += std::exp(static_cast<double>(logit) - most);
-  const double log_sum = most + std::log(sum);
+  const double log_sum = std::log(sum);
   std::vector<TokenScore> best;
   for (size_t i = 0; i < wanted; ++i) {
     const float logit = logits[static_cast<size_t>(order[i])];
-    best.push_back({order[i], logit, static_cast<float>(logit - log_sum)});
+    best.push_back({order[i], logit, static_cast<float>(logit - most - log_sum)});
   }
   return best;
 }
