@@ -88,9 +88,9 @@ absl::Status Run() {
   }
   HW_ASSIGN_OR_RETURN(const PrefillJob job, MakeJob(*model, tokens, threads));
   Arena arena;
-  HW_RETURN_IF_ERROR(arena.Reset(job.plan.arena_bytes()));
   std::vector<double> seconds;
   for (int run = 0; run <= std::max(1, absl::GetFlag(FLAGS_repeat)); ++run) {
+    HW_RETURN_IF_ERROR(arena.Reset(job.plan.arena_bytes()));
     JobControl control;
     DiscardingSender sender;
     PrefillContext context;

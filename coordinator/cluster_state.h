@@ -48,7 +48,7 @@ struct DecodeNode {
   absl::Time disconnected_at;
   uint64_t kv_bytes_used = 0;
   uint32_t sessions = 0;
-  // Opened since its last heartbeat, which therefore does not count it yet.
+  // Of caches sent its way since its last heartbeat, which does not count them yet. An estimate.
   uint64_t unreported_bytes = 0;
 
   uint64_t FreeBytes() const;

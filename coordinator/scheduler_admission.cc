@@ -190,8 +190,7 @@ absl::Status Scheduler::StartEpoch(Job& job, v1::PrefillPlan plan) {
     if (!picked.ok()) return picked.status();
     job.decode_node = *std::move(picked);
   }
-  const DecodeNode* node = cluster_.FindDecodeNode(job.decode_node);
-  job.decode_address = node->registration.decode_address();
+  if (job.epoch == 0) cluster_.FindDecodeNode(job.decode_node)->unreported_bytes += KvBytes(job.layout);
 
   const absl::Time now = clock_->Now();
   ++job.epoch;

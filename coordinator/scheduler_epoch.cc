@@ -76,9 +76,6 @@ void Scheduler::OnOpened(uint64_t serial, const absl::Status& status) {
   }
   if (status.ok()) {
     job->away_since.reset();
-    if (DecodeNode* node = cluster_.FindDecodeNode(job->decode_node)) {
-      node->unreported_bytes += KvBytes(job->layout);
-    }
     AssignRanks(*job);
   } else if (MayBeAway(status)) {
     HandleAwayNode(*job, status);

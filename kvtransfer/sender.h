@@ -52,7 +52,8 @@ class KvSender {
  public:
   // Starts connecting and returns.
   static std::unique_ptr<KvSender> Create(const KvSenderOptions& options, const KvGeometry& geometry);
-  // Cancels what is under way and waits until no thread uses the caller's memory.
+  // Cancels what is under way and waits until no thread uses the caller's memory: at once as a rule, about 3
+  // s where the peer has stopped reading.
   virtual ~KvSender() = default;
 
   // Queues the block for sending. `data` (geometry.BytesOf(block) bytes) must stay unchanged until `done` has

@@ -18,6 +18,10 @@ namespace {
 constexpr absl::Duration kTick = absl::Seconds(1);
 // How long a finished stream may take to end by itself.
 constexpr absl::Duration kCloseTimeout = absl::Seconds(1);
+// After this long without an answer to what was sent the connection is closed. gRPC keeps a connection with
+// an unfinished write open even when its channel is gone, so this also bounds how long the caller's memory
+// stays in use after a cancellation.
+constexpr absl::Duration kSilence = absl::Seconds(3);
 constexpr absl::Duration kFirstBackoff = absl::Milliseconds(50);
 constexpr int kMostDoublings = 4;
 
@@ -87,7 +91,7 @@ bool SenderChannel::NextEvent(absl::Duration limit, Event* event, bool* ok) {
 }
 
 void SenderChannel::Run() {
-  channel_ = DialPrivate(options_.address);
+  channel_ = DialPrivate(options_.address, kSilence);
   while (ledger_->running()) {
     const absl::Status end = RunStream();
     ledger_->StreamLost(index_);
@@ -104,7 +108,8 @@ void SenderChannel::Run() {
         << "KV stream to " << options_.address << " broke and is resumed: " << end.message();
     BackOff();
   }
-  // With the channel goes its connection, and with that whatever slices it still had to write.
+  // With the channel goes its connection, at the latest after kSilence, and with that whatever slices it
+  // still had to write.
   channel_.reset();
   {
     std::lock_guard<std::mutex> lock(wake_mutex_);
@@ -134,7 +139,8 @@ void SenderChannel::BackOff() {
 absl::Status SenderChannel::RunStream() {
   Stream stream;
   Begin(&stream);
-  while (stream.pending > 0) {
+  // Finish is the last event of every stream, and comes after all others are drained.
+  while (!stream.finishing || stream.pending > 0) {
     Advance(&stream);
     Event event;
     bool ok = false;

@@ -20,6 +20,16 @@ using kernels::DType;
 
 constexpr int64_t kChunkTokens = 512;
 
+// kernels::Convert() with the calling thread's team.
+void ConvertRows(const float* from, int64_t num_rows, int64_t width, DType to_dtype, void* to) {
+  const int64_t row_bytes = width * static_cast<int64_t>(kernels::SizeOf(to_dtype));
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < num_rows; ++row) {
+    kernels::Convert(from + row * width, DType::kF32, static_cast<uint8_t*>(to) + row * row_bytes, to_dtype,
+                     static_cast<size_t>(width));
+  }
+}
+
 class CheckpointModel : public Model {
  public:
   CheckpointModel(ModelConfig config, DType compute, ModelWeights weights)
@@ -168,7 +178,7 @@ absl::Status CheckpointModel::AfterChunk(const LayerWeights& layer, const float*
                                          float* hidden) const {
   const void* attention_input = attention;
   if (compute_ != DType::kF32) {
-    kernels::Convert(attention, DType::kF32, input, compute_, static_cast<size_t>(num_tokens * q_width()));
+    ConvertRows(attention, num_tokens, q_width(), compute_, input);
     attention_input = input;
   }
   HW_RETURN_IF_ERROR(FromKernels(layer.output->Run(attention_input, num_tokens, hidden, DType::kF32, true),

@@ -38,6 +38,7 @@ class Loader {
  private:
   // Checks, counts into the fingerprint, and remembers as used.
   absl::StatusOr<const Tensor*> Take(const std::string& name, const std::vector<int64_t>& shape);
+  absl::Status ReadVector(const std::string& name, int64_t size, std::vector<float>* out);
   absl::Status LoadVector(const std::string& name, int64_t size, std::vector<float>* out);
   absl::Status LoadLinear(const std::vector<LinearSource>& sources, int64_t in_features,
                           std::unique_ptr<kernels::Linear>* linear);
@@ -93,11 +94,16 @@ absl::StatusOr<const Tensor*> Loader::Take(const std::string& name, const std::v
   return tensor;
 }
 
-absl::Status Loader::LoadVector(const std::string& name, int64_t size, std::vector<float>* out) {
+absl::Status Loader::ReadVector(const std::string& name, int64_t size, std::vector<float>* out) {
   HW_ASSIGN_OR_RETURN(const Tensor* const tensor, Take(name, {size}));
   std::vector<uint8_t> copy;
   out->resize(static_cast<size_t>(size));
   kernels::Convert(AlignedData(*tensor, &copy), *tensor->element, out->data(), DType::kF32, out->size());
+  return absl::OkStatus();
+}
+
+absl::Status Loader::LoadVector(const std::string& name, int64_t size, std::vector<float>* out) {
+  HW_RETURN_IF_ERROR(ReadVector(name, size, out));
   bytes_ += out->size() * sizeof(float);
   return absl::OkStatus();
 }
@@ -118,7 +124,7 @@ absl::Status Loader::LoadLinear(const std::vector<LinearSource>& sources, int64_
     spec.weight.push_back({AlignedData(*tensor, &copies[i]), *tensor->element, source.rows});
     if (!source.bias) continue;
     std::vector<float> part;
-    HW_RETURN_IF_ERROR(LoadVector(absl::StrCat(source.name, ".bias"), source.rows, &part));
+    HW_RETURN_IF_ERROR(ReadVector(absl::StrCat(source.name, ".bias"), source.rows, &part));
     bias.insert(bias.end(), part.begin(), part.end());
   }
   if (!bias.empty()) spec.bias = bias.data();

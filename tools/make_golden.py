@@ -19,11 +19,11 @@ SEED = 20240607
 
 
 def llama_config():
-    # A wavelength range that takes all three branches of llama3 scaling.
+    # A wavelength range that takes all three branches of llama3 scaling, and every bias that Llama can have.
     return transformers.LlamaConfig(
         vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=2048, rms_norm_eps=1e-5, tie_word_embeddings=False,
-        bos_token_id=1, eos_token_id=2,
+        bos_token_id=1, eos_token_id=2, attention_bias=True, mlp_bias=True,
         rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
                          "high_freq_factor": 4.0, "original_max_position_embeddings": 256})
 

@@ -7,9 +7,17 @@
 #include "worker/memory_plan.h"
 
 namespace headwater {
+namespace {
 
-absl::Status Arena::Reset(uint64_t bytes) {
+constexpr uint64_t Rounded(uint64_t bytes) {
+  return (bytes + MemoryPlan::kAlignment - 1) / MemoryPlan::kAlignment * MemoryPlan::kAlignment;
+}
+
+}  // namespace
+
+absl::Status Arena::Reset(uint64_t wanted) {
   used_ = 0;
+  const uint64_t bytes = wanted > ~uint64_t{MemoryPlan::kAlignment} ? wanted : Rounded(wanted);
   if (bytes <= capacity_) return absl::OkStatus();
   Free();
   // Mapped, not taken from the heap: Free() really gives it back, and pages that no job touches cost nothing.
@@ -27,8 +35,7 @@ absl::Status Arena::Reset(uint64_t bytes) {
 }
 
 char* Arena::Take(uint64_t bytes) {
-  const uint64_t rounded =
-      (bytes + MemoryPlan::kAlignment - 1) / MemoryPlan::kAlignment * MemoryPlan::kAlignment;
+  const uint64_t rounded = Rounded(bytes);
   HW_CHECK(rounded <= capacity_ - used_);
   char* const taken = data_ + used_;
   used_ += rounded;

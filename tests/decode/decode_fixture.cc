@@ -5,6 +5,7 @@
 
 #include "base/log.h"
 #include "kernels/dtype.h"
+#include "kernels/ops/linear.h"
 #include "kvtransfer/digest.h"
 #include "tests/model/dense_forward.h"
 
@@ -29,6 +30,8 @@ kernels::DType ToDType(v1::KvDtype dtype) {
 }  // namespace
 
 std::unique_ptr<Model> LoadModel(const std::string& directory, kernels::DType compute) {
+  // These models are too small to share among threads.
+  kernels::SetNumThreads(1);
   ModelOptions options;
   options.directory = directory;
   options.compute = compute;

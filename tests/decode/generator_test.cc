@@ -108,9 +108,10 @@ TEST_P(GoldenGeneratorTest, ReadsBf16CachesInPlace) {
   ExpectReadsAsF32(GetParam(), v1::KV_DTYPE_BF16, kernels::DType::kBF16);
 }
 
-// bf16 moves these models' logits by up to half a unit; wider choices must not change.
+// bf16 moves the logits of qwen2 and qwen3, which are large, by up to half a unit, and llama's by up to 0.02;
+// wider choices must not change.
 TEST_P(GoldenGeneratorTest, MakesTheSameClearChoicesInBf16) {
-  constexpr float kMargin = 1.0f;
+  const float margin = GetParam() == "llama" ? 0.05f : 1.0f;
   const Golden golden = ReadGolden(GetParam());
   const auto exact = LoadModel(golden.directory);
   const auto model = LoadModel(golden.directory, kernels::DType::kBF16);
@@ -127,9 +128,9 @@ TEST_P(GoldenGeneratorTest, MakesTheSameClearChoicesInBf16) {
 
   ASSERT_EQ(tokens.size(), expected.size());
   size_t clear = 0;
-  while (clear < expected.size() && (clear == 0 || expected[clear].top2_logit_gap >= kMargin)) {
+  while (clear < expected.size() && (clear == 0 || expected[clear].top2_logit_gap >= margin)) {
     EXPECT_EQ(tokens[clear].token, expected[clear].token) << "token " << clear;
-    EXPECT_NEAR(tokens[clear].top2_logit_gap, expected[clear].top2_logit_gap, kMargin) << "token " << clear;
+    EXPECT_NEAR(tokens[clear].top2_logit_gap, expected[clear].top2_logit_gap, margin) << "token " << clear;
     ++clear;
   }
   EXPECT_GE(clear, 2u) << "no choice is clear enough to compare";

@@ -1,7 +1,5 @@
 #include "tests/kvtransfer/kv_fixture.h"
 
-#include <stdlib.h>
-
 #include <cstring>
 #include <filesystem>
 #include <random>
@@ -9,10 +7,13 @@
 
 #include "absl/strings/match.h"
 #include <gtest/gtest.h>
+#include <stdlib.h>
+#include <unistd.h>
 
 namespace headwater {
 
-v1::KvLayout MakeLayout(uint32_t layers, uint32_t heads, uint32_t head_dim, uint64_t tokens, uint32_t block_tokens) {
+v1::KvLayout MakeLayout(uint32_t layers, uint32_t heads, uint32_t head_dim, uint64_t tokens,
+                        uint32_t block_tokens) {
   v1::KvLayout layout;
   layout.set_num_layers(layers);
   layout.set_num_kv_heads(heads);
@@ -95,8 +96,10 @@ bool CacheBytes::Equals(const CommittedKv& kv) const {
   return true;
 }
 
-TempDir::TempDir() {
-  std::string pattern = (std::filesystem::temp_directory_path() / "hwkv.XXXXXX").string();
+TempDir::TempDir(bool in_memory) {
+  std::string base = std::filesystem::temp_directory_path().string();
+  if (in_memory && access("/dev/shm", W_OK) == 0) base = "/dev/shm";
+  std::string pattern = base + "/hwkv.XXXXXX";
   EXPECT_NE(mkdtemp(pattern.data()), nullptr);
   path_ = pattern;
 }

@@ -24,7 +24,8 @@ namespace headwater {
 inline constexpr char kSession[] = "session-1";
 inline constexpr char kToken[] = "a token that nobody guesses";
 
-v1::KvLayout MakeLayout(uint32_t layers, uint32_t heads, uint32_t head_dim, uint64_t tokens, uint32_t block_tokens);
+v1::KvLayout MakeLayout(uint32_t layers, uint32_t heads, uint32_t head_dim, uint64_t tokens,
+                        uint32_t block_tokens);
 KvGeometry MakeGeometry(const v1::KvLayout& layout);
 v1::OpenSessionRequest MakeOpen(const v1::KvLayout& layout, uint32_t epoch = 1, uint32_t resume_layer = 0);
 v1::KvHello MakeHello(uint32_t epoch = 1);
@@ -36,7 +37,9 @@ v1::CommitSessionRequest MakeCommit(const KvGeometry& geometry, const KvDigest& 
 class CacheBytes {
  public:
   CacheBytes(const KvGeometry& geometry, uint32_t seed);
-  const char* Block(uint64_t index) const { return bytes_.data() + geometry_.OffsetOf(geometry_.BlockAt(index)); }
+  const char* Block(uint64_t index) const {
+    return bytes_.data() + geometry_.OffsetOf(geometry_.BlockAt(index));
+  }
   uint64_t BlockBytes(uint64_t index) const { return geometry_.BytesOf(geometry_.BlockAt(index)); }
   absl::string_view View(uint64_t index) const { return absl::string_view(Block(index), BlockBytes(index)); }
   uint32_t Crc(uint64_t index) const;
@@ -53,7 +56,8 @@ class CacheBytes {
 // A directory that goes with the object.
 class TempDir {
  public:
-  TempDir();
+  // `in_memory`: on a tmpfs where there is one, for tests that make many files.
+  explicit TempDir(bool in_memory = false);
   ~TempDir();
   const std::string& path() const { return path_; }
   // Path of the only file with that suffix.

@@ -37,7 +37,8 @@ TEST(KvStream, DeliversRandomlyOrderedBlocksOfSeveralRanksAndChannels) {
           options.rank = static_cast<uint32_t>(rank);
           const auto sender = KvSender::Create(options, geometry);
           for (size_t i = static_cast<size_t>(rank); i < order.size(); i += static_cast<size_t>(ranks)) {
-            ASSERT_TRUE(sender->Submit(geometry.BlockAt(order[i]), cache.Block(order[i]), done.Callback()).ok());
+            ASSERT_TRUE(
+                sender->Submit(geometry.BlockAt(order[i]), cache.Block(order[i]), done.Callback()).ok());
           }
           const absl::Status finished = sender->Finish();
           EXPECT_TRUE(finished.ok()) << finished;

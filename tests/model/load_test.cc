@@ -88,8 +88,8 @@ TEST(ModelLoad, RefusesWeightsOverTheBudgetWithBothNumbers) {
   const auto config = ReadModelConfig(golden.directory);
   ASSERT_TRUE(config.ok());
   const uint64_t planned = PlannedWeightBytes(*config, DType::kF32);
-  // 2 * 256 * 64 + 3 layers of (128 + 64) * 64 + 3 * 72 * 64 weights, and 7 norms of 64, less the embedding.
-  EXPECT_EQ(planned, 4u * (256 * 64 + 3 * (192 * 64 + 3 * 72 * 64) + 7 * 64));
+  // The head; per layer QKV and output, gate, up and down, and 400 biases; 7 norms. Not the embedding.
+  EXPECT_EQ(planned, 4u * (256 * 64 + 3 * ((128 + 64) * 64 + 3 * 72 * 64 + 400) + 7 * 64));
   const auto refused = Model::Load({golden.directory, DType::kF32, planned - 1});
   EXPECT_EQ(refused.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(refused.status().message()), HasSubstr(absl::StrCat(planned)));
