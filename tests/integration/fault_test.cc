@@ -17,7 +17,9 @@
 namespace headwater::testing {
 namespace {
 
-constexpr int kPromptTokens = 8000;
+// Long enough that progress is seen at several layers.
+constexpr int kPromptTokens = 6000;
+constexpr int kLayers = 12;
 constexpr char kStored[] = "headwater_kv_ingress_blocks_total{result=\"stored\"}";
 constexpr char kDuplicate[] = "headwater_kv_ingress_blocks_total{result=\"duplicate\"}";
 constexpr char kCorrupt[] = "headwater_kv_ingress_blocks_total{result=\"corrupt\"}";
@@ -34,7 +36,7 @@ class FaultTest : public ::testing::Test {
  protected:
   void SetUp() override {
     const std::string directory = MakeTempDirectory();
-    WriteTinyModel(TinyModel{}, directory);
+    WriteTinyModel(TinyModel{.layers = kLayers}, directory);
     ClusterOptions options;
     options.model_directory = directory;
     options.kv_proxy_port = [this](int decode_port) {
@@ -121,7 +123,7 @@ TEST_F(FaultTest, KilledDecodeNodeGetsOnlyTheMissingBlocksAfterItsRestart) {
 TEST_F(FaultTest, PromptOfAKilledWorkerIsRetriedOnTheLivingOne) {
   for (int run = 0; run < FaultRuns(); ++run) {
     SCOPED_TRACE(absl::StrCat("run ", run));
-    const uint32_t kill_at_layer = 1 + static_cast<uint32_t>(run % 3);
+    const uint32_t kill_at_layer = 1 + static_cast<uint32_t>(run % 8);
     const int victim = run % 2;
     bool killed = false;
 
