@@ -146,6 +146,18 @@ absl::Status FileMapping::Map(int fd, uint64_t bytes, const std::string& path) {
   return absl::OkStatus();
 }
 
+absl::Status FileMapping::Populate(uint64_t offset, uint64_t bytes) {
+#ifdef MADV_POPULATE_WRITE
+  const uint64_t begin = offset / kPage * kPage;
+  if (madvise(data_ + begin, offset + bytes - begin, MADV_POPULATE_WRITE) != 0 && errno != EINVAL &&
+      errno != EINTR) {
+    return absl::UnavailableError(
+        absl::StrCat("the KV store's memory cannot be written: ", std::strerror(errno)));
+  }
+#endif
+  return absl::OkStatus();
+}
+
 absl::Status FileMapping::SetWritable(bool writable) {
   if (mprotect(data_, bytes_, writable ? PROT_READ | PROT_WRITE : PROT_READ) != 0) {
     return SystemError(errno, "cannot protect the mapping", "", bytes_);

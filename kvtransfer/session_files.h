@@ -38,6 +38,10 @@ class FileMapping {
 
   // Maps all `bytes` of the open file, readable and writable.
   absl::Status Map(int fd, uint64_t bytes, const std::string& path);
+  // Makes the pages of [offset, offset + bytes) present and writable in one step, which is cheaper than a
+  // fault for each, and turns what would be a SIGBUS (an I/O error, no space) into UNAVAILABLE. Kernels
+  // before 5.14 cannot: OK.
+  absl::Status Populate(uint64_t offset, uint64_t bytes);
   // Takes the right to write away, or gives it back.
   absl::Status SetWritable(bool writable);
 
@@ -78,8 +82,11 @@ class SessionFiles {
   const v1::OpenSessionRequest& request() const { return request_; }
   const KvGeometry& geometry() const { return geometry_; }
 
-  // Of the block, or of any tensor.
   char* payload() const { return payload_.data(); }
+  // Call before writing a block's payload.
+  absl::Status Populate(const KvBlockId& block) {
+    return payload_.Populate(geometry_.OffsetOf(block), geometry_.BytesOf(block));
+  }
   bool IsStored(uint64_t block_index) const { return BlockCrc(block_index, nullptr); }
   // False: not stored.
   bool BlockCrc(uint64_t block_index, uint32_t* crc) const;

@@ -283,12 +283,18 @@ PutResult KvSession::Put(const v1::KvBlock& block, const std::vector<absl::strin
     return PutResult::kStaleEpoch;
   }
   lock.unlock();
-  const uint32_t crc = CopyAndChecksum(payload, files_->payload() + geometry().OffsetOf(id));
+  const absl::Status writable = files_->Populate(id);
+  const uint32_t crc =
+      writable.ok() ? CopyAndChecksum(payload, files_->payload() + geometry().OffsetOf(id)) : 0;
   lock.lock();
   writing_.erase(std::find(writing_.begin(), writing_.end(), *block_index));
+  changed_.notify_all();
+  if (!writable.ok()) {
+    *error = std::string(writable.message());
+    return PutResult::kRefused;
+  }
   result = crc == block.crc32c() ? PutResult::kStored : PutResult::kCorrupt;
   if (result == PutResult::kStored) files_->MarkStored(*block_index, crc);
-  changed_.notify_all();
   return result;
 }
 
