@@ -61,6 +61,10 @@ absl::Status DecodeNode::LoadModel(const DecodeOptions& options) {
 absl::Status DecodeNode::OpenStore(const DecodeOptions& options) {
   uint64_t budget = options.kv_budget_bytes;
   if (budget == 0) HW_RETURN_IF_ERROR(DefaultKvBudget(options.kv_dir, &budget));
+  if (budget == 0) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "--kv_dir ", options.kv_dir, ": its file system has no free space; pass --kv_budget or another"));
+  }
   generated_budget_bytes_ = budget / kGeneratedShare;
   store_budget_bytes_ = budget - generated_budget_bytes_;
   KvStoreOptions store_options;

@@ -293,8 +293,13 @@ absl::Status SenderChannel::Judge(const absl::Status& end) {
       if (++corrupt_streams_ <= options_.max_corrupt_retries) return absl::OkStatus();
       return end;
     default:
-      if (absl::IsUnavailable(end) || absl::IsResourceExhausted(end)) return absl::OkStatus();
-      return end;
+      if (absl::IsUnavailable(end) || absl::IsResourceExhausted(end) || absl::IsDeadlineExceeded(end)) {
+        return absl::OkStatus();
+      }
+      if (!absl::IsInvalidArgument(end)) return end;
+      // What this process sent made no sense to the receiver; nobody above can mend that.
+      return MakeError(absl::StatusCode::kInternal, v1::ERROR_REASON_INTERNAL,
+                       absl::StrCat("the KV receiver at ", options_.address, " refused: ", end.message()));
   }
 }
 

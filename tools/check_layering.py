@@ -56,7 +56,7 @@ MAX_LINES, MAX_TEST_LINES = 400, 600
 CODE = {".cc", ".h", ".cu", ".cuh", ".py", ".sh", ".cmake"}
 # Not in a file of this project, whatever it is for.
 UNWANTED = {
-    "a path of one machine": re.compile(r"(?<![\w.])/(?:work|root|farm)/"),
+    "a path of one machine": re.compile(r"(?<![\w.])/(?:work|farm)/"),
     "the host of a package registry": re.compile(r"deb\.debian\.org|pypi\.org|pythonhosted\.org|registry\.npmjs"),
     "an open end without an issue, TODO(#n)": re.compile(r"\b(?:TODO(?!\(#\d+\))|FIXME|XXX|HACK)\b"),
 }

@@ -48,8 +48,8 @@ mirror=$(apt-get indextargets --format '$(CODENAME) $(COMPONENT) $(REPO_URI)' 'C
   awk '$1 == "bookworm" && $2 == "main" { print $3; exit }')
 [ -n "$mirror" ] || { echo "clean_room: no Debian 12 package list here (run apt-get update)" >&2; exit 1; }
 echo "== debootstrap bookworm (minbase) into $dir"
-debootstrap --variant=minbase bookworm "$dir" "$mirror" >"$dir.log" 2>&1 || { tail "$dir.log" >&2; exit 1; }
-rm -f "$dir.log"
+debootstrap --variant=minbase bookworm "$dir" "$mirror" >"$dir.debootstrap.log" 2>&1 || { tail "$dir.debootstrap.log" >&2; exit 1; }
+rm -f "$dir.debootstrap.log"
 
 # What lets the chroot reach the same registries: sources, keys, proxies, certificates, name resolution.
 copy() { # copy PATH...: into the chroot, where it exists here

@@ -306,6 +306,7 @@ bool GrpcControlClient::Drain(absl::Duration timeout) {
   if (finished) {
     // Results that were posted leave before the stream ends.
     closing_ = true;
+    if (!registered_) CancelStream();
     mutex_.AwaitWithTimeout(absl::Condition(
                                 +[](GrpcControlClient* self) ABSL_EXCLUSIVE_LOCKS_REQUIRED(self->mutex_) {
                                   return self->stream_over_;

@@ -75,7 +75,12 @@ class Gloo final : public GlooCollectives {
   Gloo(const GlooOptions& options, std::shared_ptr<gloo::transport::Device> device)
       : options_(options), device_(std::move(device)) {}
   ~Gloo() override {
-    Fail(absl::CancelledError("the group was destroyed")).IgnoreError();
+    {
+      // A group that ends well must not be closed by Fail(): Gloo's close() resets the connection, by which a
+      // peer loses what it has not read yet. Destroying the pairs closes them in order.
+      absl::MutexLock lock(&mutex_);
+      if (error_.ok()) error_ = absl::CancelledError("the group was destroyed");
+    }
     // Pairs unregister from the device's thread; the device must go last.
     transport_.reset();
   }

@@ -19,10 +19,11 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-void Configure() {
-  const TileConfig config;
-  _tile_loadconfig(&config);
-}
+// Not on the stack: GCC 12 tells the optimiser that the instruction reads 8 bytes, and so drops the other
+// stores.
+constexpr TileConfig kConfig;
+
+void Configure() { _tile_loadconfig(&kConfig); }
 
 void Release() { _tile_release(); }
 
@@ -36,6 +37,8 @@ void MultiplyTiles(const uint16_t* a, int64_t a_stride, const uint16_t* b, int64
                    int32_t tile_rows, float* c, bool accumulate) {
   constexpr int kRowBytes = kStrip * 4;
   constexpr int64_t kNextRow = 16 * kStrip;
+  // GCC 12's _tile_loadd() does not say that it reads memory: stores must not sink below it.
+  __asm__ volatile("" ::: "memory");
   int32_t row = 0;
   for (; row + 2 <= tile_rows; row += 2) {
     if (accumulate) {

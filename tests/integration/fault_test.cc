@@ -17,7 +17,9 @@
 namespace headwater::testing {
 namespace {
 
-constexpr int kPromptTokens = 8000;
+// Long enough that progress is seen at several layers.
+constexpr int kPromptTokens = 6000;
+constexpr int kLayers = 12;
 constexpr char kStored[] = "headwater_kv_ingress_blocks_total{result=\"stored\"}";
 constexpr char kDuplicate[] = "headwater_kv_ingress_blocks_total{result=\"duplicate\"}";
 constexpr char kCorrupt[] = "headwater_kv_ingress_blocks_total{result=\"corrupt\"}";
@@ -34,7 +36,7 @@ class FaultTest : public ::testing::Test {
  protected:
   void SetUp() override {
     const std::string directory = MakeTempDirectory();
-    WriteTinyModel(TinyModel{}, directory);
+    WriteTinyModel(TinyModel{.layers = kLayers}, directory);
     ClusterOptions options;
     options.model_directory = directory;
     options.kv_proxy_port = [this](int decode_port) {
@@ -61,13 +63,14 @@ class FaultTest : public ::testing::Test {
 
   double DecodeMetric(const std::string& name) { return ReadMetric(cluster_->decode_metrics_port(), name); }
 
-  // Waits until the decode node's count of stored blocks has stood still for a while; returns it.
-  double WaitUntilIngressStands() {
+  // Waits until the proxy has let through all that it may and the decode node's count of stored blocks has
+  // stood still for half a second; returns it.
+  double WaitUntilIngressStands(uint64_t proxy_limit) {
     double last = -1;
     int same = 0;
-    for (int i = 0; i < 1000 && same < 10; ++i) {
+    for (int i = 0; i < 2000 && same < 25; ++i) {
       const double now = DecodeMetric(kStored);
-      same = now == last && now > 0 ? same + 1 : 0;
+      same = proxy_->forwarded_bytes() >= proxy_limit && now == last && now > 0 ? same + 1 : 0;
       last = now;
       absl::SleepFor(absl::Milliseconds(20));
     }
@@ -93,10 +96,11 @@ TEST_F(FaultTest, KilledDecodeNodeGetsOnlyTheMissingBlocksAfterItsRestart) {
     const double stored_before_run = DecodeMetric(kStored);
     // Between a fifth and four fifths of the cache.
     const uint64_t share = undisturbed_.kv_bytes() / 5 * static_cast<uint64_t>(1 + run % 4);
-    proxy_->LimitForwardedBytes(proxy_->forwarded_bytes() + share);
+    const uint64_t limit = proxy_->forwarded_bytes() + share;
+    proxy_->LimitForwardedBytes(limit);
     double stored_before_kill = 0;
     std::thread killer([&] {
-      stored_before_kill = WaitUntilIngressStands() - stored_before_run;
+      stored_before_kill = WaitUntilIngressStands(limit) - stored_before_run;
       cluster_->decode().Kill();
       proxy_->LimitForwardedBytes(UINT64_MAX);
       cluster_->StartDecode();
@@ -119,7 +123,7 @@ TEST_F(FaultTest, KilledDecodeNodeGetsOnlyTheMissingBlocksAfterItsRestart) {
 TEST_F(FaultTest, PromptOfAKilledWorkerIsRetriedOnTheLivingOne) {
   for (int run = 0; run < FaultRuns(); ++run) {
     SCOPED_TRACE(absl::StrCat("run ", run));
-    const uint32_t kill_at_layer = 1 + static_cast<uint32_t>(run % 3);
+    const uint32_t kill_at_layer = 1 + static_cast<uint32_t>(run % 8);
     const int victim = run % 2;
     bool killed = false;
 

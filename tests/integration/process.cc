@@ -3,10 +3,14 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <set>
 #include <sstream>
+#include <thread>
 #include <utility>
 
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include <arpa/inet.h>
 #include <fcntl.h>
@@ -21,26 +25,65 @@
 
 namespace headwater::testing {
 
-Process::Process(std::vector<std::string> arguments, std::string log_path) : log_path_(std::move(log_path)) {
-  std::vector<char*> argv;
-  for (std::string& argument : arguments) argv.push_back(argument.data());
-  argv.push_back(nullptr);
+namespace {
+
+// Runs `work` on one thread that lives as long as this process. A child's parent-death signal comes when the
+// thread that forked it ends, so children must not be forked by a test's short-lived threads.
+void RunOnSpawner(const std::function<void()>& work) {
+  struct Spawner {
+    absl::Mutex mutex;
+    const std::function<void()>* next ABSL_GUARDED_BY(mutex) = nullptr;
+    bool busy ABSL_GUARDED_BY(mutex) = false;
+  };
+  static Spawner* const spawner = [] {
+    auto* made = new Spawner();
+    std::thread([made] {
+      for (;;) {
+        absl::MutexLock lock(&made->mutex);
+        made->mutex.Await(absl::Condition(
+            +[](Spawner* s) { return s->next != nullptr; }, made));
+        (*made->next)();
+        made->next = nullptr;
+      }
+    }).detach();
+    return made;
+  }();
+  absl::MutexLock lock(&spawner->mutex);
+  spawner->mutex.Await(absl::Condition(
+      +[](Spawner* s) { return !s->busy; }, spawner));
+  spawner->busy = true;
+  spawner->next = &work;
+  spawner->mutex.Await(absl::Condition(
+      +[](Spawner* s) { return s->next == nullptr; }, spawner));
+  spawner->busy = false;
+}
+
+pid_t Spawn(const std::vector<char*>& argv, const std::string& log_path) {
   const pid_t parent = getpid();
-  pid_ = fork();
-  HW_CHECK(pid_ >= 0);
-  if (pid_ > 0) return;
+  const pid_t pid = fork();
+  HW_CHECK(pid >= 0);
+  if (pid > 0) return pid;
   // Only async-signal-safe calls from here to exec: other threads of the test may hold locks.
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   if (getppid() != parent) _exit(125);
   sigset_t none;
   sigemptyset(&none);
   sigprocmask(SIG_SETMASK, &none, nullptr);
-  const int log = open(log_path_.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+  const int log = open(log_path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
   if (log < 0) _exit(126);
   dup2(log, STDOUT_FILENO);
   dup2(log, STDERR_FILENO);
   execv(argv[0], argv.data());
   _exit(127);
+}
+
+}  // namespace
+
+Process::Process(std::vector<std::string> arguments, std::string log_path) : log_path_(std::move(log_path)) {
+  std::vector<char*> argv;
+  for (std::string& argument : arguments) argv.push_back(argument.data());
+  argv.push_back(nullptr);
+  RunOnSpawner([&] { pid_ = Spawn(argv, log_path_); });
 }
 
 Process::~Process() { Kill(); }

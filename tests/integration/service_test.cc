@@ -146,7 +146,10 @@ TEST_F(ServiceTest, BatchItemsFailOneByOne) {
   std::map<uint32_t, std::string> outcomes;
   v1::BatchPrefillResponse event;
   while (reader->Read(&event)) {
-    if (event.response().has_completed()) outcomes[event.item()] = "completed";
+    if (event.response().has_completed()) {
+      outcomes[event.item()] = "completed";
+      EXPECT_TRUE(cluster.Release(event.response().completed()).ok());
+    }
     if (event.response().has_failed()) {
       outcomes[event.item()] = ReasonName(ReasonOf(FromRpcStatus(event.response().failed().error())));
     }

@@ -1,6 +1,7 @@
 """Tests of the prompt builder: templates, special tokens in texts, documents, streaming."""
 
 import json
+import subprocess
 import sys
 import tempfile
 import unittest
@@ -102,6 +103,23 @@ class ChatTest(unittest.TestCase):
         self.write_config(chat_template="{{ messages[0]['content'] }}")
         with self.assertRaisesRegex(ChatError, "'system'"):
             ChatTokenizer(self.directory).encode_chat([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}])
+
+    def test_the_command_prints_the_ids(self):
+        (self.directory / "text.txt").write_text("abc")
+
+        def ids(*arguments):
+            done = subprocess.run([sys.executable, "-m", "headwater.tokenize", str(self.directory), *arguments],
+                                  capture_output=True, text=True, timeout=60)
+            return done.returncode, [int(word) for word in done.stdout.split()], done.stderr
+
+        tokenizer = ChatTokenizer(self.directory)
+        text = str(self.directory / "text.txt")
+        self.assertEqual(ids(text)[:2], (0, tokenizer.encode("abc")))
+        self.assertEqual(ids(text, "--question", "why?", "--max_document_tokens", "2")[:2],
+                         (0, tokenizer.document_prompt("abc", "why?", 2)))
+        code, _, error = ids("none.txt")
+        self.assertEqual(code, 1)
+        self.assertIn("none.txt", error)
 
     def test_what_is_missing_is_named(self):
         self.write_config()

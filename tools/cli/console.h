@@ -13,8 +13,8 @@ namespace headwater {
 // Ctrl-C as a value. Thread-safe.
 class Interrupt {
  public:
-  // Counts one Ctrl-C and runs the handler with the count, on this thread; the handler must not wait. False: no
-  // handler is set, so nothing is under way that needs an orderly end.
+  // Counts one Ctrl-C and runs the handler with the count, on this thread; the handler must not wait. False:
+  // no handler is set, so nothing is under way that needs an orderly end.
   bool Raise() {
     const std::lock_guard<std::mutex> lock(mutex_);
     ++count_;
