@@ -58,8 +58,8 @@ void CoordinatorServer::RunOnLoop(const std::function<void()>& work) {
 }
 
 void CoordinatorServer::BeginDrain() {
-  running_.server->GetHealthCheckService()->SetServingStatus(false);
   RunOnLoop([this] { scheduler_.BeginDrain(); });
+  running_.server->GetHealthCheckService()->SetServingStatus(false);
 }
 
 size_t CoordinatorServer::NumJobs() {

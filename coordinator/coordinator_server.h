@@ -35,7 +35,7 @@ class CoordinatorServer {
 
   const std::string& address() const { return running_.address; }
 
-  // Health turns NOT_SERVING, new requests are refused, accepted ones go on.
+  // New requests are refused, health turns NOT_SERVING, accepted requests go on.
   void BeginDrain();
   // Accepted requests that have not ended.
   size_t NumJobs();

@@ -165,7 +165,9 @@ TEST_F(ServiceLoopbackTest, AKilledWorkersPromptIsRetriedOnTheLiving) {
   caller.join();
 
   ASSERT_TRUE(result.completed()) << result.outcome();
-  EXPECT_EQ(result.events.back().completed().epoch(), 2u);
+  // 3 where w1 answered the abort before it was killed, too.
+  EXPECT_GE(result.events.back().completed().epoch(), 2u);
+  EXPECT_LE(result.events.back().completed().epoch(), 3u);
   EXPECT_EQ(result.events.back().completed().plan().worker_ids(0), "w2");
 }
 
