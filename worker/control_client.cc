@@ -271,7 +271,7 @@ absl::Status GrpcControlClient::RunStream() {
 void GrpcControlClient::ConnectForever() {
   std::minstd_rand random{std::random_device{}()};
   absl::Duration backoff = options_.min_backoff;
-  bool complained = false;
+  std::string complaint;
   while (true) {
     const absl::Time start = clock_->Now();
     const absl::Status status = RunStream();
@@ -280,13 +280,13 @@ void GrpcControlClient::ConnectForever() {
     // A stream that lived proves that the coordinator was well.
     const bool lived = clock_->Now() - start > options_.max_backoff;
     if (lived) backoff = options_.min_backoff;
-    if (lived || !complained) {
+    const std::string why = status.ok() ? "the coordinator closed it" : status.ToString();
+    // The same trouble is told once.
+    if (lived || why != complaint) {
       HW_LOG(WARNING).Field("coordinator", options_.coordinator)
-          << "no control stream: "
-          << (status.ok() ? std::string("the coordinator closed it") : status.ToString())
-          << "; trying again until it works";
-      complained = !lived;
+          << "no control stream: " << why << "; trying again until it works";
     }
+    complaint = why;
     const double jitter = std::uniform_real_distribution<double>(0.5, 1.0)(random);
     mutex_.AwaitWithTimeout(absl::Condition(
                                 +[](GrpcControlClient* self) ABSL_EXCLUSIVE_LOCKS_REQUIRED(self->mutex_) {

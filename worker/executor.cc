@@ -19,6 +19,7 @@ namespace {
 // Work between two looks at the job control: about 50 ms of a slow core.
 constexpr double kFlopPerStepAndThread = 1.5e9;
 constexpr double kSlowestFlopPerSecond = 1e9;
+constexpr absl::Duration kLongestAllowance = absl::Hours(24);
 
 void SetDuration(absl::Duration duration, google::protobuf::Duration* out) {
   const int64_t nanos = absl::ToInt64Nanoseconds(duration);
@@ -70,7 +71,8 @@ absl::Duration SlowPeerAllowance(const ModelConfig& config, const PrefillJob& jo
   const double q_width = static_cast<double>(config.num_q_heads) * config.head_dim;
   const double kv_width = static_cast<double>(config.num_kv_heads) * config.head_dim;
   const double weights = config.hidden_size * (2 * q_width + 2 * kv_width + 3.0 * config.intermediate_size);
-  return absl::Seconds((2 * weights * tokens + 4 * q_width * tokens * tokens) / kSlowestFlopPerSecond);
+  const double seconds = (2 * weights * tokens + 4 * q_width * tokens * tokens) / kSlowestFlopPerSecond;
+  return std::min(absl::Seconds(seconds), kLongestAllowance);
 }
 
 PrefillExecutor::PrefillExecutor(ExecutorOptions options) : options_(std::move(options)) {}
@@ -135,6 +137,7 @@ absl::StatusOr<std::unique_ptr<Collectives>> PrefillExecutor::JoinGroup(
   spec.rank = job.rank;
   spec.world_size = job.world_size();
   spec.rendezvous_address = assignment.rendezvous_address();
+  spec.connect_timeout = options_.collective_timeout;
   spec.timeout = options_.collective_timeout + SlowPeerAllowance(options_.assignment.model->config(), job);
   const JobControl::Waiting waiting(control);
   const absl::Time start = Clock::Real()->Now();

@@ -27,8 +27,8 @@ struct GroupSpec {
   int rank = 0;
   int world_size = 1;
   std::string rendezvous_address;
-  // Of forming it and of each operation.
-  absl::Duration timeout;
+  absl::Duration connect_timeout;  // of forming it
+  absl::Duration timeout;          // of each operation
 };
 
 struct ExecutorOptions {

@@ -207,7 +207,7 @@ absl::Status Gloo::Connect(RendezvousClient* rendezvous) {
     if (!error_.ok()) return error_;
     rendezvous_ = rendezvous;
   }
-  const absl::Time deadline = absl::Now() + options_.timeout;
+  const absl::Time deadline = absl::Now() + options_.connect_timeout;
   absl::Status status = ConnectAll(rendezvous, deadline);
   absl::MutexLock lock(&mutex_);
   rendezvous_ = nullptr;
@@ -220,7 +220,7 @@ absl::Status Gloo::Connect(RendezvousClient* rendezvous) {
   if (absl::Now() >= deadline || absl::IsDeadlineExceeded(status)) {
     status = absl::DeadlineExceededError(
         absl::StrCat("rank ", rank(), " of ", world_size(), " formed no group within ",
-                     absl::FormatDuration(options_.timeout), ": ", status.message()));
+                     absl::FormatDuration(options_.connect_timeout), ": ", status.message()));
   }
   error_ = status;
   return status;
@@ -242,7 +242,7 @@ absl::Status Gloo::Publish(RendezvousClient* rendezvous, absl::Time deadline, si
   HW_RETURN_IF_ERROR(Guard(absl::StrCat("sockets of rank ", rank(), " on ", options_.host), [&] {
     transport_ = device_->createContext(rank(), world_size());
     // Connecting a pair takes up to five times the context's timeout.
-    transport_->setTimeout(GlooTimeout(options_.timeout / 5));
+    transport_->setTimeout(GlooTimeout(options_.connect_timeout / 5));
     for (int peer = 0; peer < world_size(); ++peer) {
       if (peer == rank()) continue;
       const std::vector<char> bytes = transport_->createPair(peer)->address().bytes();

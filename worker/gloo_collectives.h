@@ -21,7 +21,9 @@ struct GlooOptions {
   std::string host = "127.0.0.1";
   // Names the group among all that use the same rendezvous; no two groups may share it.
   std::string group_name;
-  // Of forming the group, and of each operation from its Wait().
+  // Of forming the group; at most 10 minutes are waited for a peer's address.
+  absl::Duration connect_timeout = absl::Seconds(30);
+  // Of each operation, from its Wait().
   absl::Duration timeout = absl::Seconds(30);
 };
 

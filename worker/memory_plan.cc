@@ -15,6 +15,8 @@ using kernels::SizeOf;
 
 constexpr uint64_t kLimit = uint64_t{1} << 63;
 constexpr uint64_t kAttentionScratchPerThread = 1 << 20;
+// bf16 attention packs the keys and values of so many tokens at a time, head_dim padded to 32.
+constexpr uint64_t kPackedTokens = 4096;
 constexpr uint64_t kSenderBytesPerChannel = 8 << 20;
 // Token ids as the assignment's message, in its serialised form and as the loop takes them.
 constexpr uint64_t kBytesPerPromptToken = 16;
@@ -64,9 +66,12 @@ MemoryShape MakeMemoryShape(const Model& model, int num_threads, int egress_buff
   shape.max_position = config.max_position;
   shape.compute = model.compute();
   shape.egress_buffers = egress_buffers;
-  shape.scratch_bytes =
-      Sum({model.scratch_bytes(), Product({static_cast<uint64_t>(num_threads), kAttentionScratchPerThread}),
-           Product({static_cast<uint64_t>(kv_channels), kSenderBytesPerChannel})});
+  const uint64_t packed =
+      Product({2, kPackedTokens, static_cast<uint64_t>(config.num_kv_heads),
+               static_cast<uint64_t>(config.head_dim) + 32, SizeOf(kernels::DType::kBF16)});
+  shape.scratch_bytes = Sum({model.scratch_bytes(), packed,
+                             Product({static_cast<uint64_t>(num_threads), kAttentionScratchPerThread}),
+                             Product({static_cast<uint64_t>(kv_channels), kSenderBytesPerChannel})});
   return shape;
 }
 

@@ -207,7 +207,9 @@ class Client final : public RendezvousClient {
   absl::Status Call(absl::string_view operation, absl::string_view key, absl::Duration timeout,
                     const Run& run) {
     grpc::ClientContext context;
-    context.set_deadline(std::chrono::system_clock::now() + absl::ToChronoMilliseconds(timeout));
+    // The service takes no deadline later than its own limit.
+    const absl::Duration wait = std::min(timeout, RendezvousLimits().max_wait - absl::Seconds(1));
+    context.set_deadline(std::chrono::system_clock::now() + absl::ToChronoMilliseconds(wait));
     // A server that is not up yet is waited for.
     context.set_wait_for_ready(true);
     {

@@ -43,6 +43,7 @@ absl::StatusOr<std::unique_ptr<Collectives>> JoinGlooGroup(const std::string& ho
   options.world_size = spec.world_size;
   options.host = host;
   options.group_name = spec.name;
+  options.connect_timeout = spec.connect_timeout;
   options.timeout = spec.timeout;
   HW_ASSIGN_OR_RETURN(std::unique_ptr<GlooCollectives> group, GlooCollectives::Create(options));
   const std::unique_ptr<RendezvousClient> rendezvous = RendezvousClient::Dial(spec.rendezvous_address);

@@ -208,6 +208,24 @@ TEST_P(CollectivesContract, ABufferIsFreeWhenAnExchangeWasGivenUpWithoutWaiting)
   EXPECT_EQ(peer.code(), absl::StatusCode::kUnavailable) << peer;
 }
 
+TEST_P(CollectivesContract, WritesNothingPastTheBufferWhenRanksDisagreeOnASize) {
+  for (const size_t expected : {10u, 4000u}) {
+    const auto group = GetParam().make(2, absl::Milliseconds(500));
+    const std::string sent(1000, 'x');
+    std::string received(8000, '.');
+    absl::Status statuses[2];
+    OnRanks(group, [&](Collectives* self) {
+      statuses[self->rank()] =
+          self->rank() == 0
+              ? self->StartExchange(1, absl::MakeConstSpan(sent), 1, {})->Wait()
+              : self->StartExchange(0, {}, 0, absl::MakeSpan(received).subspan(0, expected))->Wait();
+    });
+
+    EXPECT_FALSE(statuses[1].ok()) << expected;
+    EXPECT_EQ(received.find_first_not_of('.', expected), std::string::npos);
+  }
+}
+
 TEST_P(CollectivesContract, RefusesPeersThatAreNoRanks) {
   const auto group = GetParam().make(2, kPlenty);
   char byte = 0;

@@ -84,7 +84,7 @@ class ExecutorTest : public ::testing::Test {
     options.metrics = &worker_metrics_;
     options.collective_timeout = absl::Seconds(20);
     options.join_group = [this](const GroupSpec& spec, JobControl*) {
-      return groups_.Join(spec.name, spec.rank, spec.world_size, spec.timeout);
+      return groups_.Join(spec.name, spec.rank, spec.world_size, spec.timeout, spec.connect_timeout);
     };
     return options;
   }
@@ -138,6 +138,24 @@ TEST_F(ExecutorTest, PrefillsOverTwoRanksIntoACacheThatCommits) {
   EXPECT_FALSE(results[1].completed().has_first_token());
   const absl::Status committed =
       receiver_.Commit(assignment, {results[0].completed(), results[1].completed()});
+  ASSERT_TRUE(committed.ok()) << committed;
+  ExpectStored(assignment);
+}
+
+TEST_F(ExecutorTest, ARankWithoutTokensCompletesWithNothingToSend) {
+  PrefillExecutor first(Options(0));
+  PrefillExecutor second(Options(1));
+  const v1::PrefillAssignment assignment = Make(10, 2, 0);
+  receiver_.Open(assignment);
+  v1::ConnectRequest empty;
+  std::thread peer([&] { empty = RunIn(&second, Make(10, 2, 1)); });
+  const v1::ConnectRequest result = RunIn(&first, assignment);
+  peer.join();
+
+  ASSERT_TRUE(result.has_completed()) << result.DebugString();
+  ASSERT_TRUE(empty.has_completed()) << empty.DebugString();
+  EXPECT_EQ(empty.completed().kv_blocks(), 0u);
+  const absl::Status committed = receiver_.Commit(assignment, {result.completed(), empty.completed()});
   ASSERT_TRUE(committed.ok()) << committed;
   ExpectStored(assignment);
 }

@@ -18,11 +18,13 @@ GlooGroups::GlooGroups() : service_(MakeRendezvousService({})) {
 GlooGroups::~GlooGroups() { server_.server->Shutdown(std::chrono::system_clock::now()); }
 
 absl::StatusOr<std::unique_ptr<Collectives>> GlooGroups::Join(const std::string& name, int rank, int world,
-                                                              absl::Duration timeout) {
+                                                              absl::Duration timeout,
+                                                              absl::Duration connect_timeout) {
   GlooOptions options;
   options.rank = rank;
   options.world_size = world;
   options.group_name = name;
+  options.connect_timeout = connect_timeout;
   options.timeout = timeout;
   HW_ASSIGN_OR_RETURN(std::unique_ptr<GlooCollectives> group, GlooCollectives::Create(options));
   const auto rendezvous = RendezvousClient::Dial(server_.address);
@@ -36,7 +38,7 @@ std::vector<std::unique_ptr<Collectives>> GlooGroups::Make(int world, absl::Dura
   std::vector<std::thread> threads;
   for (int rank = 0; rank < world; ++rank) {
     threads.emplace_back([&, rank] {
-      auto endpoint = Join(name, rank, world, std::max(timeout, absl::Seconds(1)));
+      auto endpoint = Join(name, rank, world, timeout);
       if (!endpoint.ok()) HW_LOG(ERROR) << "rank " << rank << ": " << endpoint.status().ToString();
       HW_CHECK(endpoint.ok());
       group[static_cast<size_t>(rank)] = *std::move(endpoint);

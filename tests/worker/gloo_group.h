@@ -24,7 +24,8 @@ class GlooGroups {
 
   // One rank of the group `name`.
   absl::StatusOr<std::unique_ptr<Collectives>> Join(const std::string& name, int rank, int world,
-                                                    absl::Duration timeout);
+                                                    absl::Duration timeout,
+                                                    absl::Duration connect_timeout = absl::Seconds(20));
 
   const std::string& address() const { return server_.address; }
 

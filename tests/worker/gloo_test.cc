@@ -22,6 +22,7 @@ GlooOptions Options(const std::string& name, int rank, int world, absl::Duration
   options.rank = rank;
   options.world_size = world;
   options.group_name = name;
+  options.connect_timeout = timeout;
   options.timeout = timeout;
   return options;
 }

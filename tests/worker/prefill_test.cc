@@ -12,6 +12,7 @@
 #include "base/rpc/grpc_status.h"
 #include "kernels/attention/attention.h"
 #include "tests/model/dense_forward.h"
+#include "tests/worker/hooked_model.h"
 #include "tests/worker/prefill_group.h"
 
 namespace headwater::testing {
@@ -259,6 +260,49 @@ TEST_F(PrefillTest, StopsWhenCancelledAndItsPeerLearnsIt) {
   EXPECT_LT(absl::Now() - start, absl::Seconds(5));
 }
 
+TEST_F(PrefillTest, StopsInTheMiddleOfALayer) {
+  JobControl control;
+  HookedModel model(model_.get());
+  int calls_after = 0;
+  model.before_attention = [&](int32_t layer) {
+    if (control.status().ok() && layer == 1) control.Cancel(absl::CancelledError("mid-layer"));
+  };
+  model.after_attention = [&](int32_t layer) { calls_after += layer >= 1 ? 1 : 0; };
+  const PrefillJob job = MakeJob(model, golden_.tokens, GroupRun(), 0);
+  Arena arena;
+  ASSERT_TRUE(arena.Reset(job.plan.arena_bytes()).ok());
+  KvCapture capture(*job.geometry);
+  MemorySink sink(&capture, MemorySink::Mode::kAcknowledge);
+  PrefillContext context;
+  context.model = &model;
+  context.sender = &sink;
+  context.control = &control;
+  context.arena = &arena;
+
+  EXPECT_EQ(RunPrefill(job, context).status(), absl::CancelledError("mid-layer"));
+
+  EXPECT_EQ(calls_after, 0);
+}
+
+TEST_F(PrefillTest, AFailureInTheMiddleOfTheRingEndsThePeersQuickly) {
+  HookedModel failing(model_.get());
+  failing.before_attention_status = [](int32_t layer, int64_t begin) {
+    // Rank 0 of a contiguous partition has the first token.
+    return layer == 1 && begin == 0 ? absl::InternalError("broken kernel") : absl::OkStatus();
+  };
+  GroupRun run;
+  run.world_size = 4;
+  const absl::Time start = absl::Now();
+
+  const auto group = RunGroup(failing, LongPrompt(*model_, 600), run);
+
+  EXPECT_EQ(group->statuses[0].message(), "broken kernel");
+  for (size_t rank = 1; rank < 4; ++rank) {
+    EXPECT_EQ(ReasonOf(group->statuses[rank]), v1::ERROR_REASON_WORKER_LOST) << group->statuses[rank];
+  }
+  EXPECT_LT(absl::Now() - start, absl::Seconds(5));
+}
+
 TEST_F(PrefillTest, StopsAtTheDeadline) {
   const PrefillJob job = MakeJob(*model_, golden_.tokens, GroupRun(), 0);
   JobControl control(Clock::Real(), Clock::Real()->Now() - absl::Milliseconds(1));
@@ -291,38 +335,34 @@ TEST_F(PrefillTest, HoldsNoMoreThanTheEgressBuffersWhenNothingIsAcknowledged) {
   EXPECT_EQ(group->most_outstanding[0], 2 * ((golden_.tokens.size() + 15) / 16));
 }
 
-TEST_F(PrefillTest, TurnsNonFiniteValuesIntoAnErrorWithTheLayer) {
-  class Poisoned final : public Model {
-   public:
-    explicit Poisoned(const Model* model) : model_(model) {}
-    const ModelConfig& config() const override { return model_->config(); }
-    const std::string& fingerprint() const override { return model_->fingerprint(); }
-    kernels::DType compute() const override { return model_->compute(); }
-    uint64_t weight_bytes() const override { return model_->weight_bytes(); }
-    kernels::AttentionShape attention_shape() const override { return model_->attention_shape(); }
-    int64_t chunk_tokens() const override { return model_->chunk_tokens(); }
-    uint64_t scratch_bytes() const override { return model_->scratch_bytes(); }
-    absl::Status Embed(absl::Span<const int32_t> tokens, float* hidden) const override {
-      const absl::Status status = model_->Embed(tokens, hidden);
-      hidden[3] = std::numeric_limits<float>::quiet_NaN();
-      return status;
-    }
-    absl::Status BeforeAttention(int32_t layer, const float* hidden, int64_t num_tokens, int64_t begin,
-                                 void* q, void* k, void* v) const override {
-      return model_->BeforeAttention(layer, hidden, num_tokens, begin, q, k, v);
-    }
-    absl::Status AfterAttention(int32_t layer, const float* attention, int64_t num_tokens,
-                                float* hidden) const override {
-      return model_->AfterAttention(layer, attention, num_tokens, hidden);
-    }
-    absl::Status Logits(const float* row, float* logits) const override {
-      return model_->Logits(row, logits);
-    }
+TEST_F(PrefillTest, ASlowReceiverNeverHasMoreThanTheEgressBuffersToTake) {
+  for (const int egress : {1, 2}) {
+    GroupRun run;
+    run.egress_buffers = egress;
+    const auto group = RunGroup(*model_, golden_.tokens, run);
 
-   private:
-    const Model* const model_;
-  };
-  const Poisoned poisoned(model_.get());
+    ExpectAllOk(*group);
+    const uint64_t blocks_per_layer = 2 * ((golden_.tokens.size() + 15) / 16);
+    EXPECT_LE(group->most_outstanding[0], static_cast<uint64_t>(egress) * blocks_per_layer);
+    ExpectNear(*group, golden_.expected, 1e-4);
+  }
+}
+
+TEST_F(PrefillTest, RefusesValuesThatF16CannotHold) {
+  HookedModel model(model_.get());
+  model.after_projection = [](float* k) { k[5] = 70000; };
+  GroupRun run;
+  run.wire = v1::KV_DTYPE_F16;
+
+  const auto group = RunGroup(model, golden_.tokens, run);
+
+  EXPECT_EQ(ReasonOf(group->statuses[0]), v1::ERROR_REASON_NON_FINITE) << group->statuses[0];
+  EXPECT_THAT(std::string(group->statuses[0].message()), HasSubstr("f16"));
+}
+
+TEST_F(PrefillTest, TurnsNonFiniteValuesIntoAnErrorWithTheLayer) {
+  HookedModel poisoned(model_.get());
+  poisoned.after_embed = [](float* hidden) { hidden[3] = std::numeric_limits<float>::quiet_NaN(); };
 
   const auto group = RunGroup(poisoned, golden_.tokens, GroupRun());
 
