@@ -61,6 +61,7 @@ copy() { # copy PATH...: into the chroot, where it exists here
     cp -rL "$path" "$dir$path"
   done
 }
+rm -f "$dir/etc/apt/sources.list"
 copy /etc/apt/sources.list /etc/apt/sources.list.d /etc/apt/keyrings /etc/apt/trusted.gpg.d /etc/apt/auth.conf.d \
   /etc/pip.conf /root/.config/pip /root/.pip /usr/local/share/ca-certificates /etc/ssl/certs/ca-certificates.crt \
   /etc/resolv.conf /etc/hosts

@@ -10,6 +10,7 @@ generates from the same weights and prompt (tests/demo/reference.json).
 import argparse
 import hashlib
 import json
+import os
 import signal
 import struct
 import sys
@@ -231,7 +232,7 @@ def run(arguments) -> int:
     ids = build_prompt(tokenizer, model, arguments)
 
     steps.begin(f"Start a coordinator, {arguments.workers} workers and a decode node on loopback "
-                f"({usable_cpus()} CPUs, logs in {arguments.state}/logs)")
+                f"({usable_cpus()} CPUs, logs in {os.path.relpath(arguments.state)}/logs)")
     with Cluster(arguments.bin, model, arguments.state, arguments.workers, arguments.compute) as cluster, \
             Client(cluster.coordinator) as client:
         cluster.wait_registered(client, lambda workers, nodes: print(
