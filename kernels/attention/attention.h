@@ -58,12 +58,20 @@ Status ValidateAttention(const AttentionShape& shape, const QueryChunk& queries,
 // nothing else is.
 //
 // Where both chunks are bf16 and the CPU has AMX or AVX512-BF16, scores and values are multiplied in bf16
-// with f32 accumulation (P rounded to bf16); else in f32.
+// with f32 accumulation (P rounded to bf16); else, and for a token or a few, in f32. A NaN or infinite score
+// makes the rows that see it NaN; a NaN or infinity in V may also spoil rows that see other keys of the same 128.
+// A row that sees no key of this chunk keeps its bits.
 //
-// Errors: as ValidateAttention(); RESOURCE_EXHAUSTED: scratch memory (a few hundred KiB a thread).
+// Errors: as ValidateAttention(); RESOURCE_EXHAUSTED: scratch memory, AttentionScratchBytes().
 // Cost: 4 * head_dim FLOP per visible (query, key, head).
 Status SparseAttention(const AttentionShape& shape, const QueryChunk& queries, const KeyChunk& keys,
                        const BlockIndex& index, const AttentionState& state);
+
+// Most bytes that a SparseAttention() call allocates for its own time, with the calling thread's OpenMP team
+// and at most `num_keys` keys: about 0.5 MiB a thread, and for bf16 multiplication the keys and values in
+// packed form, 4 * num_kv_heads * head_dim bytes a key (head_dim rounded up to 32 for K) for at most 4,096
+// keys at a time.
+uint64_t AttentionScratchBytes(const AttentionShape& shape, int64_t num_keys);
 
 namespace reference {
 

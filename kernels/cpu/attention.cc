@@ -1,37 +1,23 @@
 #include "kernels/attention/attention.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
+#include <cmath>
 #include <string>
 
 #include <omp.h>
 
+#include "kernels/cpu/attention_few.h"
 #include "kernels/cpu/attention_kernel.h"
+#include "kernels/cpu/attention_plan.h"
 #include "kernels/cpu/cpu_features.h"
 
 namespace headwater::kernels {
 namespace cpu {
 namespace {
 
-struct FreeDeleter {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<void, FreeDeleter>;
-
-Memory Allocate(size_t bytes) {
-  return Memory(std::aligned_alloc(64, std::max<size_t>((bytes + 63) / 64, 1) * 64));
-}
-
 // Most keys that are packed at a time.
 constexpr int64_t kPackedKeys = 4096;
 constexpr int64_t kPackedBlocks = kPackedKeys / kStepKeys;
-
-ElementType TypeOf(DType dtype) {
-  return dtype == DType::kF32   ? ElementType::kF32
-         : dtype == DType::kF16 ? ElementType::kF16
-                                : ElementType::kBF16;
-}
 
 const AttentionKernel& KernelFor(DType q, DType kv) {
 #if defined(__x86_64__)
@@ -45,69 +31,6 @@ const AttentionKernel& KernelFor(DType q, DType kv) {
   return kPortableAttention;
 }
 
-// How a call is cut into items: tiles (cut where the chunk of queries begins and ends) into pieces of
-// tokens_per_item, times groups of heads. It depends on the shapes alone, never on the number of threads.
-struct Plan {
-  int32_t heads_per_item = 0;
-  int32_t tokens_per_item = 0;
-  int64_t pieces_per_tile = 0;
-  int64_t head_groups = 0;
-  int64_t first_tile = 0;
-  int64_t num_tiles = 0;
-
-  int64_t num_items() const { return num_tiles * pieces_per_tile * head_groups; }
-  int32_t max_lanes() const { return heads_per_item * tokens_per_item; }
-};
-
-// Queries, running outputs and scores of this many bytes stay in the second-level cache.
-constexpr int64_t kItemBytes = 256 << 10;
-constexpr int64_t kMaxLanes = 384;
-// Fewer items than this would leave threads idle at the end.
-constexpr int64_t kEnoughItems = 64;
-constexpr int64_t kLeastLanes = 32;
-
-Plan MakePlan(const AttentionShape& shape, const QueryChunk& queries, const BlockIndex& index) {
-  Plan plan;
-  const int32_t group = shape.num_q_heads / shape.num_kv_heads;
-  const int32_t heads_per_list = shape.num_q_heads / index.num_lists;
-  // The largest number of heads that shares KV head and list, whichever of the two is finer.
-  int32_t heads = group;
-  while (group % heads != 0 || heads_per_list % heads != 0 || heads > 16) --heads;
-  plan.heads_per_item = heads;
-  plan.head_groups = shape.num_q_heads / heads;
-  plan.first_tile = queries.begin / index.q_tile_tokens;
-  plan.num_tiles = (queries.begin + queries.num_tokens - 1) / index.q_tile_tokens - plan.first_tile + 1;
-
-  const int64_t lane_bytes = 2 * int64_t{shape.head_dim} * static_cast<int64_t>(sizeof(float));
-  int64_t lanes = std::min(kMaxLanes, kItemBytes / lane_bytes);
-  while (lanes / 2 >= kLeastLanes && queries.num_tokens * shape.num_q_heads / lanes < kEnoughItems) {
-    lanes /= 2;
-  }
-  const int64_t tile_tokens = std::min<int64_t>(index.q_tile_tokens, queries.num_tokens);
-  plan.tokens_per_item = static_cast<int32_t>(std::clamp<int64_t>(lanes / heads, 1, tile_tokens));
-  plan.pieces_per_tile = (index.q_tile_tokens + plan.tokens_per_item - 1) / plan.tokens_per_item;
-  return plan;
-}
-
-// Calls visit(begin, end) for each run of key positions that the segment selects inside [begin, end); a run
-// may be empty.
-template <typename Visit>
-void ForEachRun(const BlockIndex& index, int64_t segment, int64_t begin, int64_t end, const Visit& visit) {
-  const auto row = static_cast<size_t>(segment);
-  if (index.dense[row] != 0) {
-    visit(begin, end);
-    return;
-  }
-  const auto first = index.blocks.begin() + index.offsets[row];
-  const auto last = index.blocks.begin() + index.offsets[row + 1];
-  const int64_t size = index.k_block_tokens;
-  for (auto at = std::lower_bound(first, last, begin / size); at != last && *at * size < end; ++at) {
-    const int64_t run_begin = std::max(begin, *at * size);
-    while (at + 1 != last && *(at + 1) == *at + 1) ++at;
-    visit(run_begin, std::min(end, (int64_t{*at} + 1) * size));
-  }
-}
-
 class Call {
  public:
   Call(const AttentionShape& shape, const QueryChunk& queries, const KeyChunk& keys, const BlockIndex& index,
@@ -115,25 +38,9 @@ class Call {
       : index_(index),
         kernel_(KernelFor(queries.dtype, keys.dtype)),
         plan_(MakePlan(shape, queries, index)),
-        queries_(queries) {
-    item_.head_dim = shape.head_dim;
-    item_.num_q_heads = shape.num_q_heads;
-    item_.num_kv_heads = shape.num_kv_heads;
-    item_.scale_log2 = static_cast<float>(static_cast<double>(shape.softmax_scale) * 1.4426950408889634);
-    item_.q = queries.q;
-    item_.q_type = TypeOf(queries.dtype);
-    item_.q_begin = queries.begin;
-    item_.k = keys.k;
-    item_.v = keys.v;
-    item_.kv_type = TypeOf(keys.dtype);
-    item_.k_begin = keys.begin;
-    item_.k_end = keys.begin + keys.num_tokens;
-    key_begin_ = keys.begin;
-    item_.out = state.out;
-    item_.lse_ln = state.lse_ln;
-    item_.sink_tokens = index.sink_tokens;
-    item_.window_tokens = index.window_tokens;
-  }
+        queries_(queries),
+        item_(CommonItem(shape, queries, keys, index, state)),
+        key_begin_(keys.begin) {}
 
   Status Run() {
     const Memory scratch = Allocate(item_bytes() * static_cast<size_t>(omp_get_max_threads()));
@@ -213,53 +120,16 @@ class Call {
     }
   }
 
-  // Fills in which queries and heads item number `i` has; false if the chunk has none of them. Later queries,
-  // which see more keys, come first, so that no thread is left with a long item at the end.
-  bool Locate(int64_t i, AttentionItem* item, int64_t* segment) const {
-    const int64_t group = i % plan_.head_groups;
-    const int64_t piece = plan_.pieces_per_tile - 1 - i / plan_.head_groups % plan_.pieces_per_tile;
-    const int64_t tile =
-        plan_.first_tile + plan_.num_tiles - 1 - i / plan_.head_groups / plan_.pieces_per_tile;
-    const int64_t tile_begin = tile * index_.q_tile_tokens;
-    const int64_t piece_begin = tile_begin + piece * plan_.tokens_per_item;
-    const int64_t begin = std::max(piece_begin, queries_.begin);
-    const int64_t end = std::min({piece_begin + plan_.tokens_per_item, tile_begin + index_.q_tile_tokens,
-                                  queries_.begin + queries_.num_tokens});
-    if (begin >= end) return false;
-    item->token_begin = begin - queries_.begin;
-    item->num_tokens = static_cast<int32_t>(end - begin);
-    item->num_heads = plan_.heads_per_item;
-    item->head_begin = static_cast<int32_t>(group * plan_.heads_per_item);
-    item->kv_head = item->head_begin / (item->num_q_heads / item->num_kv_heads);
-    const int64_t list = int64_t{item->head_begin} * index_.num_lists / item->num_q_heads;
-    *segment = index_.Row(static_cast<int32_t>(list), tile);
-    return true;
-  }
-
   void RunItem(int64_t i, void* scratch) const {
     AttentionItem item = item_;
     int64_t segment = 0;
-    if (!Locate(i, &item, &segment)) return;
-    const int64_t last_query = item.q_begin + item.token_begin + item.num_tokens - 1;
-    const int64_t first_query = item.q_begin + item.token_begin;
-    const int64_t key_end = std::min(item.k_end, last_query + 1);
-    // Keys from sinks_end to window_begin are masked for every query.
-    const int64_t sinks_end = index_.has_element_mask() ? index_.sink_tokens : key_end;
-    const int64_t window_begin =
-        index_.has_element_mask() ? std::max(sinks_end, first_query - index_.window_tokens + 1) : key_end;
+    if (!LocateItem(plan_, queries_, index_, i, &item, &segment)) return;
     bool begun = false;
-    const auto visit = [&](int64_t begin, int64_t end) {
-      if (begin >= end) return;
+    ForEachStep(index_, item, segment, key_begin_, item_.k_end, [&](int64_t begin, int64_t end) {
       if (!begun) kernel_.begin(item, scratch);
       begun = true;
-      while (begin < end) {
-        const int64_t step_end = std::min(end, (begin / kStepKeys + 1) * kStepKeys);
-        kernel_.step(item, scratch, begin, step_end);
-        begin = step_end;
-      }
-    };
-    ForEachRun(index_, segment, key_begin_, std::min(key_end, sinks_end), visit);
-    ForEachRun(index_, segment, std::max(key_begin_, window_begin), key_end, visit);
+      kernel_.step(item, scratch, begin, end);
+    });
     if (begun) kernel_.end(item, scratch);
   }
 
@@ -269,11 +139,151 @@ class Call {
   const QueryChunk& queries_;
   AttentionItem item_;
   // Keys [key_begin_, item_.k_end) take part at the moment.
-  int64_t key_begin_ = 0;
+  int64_t key_begin_;
 };
+
+// Few lanes: keys are cut into splits, so that threads can share one token's keys, and the splits' results
+// merged in order. The cut depends on the shapes alone.
+class FewCall {
+ public:
+  FewCall(const AttentionShape& shape, const QueryChunk& queries, const KeyChunk& keys,
+          const BlockIndex& index, const AttentionState& state)
+      : index_(index),
+        kernel_(Kernel()),
+        plan_(MakePlan(shape, queries, index)),
+        queries_(queries),
+        item_(CommonItem(shape, queries, keys, index, state)) {
+    item_.k_end = std::min(item_.k_end, queries.begin + queries.num_tokens);
+    const int64_t num_keys = std::max<int64_t>(item_.k_end - item_.k_begin, 0);
+    const int64_t most_splits = std::clamp<int64_t>(kMaxPartials / plan_.num_items(), 1, kMaxSplits);
+    split_keys_ = std::max(kLeastSplitKeys, (num_keys + most_splits - 1) / most_splits);
+    num_splits_ = (num_keys + split_keys_ - 1) / split_keys_;
+  }
+
+  static uint64_t MostScratchBytes(const AttentionShape& shape, uint64_t threads) {
+    const auto items = static_cast<uint64_t>(shape.num_q_heads) * kFewLanes;
+    return std::max<uint64_t>(kMaxPartials, items) * sizeof(FewPartial) +
+           threads * (Kernel().scratch_bytes(shape.head_dim) + 63) + 63;
+  }
+
+  Status Run() {
+    const size_t bytes = (kernel_.scratch_bytes(item_.head_dim) + 63) / 64 * 64;
+    const int64_t num_tasks = plan_.num_items() * num_splits_;
+    const Memory scratch = Allocate(bytes * static_cast<size_t>(omp_get_max_threads()));
+    const Memory partial_memory = Allocate(static_cast<size_t>(num_tasks) * sizeof(FewPartial));
+    if (scratch == nullptr || partial_memory == nullptr) {
+      return {StatusCode::kResourceExhausted,
+              "no memory for " + std::to_string(num_tasks) + " partial results of attention"};
+    }
+    auto* partials = static_cast<FewPartial*>(partial_memory.get());
+    char* base = static_cast<char*>(scratch.get());
+#pragma omp parallel for schedule(dynamic, 1) if (num_tasks > 1)
+    for (int64_t i = 0; i < num_tasks; ++i) {
+      RunTask(i, base + bytes * static_cast<size_t>(omp_get_thread_num()), partials + i);
+    }
+    for (int64_t i = 0; i < plan_.num_items(); ++i) Merge(i, partials + i * num_splits_);
+    return {};
+  }
+
+ private:
+  static constexpr int64_t kLeastSplitKeys = 512;
+  static constexpr int64_t kMaxSplits = 64;
+  static constexpr int64_t kMaxPartials = 256;
+
+  static const FewKernel& Kernel() {
+#if defined(__x86_64__)
+    const CpuPath path = ActivePath();
+    if (path >= CpuPath::kAvx512) return kAvx512Few;
+    if (path >= CpuPath::kAvx2) return kAvx2Few;
+#endif
+    return kPortableFew;
+  }
+
+  void RunTask(int64_t i, void* scratch, FewPartial* partial) const {
+    AttentionItem item = item_;
+    int64_t segment = 0;
+    if (!LocateItem(plan_, queries_, index_, i / num_splits_, &item, &segment)) return;
+    for (int32_t lane = 0; lane < item.num_tokens * item.num_heads; ++lane) {
+      partial->m[lane] = -INFINITY;
+      partial->l[lane] = 0;
+      std::fill_n(partial->o[lane], item.head_dim, 0.0f);
+    }
+    const int64_t begin = item.k_begin + i % num_splits_ * split_keys_;
+    const int64_t end = std::min(item.k_end, begin + split_keys_);
+    ForEachStep(index_, item, segment, begin, end, [&](int64_t step_begin, int64_t step_end) {
+      kernel_.step(item, scratch, step_begin, step_end, partial);
+    });
+  }
+
+  void Merge(int64_t i, const FewPartial* partials) const {
+    AttentionItem item = item_;
+    int64_t segment = 0;
+    if (!LocateItem(plan_, queries_, index_, i, &item, &segment)) return;
+    for (int32_t lane = 0; lane < item.num_tokens * item.num_heads; ++lane) {
+      const int64_t row = (item.token_begin + lane / item.num_heads) * item.num_q_heads + item.head_begin +
+                          lane % item.num_heads;
+      MergeLane(partials, lane, item.head_dim, item.out + row * item.head_dim, item.lse_ln + row);
+    }
+  }
+
+  void MergeLane(const FewPartial* partials, int32_t lane, int32_t dim, float* out, float* lse_ln) const {
+    constexpr double kLog2E = 1.4426950408889634;
+    const double start = static_cast<double>(*lse_ln) * kLog2E;
+    double top = start;
+    bool seen = false;
+    for (int64_t s = 0; s < num_splits_; ++s) {
+      top = std::max(top, static_cast<double>(partials[s].m[lane]));
+      seen = seen || partials[s].l[lane] != 0;  // also if NaN
+    }
+    if (!seen) return;
+    double values[256];
+    double sum = std::exp2(start - top);
+    for (int32_t c = 0; c < dim; ++c) values[c] = sum * static_cast<double>(out[c]);
+    for (int64_t s = 0; s < num_splits_; ++s) {
+      if (partials[s].l[lane] == 0) continue;
+      const double weight = std::exp2(static_cast<double>(partials[s].m[lane]) - top);
+      sum += weight * static_cast<double>(partials[s].l[lane]);
+      for (int32_t c = 0; c < dim; ++c) values[c] += weight * static_cast<double>(partials[s].o[lane][c]);
+    }
+    for (int32_t c = 0; c < dim; ++c) out[c] = static_cast<float>(values[c] / sum);
+    *lse_ln = static_cast<float>((top + std::log2(sum)) / kLog2E);
+  }
+
+  const BlockIndex& index_;
+  const FewKernel& kernel_;
+  const Plan plan_;
+  const QueryChunk& queries_;
+  AttentionItem item_;
+  int64_t split_keys_ = 0;
+  int64_t num_splits_ = 0;
+};
+
+uint64_t MostScratchBytes(const AttentionShape& shape, int64_t num_keys) {
+  const auto threads = static_cast<uint64_t>(omp_get_max_threads());
+  uint64_t bytes = 0;
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    const AttentionKernel& kernel = KernelFor(dtype, dtype);
+    uint64_t needed = threads * (kernel.scratch_bytes(shape.head_dim, MaxLanes(shape)) + 63);
+    if (kernel.pack != nullptr) {
+      const int64_t blocks = std::min(num_keys / kStepKeys + 2, kPackedBlocks);
+      needed +=
+          static_cast<uint64_t>(blocks * shape.num_kv_heads) * kernel.packed_elements(shape.head_dim) * 2;
+    }
+    bytes = std::max(bytes, needed + 63);
+  }
+  return std::max(bytes, FewCall::MostScratchBytes(shape, threads));
+}
+
+bool IsFew(const AttentionShape& shape, const QueryChunk& queries, const BlockIndex& index) {
+  return queries.num_tokens * SharedHeads(shape, index) <= kFewLanes;
+}
 
 }  // namespace
 }  // namespace cpu
+
+uint64_t AttentionScratchBytes(const AttentionShape& shape, int64_t num_keys) {
+  return cpu::MostScratchBytes(shape, num_keys);
+}
 
 Status SparseAttention(const AttentionShape& shape, const QueryChunk& queries, const KeyChunk& keys,
                        const BlockIndex& index, const AttentionState& state) {
@@ -281,6 +291,7 @@ Status SparseAttention(const AttentionShape& shape, const QueryChunk& queries, c
   if (queries.num_tokens == 0 || keys.num_tokens == 0) return {};
   if (state.out == nullptr || state.lse_ln == nullptr)
     return InvalidArgument("state.out or state.lse_ln is null");
+  if (cpu::IsFew(shape, queries, index)) return cpu::FewCall(shape, queries, keys, index, state).Run();
   return cpu::Call(shape, queries, keys, index, state).Run();
 }
 

@@ -67,7 +67,14 @@ const AttentionCase kCases[] = {
     {"keys_before_queries", 3, 1, 64, 1000, 33, 129, 300},
     {"decode", 9, 3, 64, 700, 1, 0, 701},
     {"decode_one_head", 4, 4, 128, 1300, 1, 0, 1301},
+    {"decode_long", 6, 2, 64, 3000, 1, 0, 3001},
+    {"decode_dim_16", 2, 1, 16, 300, 1, 0, 301},
+    {"decode_dim_240", 2, 1, 240, 300, 1, 7, 294},
     {"few_queries", 4, 2, 64, 400, 3, 0, 403},
+    {"few_queries_over_a_tile_edge", 2, 1, 64, 382, 4, 5, 400},
+    {"eight_lanes", 8, 1, 80, 100, 1, 3, 98},
+    {"nine_lanes", 9, 1, 64, 100, 1, 3, 98},
+    {"packed_in_pieces", 2, 1, 32, 8300, 40, 17, 8323},
     {"far_positions", 2, 1, 64, (int64_t{1} << 40) + 5, 40, (int64_t{1} << 40) - 100, 145},
     {"sharp_scores", 2, 1, 64, 0, 200, 0, 200, 20},
 };
@@ -120,11 +127,14 @@ BlockIndex RandomIndex(const AttentionInputs& in, int32_t num_lists, uint32_t se
 }
 
 TEST(Attention, FollowsBlockListsPerHeadKvHeadOrForAll) {
-  const AttentionCase c{"lists", 6, 2, 64, 300, 290, 77, 513};
-  for (const DType dtype : {DType::kF32, DType::kBF16}) {
-    const AttentionInputs in(c, dtype, dtype);
-    for (const int32_t lists : {1, 2, 3, 6}) {
-      ExpectMatches(in, RandomIndex(in, lists, 11), std::to_string(lists) + " lists");
+  const AttentionCase kListCases[] = {{"lists", 6, 2, 64, 300, 290, 77, 513},
+                                      {"decode_lists", 6, 2, 64, 1300, 2, 77, 1225}};
+  for (const AttentionCase& c : kListCases) {
+    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+      const AttentionInputs in(c, dtype, dtype);
+      for (const int32_t lists : {1, 2, 3, 6}) {
+        ExpectMatches(in, RandomIndex(in, lists, 11), c.name + ", " + std::to_string(lists) + " lists");
+      }
     }
   }
 }
@@ -148,19 +158,22 @@ TEST(Attention, AShapeMaskMatchesReference) {
     double sink;
     double window;
   };
-  const AttentionCase c{"a_shape", 3, 1, 64, 200, 500, 30, 670};
-  for (const DType dtype : {DType::kF32, DType::kBF16}) {
-    const AttentionInputs in(c, dtype, dtype);
-    for (const Row row :
-         {Row{0, 1}, Row{1, 1}, Row{4, 60}, Row{40, 128}, Row{128, 129}, Row{200, 300}, Row{0, 4000}}) {
-      std::unique_ptr<PatternPolicy> policy;
-      ASSERT_TRUE(
-          MakePolicy("a_shape", {{"sink_tokens", row.sink}, {"window_tokens", row.window}}, &policy).ok());
-      BlockIndex index;
-      ASSERT_TRUE(policy->Select({0, 3, 1, 700, in.first_tile, in.num_tiles}, &index).ok());
-      ExpectMatches(in, index, "sink " + std::to_string(row.sink) + " window " + std::to_string(row.window));
+  const AttentionCase kMaskCases[] = {{"a_shape", 3, 1, 64, 200, 500, 30, 670},
+                                      {"decode_a_shape", 3, 1, 64, 690, 2, 30, 662}};
+  for (const AttentionCase& c : kMaskCases)
+    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+      const AttentionInputs in(c, dtype, dtype);
+      for (const Row row :
+           {Row{0, 1}, Row{1, 1}, Row{4, 60}, Row{40, 128}, Row{128, 129}, Row{200, 300}, Row{0, 4000}}) {
+        std::unique_ptr<PatternPolicy> policy;
+        ASSERT_TRUE(
+            MakePolicy("a_shape", {{"sink_tokens", row.sink}, {"window_tokens", row.window}}, &policy).ok());
+        BlockIndex index;
+        ASSERT_TRUE(policy->Select({0, 3, 1, 700, in.first_tile, in.num_tiles}, &index).ok());
+        ExpectMatches(in, index,
+                      c.name + " sink " + std::to_string(row.sink) + " window " + std::to_string(row.window));
+      }
     }
-  }
 }
 
 TEST(Attention, RowsWithoutAKeyStayEmpty) {
@@ -227,8 +240,7 @@ TEST(Attention, ChunksMergedInAnyOrderEqualOnePass) {
   }
 }
 
-TEST(Attention, IsBitwiseEqualOnEveryRunAndNumberOfThreads) {
-  const AttentionCase c{"repeat", 9, 3, 64, 0, 700, 0, 700, 3};
+void ExpectEqualBits(const AttentionCase& c) {
   const int threads_before = omp_get_max_threads();
   for (const CpuPath path : SupportedPaths()) {
     const cpu::ScopedCpuPath forced(path);
@@ -237,8 +249,9 @@ TEST(Attention, IsBitwiseEqualOnEveryRunAndNumberOfThreads) {
       std::vector<float> first;
       for (const int threads : {1, 2, 2, 3, 5}) {
         omp_set_num_threads(threads);
-        GuardedState state(in.shape, 700);
-        ASSERT_TRUE(SparseAttention(in.shape, in.queries, in.keys, DenseBlockIndex(0, 6), state.view()).ok());
+        GuardedState state(in.shape, c.num_queries);
+        const BlockIndex index = DenseBlockIndex(in.first_tile, in.num_tiles);
+        ASSERT_TRUE(SparseAttention(in.shape, in.queries, in.keys, index, state.view()).ok());
         if (first.empty()) first = state.out();
         EXPECT_EQ(first, state.out()) << NameOf(path) << " with " << threads << " threads";
       }
@@ -247,25 +260,42 @@ TEST(Attention, IsBitwiseEqualOnEveryRunAndNumberOfThreads) {
   omp_set_num_threads(threads_before);
 }
 
-TEST(Attention, NaNInAVisibleKeyReachesTheRowsThatSeeIt) {
-  const AttentionCase c{"nan", 1, 1, 64, 0, 90, 0, 90};
-  std::vector<float> k(90 * 64, 0.5f);
-  k[50 * 64 + 3] = std::numeric_limits<float>::quiet_NaN();
+TEST(Attention, PrefillIsBitwiseEqualOnEveryRunAndNumberOfThreads) {
+  ExpectEqualBits({"prefill", 6, 2, 64, 0, 300, 0, 300, 3});
+}
+
+TEST(Attention, DecodeIsBitwiseEqualOnEveryRunAndNumberOfThreads) {
+  ExpectEqualBits({"decode", 6, 2, 64, 2000, 1, 0, 2001, 3});
+}
+
+// `spoil_v`: the NaN is in V; else in K.
+void ExpectNaNSpreads(bool spoil_v, int64_t q_begin) {
+  const AttentionCase c{"nan", 1, 1, 64, q_begin, 90 - q_begin, 0, 90};
+  std::vector<float> values(90 * 64, 0.5f);
+  for (size_t i = 0; i < 64; ++i) values[50 * 64 + i] = std::numeric_limits<float>::quiet_NaN();
   for (const CpuPath path : SupportedPaths()) {
     const cpu::ScopedCpuPath forced(path);
     for (const DType dtype : {DType::kF32, DType::kBF16}) {
       AttentionInputs in(c, dtype, dtype);
-      const GuardedTensor spoiled(dtype, k);
-      in.keys.k = spoiled.data();
-      GuardedState state(in.shape, 90);
+      const GuardedTensor spoiled(dtype, values);
+      (spoil_v ? in.keys.v : in.keys.k) = spoiled.data();
+      GuardedState state(in.shape, c.num_queries);
       ASSERT_TRUE(SparseAttention(in.shape, in.queries, in.keys, DenseBlockIndex(0, 1), state.view()).ok());
       const auto out = state.out();
-      for (size_t row = 0; row < 90; ++row) {
-        EXPECT_EQ(std::isnan(out[row * 64]), row >= 50) << row << " on " << NameOf(path);
+      for (int64_t row = 0; row < c.num_queries; ++row) {
+        EXPECT_EQ(std::isnan(out[static_cast<size_t>(row) * 64]), q_begin + row >= 50)
+            << row << " on " << NameOf(path);
       }
     }
   }
 }
+
+TEST(Attention, NaNInAVisibleKeyReachesTheRowsThatSeeIt) {
+  ExpectNaNSpreads(false, 0);
+  ExpectNaNSpreads(false, 85);
+}
+
+TEST(Attention, NaNInAVisibleValueReachesTheRowsThatSeeIt) { ExpectNaNSpreads(true, 85); }
 
 TEST(Attention, EmptyChunksChangeNothing) {
   const AttentionCase c{"none", 2, 1, 64, 0, 10, 0, 10};
