@@ -18,6 +18,7 @@ if [ -z "${HW_CLEAN_ROOM:-}" ]; then
   HW_CLEAN_ROOM=1 exec unshare --mount --pid --fork --kill-child --propagation private bash "$0" "$@"
 fi
 
+{ # read as a whole before it runs: the file may change meanwhile
 root=$(cd "$(dirname "$0")/.." && pwd)
 dir=
 keep=no
@@ -105,3 +106,4 @@ done
 echo "== outcome for $(git -C "$root" rev-parse --short HEAD)"
 printf '%s\n' "${outcomes[@]}"
 exit $failed
+}
