@@ -152,7 +152,8 @@ absl::StatusOr<PrefillExecutor::Outcome> PrefillExecutor::RunChecked(
     const v1::PrefillAssignment& assignment, const PrefillJob& job, JobControl* control,
     const std::function<void(const v1::RankProgress&)>& progress) {
   HW_RETURN_IF_ERROR(arena_.Reset(job.plan.arena_bytes()));
-  HW_ASSIGN_OR_RETURN(const std::unique_ptr<Collectives> collectives, JoinGroup(assignment, job, control));
+  last_group_.reset();
+  HW_ASSIGN_OR_RETURN(std::unique_ptr<Collectives> collectives, JoinGroup(assignment, job, control));
   Outcome outcome;
   const absl::Status status = RunWithSender(assignment, job, collectives.get(), control, progress, &outcome);
   if (!status.ok()) {
@@ -160,6 +161,7 @@ absl::StatusOr<PrefillExecutor::Outcome> PrefillExecutor::RunChecked(
     HW_RETURN_IF_ERROR(control->status());
     return status;
   }
+  last_group_ = std::move(collectives);
   return outcome;
 }
 

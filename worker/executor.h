@@ -72,6 +72,9 @@ class PrefillExecutor final : public AssignmentRunner {
 
   const ExecutorOptions options_;
   Arena arena_;
+  // The group of the last job that completed: left only when the next one comes, when its other ranks are
+  // done for sure.
+  std::unique_ptr<Collectives> last_group_;
   mutable absl::Mutex mutex_;
   KvSender* sender_ ABSL_GUARDED_BY(mutex_) = nullptr;  // of the running job
 };

@@ -25,6 +25,10 @@ namespace {
 
 using gloo::transport::UnboundBuffer;
 
+// Gloo closes by reset. A connection reset before its other end has looked at it throws on that process's
+// event thread, where nothing catches it.
+constexpr absl::Duration kResetGrace = absl::Milliseconds(300);
+
 // Gloo takes 0 as "no limit".
 std::chrono::milliseconds GlooTimeout(absl::Duration timeout) {
   return std::chrono::milliseconds(std::max<int64_t>(1, absl::ToInt64Milliseconds(timeout)));
@@ -79,15 +83,19 @@ class Gloo final : public GlooCollectives {
       // A group that ends well must not be closed by Fail(): Gloo's close() resets the connection, by which a
       // peer loses what it has not read yet. Destroying the pairs closes them in order.
       absl::MutexLock lock(&mutex_);
-      if (error_.ok()) error_ = absl::CancelledError("the group was destroyed");
+      if (error_.ok() && connected_) error_ = absl::CancelledError("the group was destroyed");
     }
+    Fail(absl::CancelledError("the group was destroyed")).IgnoreError();
+    // A peer whose event thread has not looked at our connection yet would not survive its reset.
+    if (!formed_ && num_connected_ > 0) absl::SleepFor(kResetGrace);
     // Pairs unregister from the device's thread; the device must go last.
     transport_.reset();
   }
 
   int rank() const override { return options_.rank; }
   int world_size() const override { return options_.world_size; }
-  absl::Duration timeout() const { return options_.timeout; }
+  // Of an operation; while the group is being formed, what is left for that.
+  absl::Duration timeout() const { return operation_timeout_; }
 
   absl::Status Connect(RendezvousClient* rendezvous) override;
   std::unique_ptr<PendingExchange> StartExchange(int to, absl::Span<const char> send, int from,
@@ -111,6 +119,7 @@ class Gloo final : public GlooCollectives {
 
  private:
   absl::Status ConnectAll(RendezvousClient* rendezvous, absl::Time deadline);
+  absl::Status WaitForAll(absl::Time deadline);
   absl::Status Publish(RendezvousClient* rendezvous, absl::Time deadline, size_t* address_bytes);
   absl::Status ConnectPeer(RendezvousClient* rendezvous, int peer, size_t address_bytes, absl::Time deadline);
   std::string Key(int rank) const { return absl::StrCat(options_.group_name, "/", rank); }
@@ -119,10 +128,14 @@ class Gloo final : public GlooCollectives {
   const std::shared_ptr<gloo::transport::Device> device_;
   std::shared_ptr<gloo::transport::Context> transport_;
   uint64_t next_slot_ = 0;
+  absl::Duration operation_timeout_;
   mutable absl::Mutex mutex_;
   absl::Status error_ ABSL_GUARDED_BY(mutex_) = absl::OkStatus();
+  // All pairs are connected; of this rank, and of all.
   bool connected_ ABSL_GUARDED_BY(mutex_) = false;
-  bool pairs_ready_ ABSL_GUARDED_BY(mutex_) = false;
+  bool formed_ ABSL_GUARDED_BY(mutex_) = false;
+  int connecting_ ABSL_GUARDED_BY(mutex_) = -1;  // the peer that Connect() waits for
+  int num_connected_ = 0;
   RendezvousClient* rendezvous_ ABSL_GUARDED_BY(mutex_) = nullptr;
   std::vector<GlooExchange*> pending_ ABSL_GUARDED_BY(mutex_);
 };
@@ -187,11 +200,10 @@ absl::Status Gloo::Fail(absl::Status why) {
   if (!error_.ok()) return error_;
   error_ = std::move(why);
   if (rendezvous_ != nullptr) rendezvous_->Abort();
-  if (pairs_ready_) {
-    for (int peer = 0; peer < world_size(); ++peer) {
-      if (peer == rank()) continue;
-      Guard("close", [&] { transport_->getPair(peer)->close(); }).IgnoreError();
-    }
+  for (int peer = 0; peer < world_size(); ++peer) {
+    // Before the group is formed, only what Connect() waits for is closed at once; see ~Gloo().
+    if (peer == rank() || !(formed_ || peer == connecting_)) continue;
+    Guard("close", [&] { transport_->getPair(peer)->close(); }).IgnoreError();
   }
   for (GlooExchange* exchange : pending_) exchange->Interrupt();
   return error_;
@@ -209,12 +221,14 @@ absl::Status Gloo::Connect(RendezvousClient* rendezvous) {
   }
   const absl::Time deadline = absl::Now() + options_.connect_timeout;
   absl::Status status = ConnectAll(rendezvous, deadline);
+  if (status.ok()) status = WaitForAll(deadline);
+  operation_timeout_ = options_.timeout;
   absl::MutexLock lock(&mutex_);
   rendezvous_ = nullptr;
   // An Abort() shows as whatever it broke.
-  if (!error_.ok()) return error_;
+  if (!error_.ok() && absl::IsCancelled(error_)) return error_;
   if (status.ok()) {
-    connected_ = true;
+    formed_ = true;
     return status;
   }
   if (absl::Now() >= deadline || absl::IsDeadlineExceeded(status)) {
@@ -224,6 +238,18 @@ absl::Status Gloo::Connect(RendezvousClient* rendezvous) {
   }
   error_ = status;
   return status;
+}
+
+// Nobody may be done and gone while another rank still connects to it.
+absl::Status Gloo::WaitForAll(absl::Time deadline) {
+  {
+    absl::MutexLock lock(&mutex_);
+    connected_ = true;
+  }
+  operation_timeout_ = deadline - absl::Now();
+  const char here = 1;
+  std::vector<char> all(static_cast<size_t>(world_size()));
+  return AllGather(&here, 1, all.data());
 }
 
 absl::Status Gloo::ConnectAll(RendezvousClient* rendezvous, absl::Time deadline) {
@@ -250,11 +276,6 @@ absl::Status Gloo::Publish(RendezvousClient* rendezvous, absl::Time deadline, si
       addresses.append(bytes.data(), bytes.size());
     }
   }));
-  {
-    absl::MutexLock lock(&mutex_);
-    if (!error_.ok()) return error_;
-    pairs_ready_ = true;
-  }
   if (world_size() == 1) return absl::OkStatus();
   return rendezvous->Put(Key(rank()), addresses, deadline - absl::Now());
 }
@@ -270,13 +291,22 @@ absl::Status Gloo::ConnectPeer(RendezvousClient* rendezvous, int peer, size_t ad
   const size_t index = static_cast<size_t>(rank() < peer ? rank() : rank() - 1);
   const char* const begin = addresses.data() + index * address_bytes;
   const std::vector<char> bytes(begin, begin + address_bytes);
-  return Guard(absl::StrCat("connection of rank ", rank(), " to rank ", peer), [&] {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (!error_.ok()) return error_;
+    connecting_ = peer;
+  }
+  const absl::Status status = Guard(absl::StrCat("connection of rank ", rank(), " to rank ", peer), [&] {
     const int family = gloo::transport::tcp::Address(bytes).getSockaddr().ss_family;
     if (family != AF_INET && family != AF_INET6) {
       throw std::runtime_error(absl::StrCat("address family ", family));
     }
     transport_->getPair(peer)->connect(bytes);
+    ++num_connected_;
   });
+  absl::MutexLock lock(&mutex_);
+  connecting_ = -1;
+  return status;
 }
 
 // Nothing is under way: a copy within the rank, or an error.

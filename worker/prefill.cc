@@ -67,6 +67,7 @@ class PrefillLoop {
   }
 
   absl::StatusOr<PrefillResult> Run() {
+    HW_RETURN_IF_ERROR(CheckAgreement());
     HW_RETURN_IF_ERROR(Embed());
     for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
       HW_RETURN_IF_ERROR(RunLayer(layer));
@@ -74,6 +75,7 @@ class PrefillLoop {
       if (context_.progress) context_.progress(result_.progress);
     }
     HW_RETURN_IF_ERROR(ScoreLastToken());
+    HW_RETURN_IF_ERROR(WaitForPeers());
     return std::move(result_);
   }
 
@@ -234,6 +236,41 @@ class PrefillLoop {
     const absl::Span<const float> logits(logits_, static_cast<size_t>(config_.vocab_size));
     result_.top = TopTokens(logits, std::max(1, job_.top_logprobs));
     return absl::OkStatus();
+  }
+
+  // Ranks that differ in what sizes a chunk would read each other's bytes wrong.
+  absl::Status CheckAgreement() {
+    std::string plan = absl::StrCat(context_.model->fingerprint(), " ", kernels::NameOf(compute_), " ",
+                                    job_.policy->name(), " ", num_tokens_);
+    for (const RankTokens& tokens : job_.partition) {
+      absl::StrAppend(&plan, ";");
+      for (const TokenRange& range : tokens) absl::StrAppend(&plan, " ", range.begin, "-", range.end);
+    }
+    absl::StrAppend(&plan, " ", Crc32c(job_.tokens.data(), job_.tokens.size() * sizeof(int32_t)));
+    std::vector<uint32_t> all;
+    HW_RETURN_IF_ERROR(GatherFromAll(Crc32c(plan.data(), plan.size()), &all));
+    for (size_t rank = 0; rank < all.size(); ++rank) {
+      if (all[rank] == all[static_cast<size_t>(job_.rank)]) continue;
+      return MakeError(
+          absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_MODEL_MISMATCH,
+          absl::StrCat("rank ", rank, " and rank ", job_.rank, " differ in model, compute type (here ",
+                       kernels::NameOf(compute_), "), policy, prompt or partition"));
+    }
+    return absl::OkStatus();
+  }
+
+  // So that no rank leaves the group while another still waits for what it has sent.
+  absl::Status WaitForPeers() {
+    std::vector<uint32_t> all;
+    return GatherFromAll(0, &all);
+  }
+
+  absl::Status GatherFromAll(uint32_t mine, std::vector<uint32_t>* all) {
+    all->assign(job_.partition.size(), mine);
+    if (context_.collectives == nullptr) return absl::OkStatus();
+    const JobControl::Waiting waiting(context_.control);
+    const absl::Status status = context_.collectives->AllGather(&mine, sizeof(mine), all->data());
+    return status.ok() ? status : CollectiveError(status, *context_.control);
   }
 
   const PrefillJob& job_;

@@ -75,11 +75,12 @@ struct PrefillResult {
   absl::Duration egress_stall;
 };
 
-// Runs the job on the calling thread. All blocks have been submitted when it returns OK; sender->Finish() is
-// the caller's. Equal jobs in equal contexts give bitwise equal KV.
+// Runs the job on the calling thread. When it returns OK, all blocks have been submitted (sender->Finish() is
+// the caller's), and all ranks have computed theirs. Equal jobs in equal contexts give bitwise equal KV.
 //
 // Errors: the job control's (CANCELLED, DEADLINE_EXCEEDED); UNAVAILABLE, WORKER_LOST: a peer is gone or
-// late; UNAVAILABLE, KV_STREAM_STALLED; the sender's; INTERNAL, NON_FINITE with the layer. A rank that fails
+// late; FAILED_PRECONDITION, MODEL_MISMATCH: the ranks' models, compute types or plans differ; UNAVAILABLE,
+// KV_STREAM_STALLED; the sender's; INTERNAL, NON_FINITE with the layer. A rank that fails
 // leaves its group, by which its peers fail, too.
 absl::StatusOr<PrefillResult> RunPrefill(const PrefillJob& job, const PrefillContext& context);
 

@@ -39,16 +39,15 @@ struct Implementation {
   MakeGroup make;
 };
 
-class CollectivesContract : public ::testing::TestWithParam<Implementation> {
- protected:
-  // Runs `body` for each rank on a thread of its own.
-  static void OnRanks(const std::vector<std::unique_ptr<Collectives>>& group,
-                      const std::function<void(Collectives*)>& body) {
-    std::vector<std::thread> threads;
-    for (const auto& endpoint : group) threads.emplace_back([&] { body(endpoint.get()); });
-    for (std::thread& thread : threads) thread.join();
-  }
-};
+// Runs `body` for each rank on a thread of its own.
+void OnRanks(const std::vector<std::unique_ptr<Collectives>>& group,
+             const std::function<void(Collectives*)>& body) {
+  std::vector<std::thread> threads;
+  for (const auto& endpoint : group) threads.emplace_back([&] { body(endpoint.get()); });
+  for (std::thread& thread : threads) thread.join();
+}
+
+class CollectivesContract : public ::testing::TestWithParam<Implementation> {};
 
 std::string Payload(int from, size_t bytes) {
   std::string text(bytes, '\0');
@@ -208,9 +207,18 @@ TEST_P(CollectivesContract, ABufferIsFreeWhenAnExchangeWasGivenUpWithoutWaiting)
   EXPECT_EQ(peer.code(), absl::StatusCode::kUnavailable) << peer;
 }
 
-TEST_P(CollectivesContract, WritesNothingPastTheBufferWhenRanksDisagreeOnASize) {
+TEST_P(CollectivesContract, RefusesPeersThatAreNoRanks) {
+  const auto group = GetParam().make(2, kPlenty);
+  char byte = 0;
+
+  EXPECT_EQ(group[0]->StartExchange(2, {&byte, 1}, 1, {})->Wait().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(group[0]->StartExchange(1, {&byte, 1}, -1, {})->Wait().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+TEST(InProcessCollectivesTest, WritesNothingPastTheBufferWhenRanksDisagreeOnASize) {
   for (const size_t expected : {10u, 4000u}) {
-    const auto group = GetParam().make(2, absl::Milliseconds(500));
+    const auto group = MakeInProcessGroup(2, absl::Milliseconds(500));
     const std::string sent(1000, 'x');
     std::string received(8000, '.');
     absl::Status statuses[2];
@@ -224,15 +232,6 @@ TEST_P(CollectivesContract, WritesNothingPastTheBufferWhenRanksDisagreeOnASize) 
     EXPECT_FALSE(statuses[1].ok()) << expected;
     EXPECT_EQ(received.find_first_not_of('.', expected), std::string::npos);
   }
-}
-
-TEST_P(CollectivesContract, RefusesPeersThatAreNoRanks) {
-  const auto group = GetParam().make(2, kPlenty);
-  char byte = 0;
-
-  EXPECT_EQ(group[0]->StartExchange(2, {&byte, 1}, 1, {})->Wait().code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(group[0]->StartExchange(1, {&byte, 1}, -1, {})->Wait().code(),
-            absl::StatusCode::kInvalidArgument);
 }
 
 INSTANTIATE_TEST_SUITE_P(All, CollectivesContract,

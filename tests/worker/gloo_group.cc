@@ -3,6 +3,7 @@
 #include <thread>
 
 #include "absl/strings/str_cat.h"
+#include <signal.h>
 
 #include "base/log.h"
 #include "base/status_macros.h"
@@ -10,6 +11,7 @@
 namespace headwater::testing {
 
 GlooGroups::GlooGroups() : service_(MakeRendezvousService({})) {
+  signal(SIGPIPE, SIG_IGN);
   auto server = StartServer("127.0.0.1:0", {service_.get()});
   HW_CHECK(server.ok());
   server_ = *std::move(server);

@@ -58,7 +58,8 @@ std::unique_ptr<GroupResult> RunGroup(const Model& model, absl::Span<const int32
       const size_t at = static_cast<size_t>(rank);
       kernels::SetNumThreads(1);
       if (run.join && world > 1) endpoints[at] = run.join(rank);
-      const PrefillJob job = MakeJob(model, tokens, run, rank);
+      PrefillJob job = MakeJob(model, tokens, run, rank);
+      if (run.change_job) run.change_job(rank, &job);
       JobControl control;
       Arena arena;
       HW_CHECK(arena.Reset(job.plan.arena_bytes()).ok());

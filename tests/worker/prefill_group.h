@@ -31,6 +31,8 @@ struct GroupRun {
   MemorySink::Mode sink = MemorySink::Mode::kAcknowledge;
   // Endpoints of the ranks; empty: an in-process group.
   std::function<std::unique_ptr<Collectives>(int rank)> join;
+  // Changes a rank's job before it runs.
+  std::function<void(int rank, PrefillJob* job)> change_job;
   // Runs on rank `rank`'s thread after every layer.
   std::function<void(int rank, JobControl* control, const PrefillProgress&)> on_layer;
 };

@@ -303,6 +303,26 @@ TEST_F(PrefillTest, AFailureInTheMiddleOfTheRingEndsThePeersQuickly) {
   EXPECT_LT(absl::Now() - start, absl::Seconds(5));
 }
 
+TEST_F(PrefillTest, RefusesRanksThatDisagreeOnThePlan) {
+  const std::function<void(PrefillJob*)> changes[] = {
+      [](PrefillJob* job) { job->tokens[3] ^= 1; },
+      [](PrefillJob* job) { std::swap(job->partition[0], job->partition[1]); },
+  };
+  for (const auto& change : changes) {
+    GroupRun run = Two(v1::PARTITION_CONTIGUOUS);
+    run.change_job = [&](int rank, PrefillJob* job) {
+      if (rank == 1) change(job);
+    };
+
+    const auto group = RunGroup(*model_, LongPrompt(*model_, 64), run);
+
+    for (const absl::Status& status : group->statuses) {
+      EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
+      EXPECT_EQ(ReasonOf(status), v1::ERROR_REASON_MODEL_MISMATCH);
+    }
+  }
+}
+
 TEST_F(PrefillTest, StopsAtTheDeadline) {
   const PrefillJob job = MakeJob(*model_, golden_.tokens, GroupRun(), 0);
   JobControl control(Clock::Real(), Clock::Real()->Now() - absl::Milliseconds(1));
