@@ -35,6 +35,8 @@ class KvDigest {
 
 // CRC-32C (Castagnoli), as iSCSI and gRPC-based stores use it.
 uint32_t Crc32c(const void* data, uint64_t bytes);
+// The CRC of a text whose beginning has the CRC `crc` (0: nothing yet) and that goes on with `data`.
+uint32_t ExtendCrc32c(uint32_t crc, const void* data, uint64_t bytes);
 
 }  // namespace headwater
 

@@ -3,6 +3,7 @@
 #define HW_KVTRANSFER_LAYOUT_H_
 
 #include <cstdint>
+#include <string>
 
 #include "absl/status/statusor.h"
 
@@ -10,6 +11,9 @@
 #include "headwater/v1/types.pb.h"
 
 namespace headwater {
+
+inline constexpr uint64_t kMaxBlockBytes = 32ull << 20;
+inline constexpr uint64_t kMaxBlocks = 1ull << 26;
 
 enum class KvKind : uint8_t { kK = 0, kV = 1 };
 
@@ -26,7 +30,8 @@ struct KvBlockId {
 class KvGeometry {
  public:
   // INVALID_ARGUMENT: a field is zero, out of range (layers <= 1024, heads <= 1024, head_dim <= 1024, tokens
-  // <= 2^26, 16 <= block_tokens <= 4096), or the cache would pass 2^46 bytes.
+  // <= 2^26, 16 <= block_tokens <= 4096), a block would pass kMaxBlockBytes (it travels in one message), or
+  // the cache would pass 2^46 bytes or kMaxBlocks blocks (their bitmap travels in one message).
   static absl::StatusOr<KvGeometry> Create(const v1::KvLayout& layout);
 
   const v1::KvLayout& layout() const { return layout_; }
@@ -42,6 +47,10 @@ class KvGeometry {
   uint64_t IndexOf(const KvBlockId& id) const;
   // The block with that index; index < num_blocks().
   KvBlockId BlockAt(uint64_t index) const;
+  // True if `id` is one of this cache's blocks: its token range is one step of block_tokens, the last one cut
+  // short at num_tokens.
+  bool Contains(const KvBlockId& id) const;
+  // Of the block's first byte from the start of the cache.
   uint64_t OffsetOf(const KvBlockId& id) const;
   uint64_t BytesOf(const KvBlockId& id) const { return (id.token_end - id.token_begin) * token_bytes_; }
 
@@ -56,6 +65,9 @@ class KvGeometry {
 
 // Bytes of one element; 0: unspecified or unknown.
 uint64_t ElementBytes(v1::KvDtype dtype);
+
+// "layer 3 K tokens [256, 512)"; for messages.
+std::string BlockName(const KvBlockId& id);
 
 }  // namespace headwater
 

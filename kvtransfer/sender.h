@@ -43,7 +43,8 @@ struct KvSenderStats {
   uint64_t bytes_submitted = 0;
   uint64_t blocks_resent = 0;   // sent more than once, for whatever reason
   uint32_t stream_resumes = 0;  // connections made anew after the first
-  KvDigest digest;              // of all submitted blocks
+  // Of the blocks sent so far: of all submitted blocks once Finish has returned OK.
+  KvDigest digest;
 };
 
 // One use: Create, Submit..., Finish (or Cancel). Submit and Finish from one thread; Stats, Cancel from any.
@@ -51,17 +52,25 @@ class KvSender {
  public:
   // Starts connecting and returns.
   static std::unique_ptr<KvSender> Create(const KvSenderOptions& options, const KvGeometry& geometry);
-  // Cancels what is under way and waits until no thread uses the caller's memory.
+  // Cancels what is under way and waits until no thread uses the caller's memory: at once as a rule, about 3
+  // s where the peer has stopped reading.
   virtual ~KvSender() = default;
 
   // Queues the block for sending. `data` (geometry.BytesOf(block) bytes) must stay unchanged until `done` has
-  // run; `done` runs exactly once, on another thread: after the ACK, or when the sender fails, is cancelled
-  // or destroyed. Returns the sender's error if it has failed. Never waits: the caller bounds what it submits
-  // by the buffers that `done` frees.
+  // run; `done` runs exactly once, on another thread: when the block is acknowledged, or the sender has
+  // failed, is cancelled or destroyed, and gRPC has let go of the memory. It runs even where Submit returns
+  // an error: the sender's, if it has failed, FAILED_PRECONDITION after Finish, INVALID_ARGUMENT for a block
+  // that is not of this geometry or was submitted before. Never waits: the caller bounds what it submits by
+  // the buffers that `done` frees. `done` must be short and must not call the sender's Finish or destructor.
   virtual absl::Status Submit(const KvBlockId& block, const void* data, std::function<void()> done) = 0;
 
-  // Waits until every submitted block is acknowledged, or for the sender's error (stall, stale epoch,
-  // refused, cancelled).
+  // Waits until every submitted block is acknowledged and its `done` has run, or for the sender's error:
+  //   UNAVAILABLE, KV_STREAM_STALLED   no acknowledgement for stall_timeout
+  //   UNAVAILABLE, DECODE_LOST         the receiver no longer knows the session: begin again in a new epoch
+  //   ABORTED, STALE_EPOCH             a higher epoch has taken over
+  //   DATA_LOSS, KV_CORRUPT            a block arrived corrupt too often, or the receiver lost an
+  //   acknowledged one INTERNAL                         the receiver refused a block PERMISSION_DENIED the
+  //   session token is wrong CANCELLED
   virtual absl::Status Finish() = 0;
 
   // Makes Submit and Finish return CANCELLED; sends nothing more. Returns at once.

@@ -1,5 +1,5 @@
-// KvStore: the receiver's sessions in file-backed memory. Blocks survive the process; nothing is visible
-// before the commit.
+// KvStore: the receiver's sessions in file-backed memory. Blocks survive the process, kill -9 included, but
+// not a power loss (nothing is synced); nothing is visible before the commit.
 #ifndef HW_KVTRANSFER_STORE_H_
 #define HW_KVTRANSFER_STORE_H_
 
@@ -22,9 +22,12 @@ namespace headwater {
 struct KvStoreOptions {
   // Directory of the session files, made if missing; a tmpfs is fine. One process at a time (flock).
   std::string directory;
+  // Payload bytes of all sessions. Beside them a session's metadata takes 12 KiB, 8 bytes a block and 4 bytes
+  // a token of disk or tmpfs.
   uint64_t budget_bytes = 0;
   uint32_t max_sessions = 1024;
-  // An uncommitted session without blocks, and a committed one without use, is freed after this long.
+  // An uncommitted session to which no block comes, and a committed one without use, is freed after this
+  // long.
   absl::Duration lease = absl::Minutes(5);
   std::string model_fingerprint;  // empty: any
   const Clock* clock = Clock::Real();
@@ -49,28 +52,38 @@ class CommittedKv {
 class KvStore {
  public:
   // Takes over what an earlier process left in the directory: checks each block's CRC again, drops what does
-  // not match.
+  // not match. Files that make no sense, and committed sessions that lost a block, are moved to
+  // directory/set_aside with a warning and stay there until the next Open. Sessions of another model are
+  // removed. FAILED_PRECONDITION: the directory cannot be made or belongs to another process. Takes about 0.1
+  // s per GB.
   static absl::StatusOr<std::unique_ptr<KvStore>> Open(const KvStoreOptions& options);
   virtual ~KvStore() = default;
 
   // As KvTransferService.OpenSession; returns the bytes reserved. RESOURCE_EXHAUSTED, KV_MEMORY_FULL with
   // bytes asked and available; FAILED_PRECONDITION: over the whole budget, or another model's cache
-  // (MODEL_MISMATCH).
+  // (MODEL_MISMATCH). A higher epoch with resume_layer > 0 of a session that is not here is NOT_FOUND,
+  // UNKNOWN_SESSION. A committed session takes a higher epoch only while no CommittedKv is held. UNAVAILABLE:
+  // another call is opening or freeing the session. Allocates the files: slow where a tmpfs has to find
+  // pages.
   virtual absl::StatusOr<uint64_t> OpenSession(const v1::OpenSessionRequest& request) = 0;
 
-  // Geometry and current state, for a hello. NOT_FOUND, UNKNOWN_SESSION; PERMISSION_DENIED: wrong token;
-  // ABORTED, STALE_EPOCH.
+  // Geometry (may be null) and current state, for a hello. NOT_FOUND, UNKNOWN_SESSION; PERMISSION_DENIED:
+  // wrong token; ABORTED, STALE_EPOCH.
   virtual absl::StatusOr<v1::KvSessionState> Hello(const v1::KvHello& hello, KvGeometry* geometry) = 0;
 
   // Checks the header against the layout, then the payload against the CRC, and stores it. `payload` is in
-  // pieces, as it came. The index is set unless the result is kRefused.
+  // pieces, as it came. The index is set unless the result is kRefused. `error` says why a result is not
+  // kStored or kAlreadyStored. A block that is stored already is not written again: with the same CRC it is
+  // kAlreadyStored, with another kRefused. kCorrupt means "send it again".
   virtual PutResult Put(absl::string_view session_id, const v1::KvBlock& block,
                         const std::vector<absl::string_view>& payload, uint64_t* block_index,
                         std::string* error) = 0;
 
   // As KvTransferService.CommitSession. FAILED_PRECONDITION names the number missing; DATA_LOSS, KV_CORRUPT:
-  // digests differ.
+  // digests differ. INVALID_ARGUMENT: not layout.num_tokens token ids, a token id or first token over 2^31
+  // - 1. Idempotent for the same digest.
   virtual absl::StatusOr<v1::CommitSessionResponse> Commit(const v1::CommitSessionRequest& request) = 0;
+  // Bytes reclaimed; 0: unknown session. FAILED_PRECONDITION: committed (Release frees it).
   virtual absl::StatusOr<uint64_t> Abort(const v1::AbortSessionRequest& request) = 0;
 
   // NOT_FOUND: unknown, or released; FAILED_PRECONDITION, SESSION_NOT_COMMITTED.
@@ -85,6 +98,7 @@ class KvStore {
     uint64_t bytes = 0;
     uint32_t sessions = 0;
     uint32_t committed = 0;
+    uint64_t committed_bytes = 0;  // of `bytes`, those of committed sessions
   };
   virtual Usage usage() const = 0;
 };

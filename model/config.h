@@ -33,6 +33,9 @@ struct ModelConfig {
   bool mlp_bias = false;
   bool qk_norm = false;
   kernels::RopeFrequencies rope;
+  std::string rope_text;  // what `rope` was made from; equal for equal parameters only
+  // Tokens that end a generation; may be empty. generation_config.json's, where it names any, else
+  // config.json's.
   std::vector<int32_t> eos_token_ids;
 };
 
@@ -40,9 +43,14 @@ struct ModelConfig {
 // rope_scaling / rope_parameters). Refuses by name what would silently change the result: unknown
 // architectures, an active sliding window, rope types other than default and llama3, partial_rotary_factor
 // other than 1, quantization_config, dual-chunk attention, activations other than SiLU, sizes out of range.
+// Fields that are absent take transformers' defaults for the architecture.
+//
+// UNIMPLEMENTED: well-formed, but not supported; INVALID_ARGUMENT: malformed, contradictory or out of range.
+// The message names the field, its value and what is taken.
 absl::StatusOr<ModelConfig> ParseModelConfig(absl::string_view json);
 
-// Reads and parses `directory`/config.json.
+// Reads and parses `directory`/config.json and, where it exists, generation_config.json. NOT_FOUND: no
+// config.json.
 absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& directory);
 
 }  // namespace headwater

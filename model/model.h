@@ -24,16 +24,19 @@ struct ModelOptions {
   // f32 or bf16: type of linear layers' inputs and weights and of Q, K, V. Hidden states stay f32.
   kernels::DType compute = kernels::DType::kF32;
   // Most bytes that the packed weights may take; 0: no limit. Exceeding it is RESOURCE_EXHAUSTED, with both
-  // numbers.
+  // numbers, before any weight is read. The mapped embedding table does not count: its pages are the
+  // system's.
   uint64_t weight_budget_bytes = 0;
 };
 
 // Immutable after Load(), thread-safe; every call uses the calling thread's OpenMP team.
 class Model {
  public:
-  // NOT_FOUND: no such directory or file; INVALID_ARGUMENT: a checkpoint that is malformed or not supported;
-  // RESOURCE_EXHAUSTED: over the budget. The files may go after Load() returns, except the mapped embedding
-  // table.
+  // NOT_FOUND: no such directory or file; INVALID_ARGUMENT: a checkpoint that is malformed or whose tensors
+  // do not fit its config; UNIMPLEMENTED: a well-formed one that needs what is not supported;
+  // RESOURCE_EXHAUSTED: over the budget. The files may be deleted or replaced after Load() returns, but not
+  // truncated: the embedding table stays mapped. Cost: every weight is read twice (checksum, packing), the
+  // second time from the page cache.
   static absl::StatusOr<std::unique_ptr<Model>> Load(const ModelOptions& options);
   virtual ~Model() = default;
 
@@ -45,8 +48,9 @@ class Model {
   virtual uint64_t weight_bytes() const = 0;
   virtual kernels::AttentionShape attention_shape() const = 0;
 
-  // Tokens that the functions below process at once, and the scratch bytes that they take for it (whatever
-  // num_tokens is).
+  // Tokens that the functions below process at once, and the scratch bytes that one call takes for it at most
+  // (whatever num_tokens is). One call's scratch stays allocated between calls; N calls at once take N times
+  // as much.
   virtual int64_t chunk_tokens() const = 0;
   virtual uint64_t scratch_bytes() const = 0;
 
@@ -59,15 +63,18 @@ class Model {
                                        void* q, void* k, void* v) const = 0;
 
   // Output projection, residual, norm, MLP, residual. attention: [n, num_q_heads, head_dim] f32; hidden is
-  // updated in place. INTERNAL names the layer and row where a value is not finite.
+  // updated in place. INTERNAL, its message starting with "non-finite", names the layer and row where a value
+  // is not finite.
   virtual absl::Status AfterAttention(int32_t layer, const float* attention, int64_t num_tokens,
                                       float* hidden) const = 0;
 
-  // Final norm and LM head of one row. logits: [vocab_size]. INTERNAL: not finite.
+  // Final norm and LM head of one row. logits: [vocab_size]. INTERNAL, its message starting with
+  // "non-finite".
   virtual absl::Status Logits(const float* hidden_row, float* logits) const = 0;
 };
 
-// The `count` best tokens with log-probabilities, best first; ties go to the lower id, as argmax does.
+// The `count` best tokens (at most logits.size()) with natural log-probabilities, best first; ties go to the
+// lower id, as argmax does. NaN ranks last.
 struct TokenScore {
   int32_t token = 0;
   float logit = 0;

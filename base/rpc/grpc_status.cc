@@ -4,6 +4,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "google/protobuf/any.pb.h"
+#include "google/protobuf/io/coded_stream.h"
+#include "google/protobuf/io/zero_copy_stream_impl_lite.h"
 #include "google/rpc/error_details.pb.h"
 
 namespace headwater {
@@ -34,7 +36,15 @@ absl::Status MakeError(absl::StatusCode code, v1::ErrorReason reason, absl::stri
   info.set_domain(kDomain);
   info.set_reason(ReasonName(reason));
   for (const auto& [key, value] : metadata) (*info.mutable_metadata())[std::string(key)] = value;
-  status.SetPayload(kErrorInfoUrl, absl::Cord(info.SerializeAsString()));
+  // Deterministic, so that equal errors compare equal although metadata is a map.
+  std::string bytes;
+  {
+    google::protobuf::io::StringOutputStream stream(&bytes);
+    google::protobuf::io::CodedOutputStream coded(&stream);
+    coded.SetSerializationDeterministic(true);
+    info.SerializeToCodedStream(&coded);
+  }
+  status.SetPayload(kErrorInfoUrl, absl::Cord(bytes));
   return status;
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include <grpcpp/channel.h>
 #include <grpcpp/server.h>
 #include <grpcpp/support/channel_arguments.h>
@@ -27,8 +28,10 @@ absl::StatusOr<RunningServer> StartServer(const std::string& address,
                                           const std::vector<grpc::Service*>& services);
 
 // A channel with a TCP connection of its own (not shared with other channels to the same address), keepalive
-// of 10 s, and reconnection after at most 2 s.
-std::shared_ptr<grpc::Channel> DialPrivate(const std::string& address);
+// of 10 s, and reconnection after at most 2 s. A connection whose peer answers nothing for `silence`, be it a
+// ping or data sent, is closed.
+std::shared_ptr<grpc::Channel> DialPrivate(const std::string& address,
+                                           absl::Duration silence = absl::Seconds(10));
 
 // 128 random bits as 32 hex digits.
 std::string RandomId();

@@ -1,0 +1,186 @@
+#include "coordinator/cluster_state.h"
+
+#include <algorithm>
+#include <set>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "google/protobuf/util/message_differencer.h"
+
+#include "base/rpc/grpc_status.h"
+#include "coordinator/job.h"
+
+namespace headwater {
+namespace {
+
+constexpr size_t kMaxPeers = 4096;
+constexpr size_t kMaxServedNames = 64;
+
+absl::Status TooMany(absl::string_view what) {
+  return MakeError(absl::StatusCode::kResourceExhausted, v1::ERROR_REASON_BAD_FIELD,
+                   absl::StrCat("more than ", kMaxPeers, " ", what, " are registered"),
+                   {{"limit", absl::StrCat(kMaxPeers)}});
+}
+
+template <typename Map>
+auto* FindById(Map& map, absl::string_view id) {
+  const auto it = map.find(std::string(id));
+  return it == map.end() ? nullptr : &it->second;
+}
+
+template <typename Map>
+auto* FindByConnection(Map& map, uint64_t connection) {
+  for (auto& [id, peer] : map) {
+    if (peer.connection == connection) return &peer;
+  }
+  return static_cast<decltype(&map.begin()->second)>(nullptr);
+}
+
+}  // namespace
+
+uint64_t DecodeNode::FreeBytes() const {
+  const uint64_t budget = registration.kv_budget_bytes();
+  if (kv_bytes_used >= budget || unreported_bytes >= budget - kv_bytes_used) return 0;
+  return budget - kv_bytes_used - unreported_bytes;
+}
+
+absl::Status ClusterState::AddWorker(Worker worker) {
+  if (workers_.size() >= kMaxPeers) return TooMany("workers");
+  const v1::ServedModel& model = worker.registration.model();
+  for (const auto& [id, other] : workers_) {
+    const v1::ServedModel& served = other.registration.model();
+    if (served.name() == model.name() && !google::protobuf::util::MessageDifferencer::Equals(served, model)) {
+      return MakeError(absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_MODEL_MISMATCH,
+                       absl::StrCat("worker ", id, " serves another model under the name ", model.name(),
+                                    ": fingerprint ", served.fingerprint(), ", not ", model.fingerprint()),
+                       {{"value", model.fingerprint()}, {"limit", served.fingerprint()}});
+    }
+  }
+  if (!WasServed(model.name())) {
+    if (served_.size() >= kMaxServedNames) served_.erase(served_.begin());
+    served_.push_back(model.name());
+  }
+  std::string id = worker.registration.worker_id();
+  workers_.insert_or_assign(std::move(id), std::move(worker));
+  return absl::OkStatus();
+}
+
+std::optional<Worker> ClusterState::RemoveWorker(absl::string_view worker_id) {
+  const auto it = workers_.find(std::string(worker_id));
+  if (it == workers_.end()) return std::nullopt;
+  Worker worker = std::move(it->second);
+  workers_.erase(it);
+  return worker;
+}
+
+Worker* ClusterState::FindWorker(absl::string_view worker_id) { return FindById(workers_, worker_id); }
+
+Worker* ClusterState::FindWorkerByConnection(uint64_t connection) {
+  return FindByConnection(workers_, connection);
+}
+
+std::vector<PlanWorker> ClusterState::PlanWorkers(absl::string_view model, bool only_idle) const {
+  std::vector<const Worker*> found;
+  for (const auto& [id, worker] : workers_) {
+    if (worker.registration.model().name() != model || worker.draining) continue;
+    if (only_idle && worker.job != 0) continue;
+    found.push_back(&worker);
+  }
+  std::stable_sort(found.begin(), found.end(),
+                   [](const Worker* a, const Worker* b) { return a->idle_since < b->idle_since; });
+  std::vector<PlanWorker> out;
+  out.reserve(found.size());
+  for (const Worker* worker : found) {
+    out.push_back({worker->registration.worker_id(), worker->registration.memory()});
+  }
+  return out;
+}
+
+std::optional<ModelView> ClusterState::FindModel(absl::string_view name) const {
+  ModelView view;
+  std::set<std::string> common;
+  for (const auto& [id, worker] : workers_) {
+    if (worker.registration.model().name() != name) continue;
+    const auto& offered = worker.registration.policies();
+    const std::set<std::string> policies(offered.begin(), offered.end());
+    if (view.num_workers == 0) {
+      view.model = worker.registration.model();
+      common = policies;
+    } else {
+      std::set<std::string> both;
+      std::set_intersection(common.begin(), common.end(), policies.begin(), policies.end(),
+                            std::inserter(both, both.end()));
+      common = std::move(both);
+    }
+    ++view.num_workers;
+  }
+  if (view.num_workers == 0) return std::nullopt;
+  view.policies.assign(common.begin(), common.end());
+  return view;
+}
+
+bool ClusterState::WasServed(absl::string_view name) const {
+  return std::find(served_.begin(), served_.end(), name) != served_.end();
+}
+
+std::vector<std::string> ClusterState::LivingModels() const {
+  std::set<std::string> names;
+  for (const auto& [id, worker] : workers_) names.insert(worker.registration.model().name());
+  return {names.begin(), names.end()};
+}
+
+absl::Status ClusterState::AddDecodeNode(DecodeNode node) {
+  if (decode_nodes_.size() >= kMaxPeers && FindDecodeNode(node.registration.decode_node()) == nullptr) {
+    return TooMany("decode nodes");
+  }
+  if (node.registration.pool().empty()) node.registration.set_pool("default");
+  std::string id = node.registration.decode_node();
+  decode_nodes_.insert_or_assign(std::move(id), std::move(node));
+  return absl::OkStatus();
+}
+
+DecodeNode* ClusterState::FindDecodeNode(absl::string_view id) { return FindById(decode_nodes_, id); }
+
+const DecodeNode* ClusterState::FindDecodeNode(absl::string_view id) const {
+  return FindById(decode_nodes_, id);
+}
+
+DecodeNode* ClusterState::FindDecodeNodeByConnection(uint64_t connection) {
+  return FindByConnection(decode_nodes_, connection);
+}
+
+v1::ListWorkersResponse ClusterState::ListWorkers(absl::Time now) const {
+  v1::ListWorkersResponse response;
+  for (const auto& [id, worker] : workers_) {
+    auto* out = response.add_workers();
+    out->set_worker_id(id);
+    out->set_device(worker.registration.device());
+    *out->mutable_model() = worker.registration.model();
+    *out->mutable_memory() = worker.registration.memory();
+    SetDuration(now - worker.last_heard, out->mutable_last_heartbeat_age());
+    out->set_request_id(worker.request_id);
+    out->set_epoch(worker.epoch);
+    out->set_kv_unacked_bytes(worker.kv_unacked_bytes);
+  }
+  return response;
+}
+
+v1::ListDecodeNodesResponse ClusterState::ListDecodeNodes(absl::Time now) const {
+  v1::ListDecodeNodesResponse response;
+  for (const auto& [id, node] : decode_nodes_) {
+    auto* out = response.add_decode_nodes();
+    out->set_decode_node(id);
+    out->set_pool(node.registration.pool());
+    out->set_kv_address(node.registration.kv_address());
+    out->set_decode_address(node.registration.decode_address());
+    out->set_connected(node.connected);
+    SetDuration(now - node.last_heard, out->mutable_last_heartbeat_age());
+    out->set_kv_bytes_used(node.kv_bytes_used);
+    out->set_kv_budget_bytes(node.registration.kv_budget_bytes());
+    out->set_sessions(node.sessions);
+    *out->mutable_kv_dtypes() = node.registration.kv_dtypes();
+  }
+  return response;
+}
+
+}  // namespace headwater

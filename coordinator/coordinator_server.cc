@@ -1,0 +1,91 @@
+#include "coordinator/coordinator_server.h"
+
+#include <chrono>
+
+#include "absl/synchronization/notification.h"
+#include "absl/time/clock.h"
+#include <grpcpp/health_check_service_interface.h>
+
+#include "base/clock.h"
+#include "base/rpc/grpc_status.h"
+#include "base/status_macros.h"
+
+namespace headwater {
+namespace {
+
+constexpr absl::Duration kTickInterval = absl::Milliseconds(50);
+
+absl::Status Cut() {
+  return WithRetryAfter(MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_DRAINING,
+                                  "the coordinator shut down before the request ended"),
+                        absl::Seconds(1));
+}
+
+}  // namespace
+
+CoordinatorServer::CoordinatorServer(const CoordinatorOptions& options)
+    : metrics_("coordinator"),
+      coordinator_metrics_(&metrics_),
+      loop_(kTickInterval),
+      decode_client_(std::make_unique<GrpcDecodeClient>(&loop_)),
+      scheduler_(options, Clock::Real(), decode_client_.get(), &coordinator_metrics_),
+      prefill_service_(&scheduler_, &loop_),
+      admin_service_(&scheduler_, &loop_),
+      worker_service_(&scheduler_, &loop_),
+      decode_service_(&scheduler_, &loop_) {
+  loop_.Start([this] { scheduler_.Tick(); });
+}
+
+absl::StatusOr<std::unique_ptr<CoordinatorServer>> CoordinatorServer::Start(
+    const CoordinatorOptions& options, const std::string& listen, const std::string& metrics_address) {
+  auto server = std::unique_ptr<CoordinatorServer>(new CoordinatorServer(options));
+  HW_RETURN_IF_ERROR(server->metrics_.Serve(metrics_address));
+  HW_ASSIGN_OR_RETURN(server->running_,
+                      StartServer(listen, {&server->prefill_service_, &server->admin_service_,
+                                           &server->worker_service_, &server->decode_service_}));
+  return server;
+}
+
+CoordinatorServer::~CoordinatorServer() { Stop(absl::ZeroDuration()); }
+
+void CoordinatorServer::RunOnLoop(const std::function<void()>& work) {
+  absl::Notification done;
+  const bool posted = loop_.Post([&] {
+    work();
+    done.Notify();
+  });
+  if (posted) done.WaitForNotification();
+}
+
+void CoordinatorServer::BeginDrain() {
+  RunOnLoop([this] { scheduler_.BeginDrain(); });
+  running_.server->GetHealthCheckService()->SetServingStatus(false);
+}
+
+size_t CoordinatorServer::NumJobs() {
+  size_t num_jobs = 0;
+  RunOnLoop([&] { num_jobs = scheduler_.num_jobs(); });
+  return num_jobs;
+}
+
+size_t CoordinatorServer::Stop(absl::Duration limit) {
+  if (stopped_) return 0;
+  stopped_ = true;
+  size_t cut = 0;
+  RunOnLoop([&] {
+    cut = scheduler_.num_jobs();
+    scheduler_.CancelAll(Cut());
+  });
+  const absl::Time end = Clock::Real()->Now() + limit;
+  while (Clock::Real()->Now() < end && NumJobs() > 0) absl::SleepFor(absl::Milliseconds(20));
+  RunOnLoop([this] { scheduler_.EndAll(Cut()); });
+  if (running_.server != nullptr) {
+    running_.server->Shutdown(std::chrono::system_clock::now() + std::chrono::milliseconds(500));
+    running_.server.reset();
+  }
+  decode_client_.reset();
+  loop_.Stop();
+  return cut;
+}
+
+}  // namespace headwater

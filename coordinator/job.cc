@@ -1,0 +1,169 @@
+#include "coordinator/job.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "absl/strings/cord.h"
+#include "absl/strings/str_cat.h"
+
+#include "base/rpc/grpc_status.h"
+#include "coordinator/destination.h"
+
+namespace headwater {
+namespace {
+
+constexpr size_t kDigestBytes = 16;
+constexpr size_t kMaxMessageBytes = 2048;
+constexpr size_t kMaxPayloadBytes = 4096;
+constexpr int kMaxPayloads = 8;
+constexpr int64_t kMaxDurationSeconds = int64_t{1} << 32;
+
+absl::Status Untrue(const Job& job, const std::string& what) {
+  return MakeError(absl::StatusCode::kInternal, v1::ERROR_REASON_INTERNAL,
+                   absl::StrCat("a worker's report for request ", job.key.request_id, " says ", what));
+}
+
+void AddSaturating(uint64_t value, uint64_t* sum) {
+  *sum = value > std::numeric_limits<uint64_t>::max() - *sum ? std::numeric_limits<uint64_t>::max()
+                                                             : *sum + value;
+}
+
+double Ratio(double part, double whole) { return whole > 0 ? part / whole : 0; }
+
+absl::Duration ToDuration(const google::protobuf::Duration& duration) {
+  if (duration.seconds() < 0 || duration.seconds() > kMaxDurationSeconds || duration.nanos() < 0 ||
+      duration.nanos() > 999'999'999) {
+    return absl::ZeroDuration();
+  }
+  return absl::Seconds(duration.seconds()) + absl::Nanoseconds(duration.nanos());
+}
+
+void KeepLonger(const google::protobuf::Duration& other, google::protobuf::Duration* out) {
+  SetDuration(std::max(ToDuration(other), ToDuration(*out)), out);
+}
+
+void KeepSlowest(const v1::StageTimes& other, v1::StageTimes* out) {
+  KeepLonger(other.linear(), out->mutable_linear());
+  KeepLonger(other.attention(), out->mutable_attention());
+  KeepLonger(other.exchange(), out->mutable_exchange());
+  KeepLonger(other.egress_stall(), out->mutable_egress_stall());
+  KeepLonger(other.egress_tail(), out->mutable_egress_tail());
+}
+
+}  // namespace
+
+absl::Status CheckCompletion(const Job& job, const v1::RankCompleted& completed) {
+  if (completed.kv_digest_share().size() != kDigestBytes) {
+    return Untrue(job, absl::StrCat("that its digest share has ", completed.kv_digest_share().size(),
+                                    " bytes; ", kDigestBytes, " are wanted"));
+  }
+  const uint32_t vocab_size = job.model.vocab_size();
+  if (completed.has_first_token() && completed.first_token() >= vocab_size) {
+    return Untrue(job, absl::StrCat("that the first token is ", completed.first_token(),
+                                    "; the vocabulary has ", vocab_size));
+  }
+  if (completed.top_logprobs_size() > static_cast<int>(job.request().top_logprobs())) {
+    return Untrue(job, absl::StrCat("that there are ", completed.top_logprobs_size(), " candidates; ",
+                                    job.request().top_logprobs(), " were asked for"));
+  }
+  for (const v1::TokenLogprob& candidate : completed.top_logprobs()) {
+    if (candidate.token_id() >= vocab_size) {
+      return Untrue(job, absl::StrCat("that a candidate is token ", candidate.token_id(),
+                                      "; the vocabulary has ", vocab_size));
+    }
+  }
+  return absl::OkStatus();
+}
+
+std::string AddDigests(const std::string& a, const std::string& b) {
+  std::string sum(kDigestBytes, '\0');
+  unsigned carry = 0;
+  for (size_t i = 0; i < kDigestBytes; ++i) {
+    carry += static_cast<unsigned char>(a[i]);
+    carry += static_cast<unsigned char>(b[i]);
+    sum[i] = static_cast<char>(carry & 0xFF);
+    carry >>= 8;
+  }
+  return sum;
+}
+
+absl::StatusOr<RankSums> SumRanks(const Job& job) {
+  RankSums sums;
+  sums.kv_digest.assign(kDigestBytes, '\0');
+  std::optional<uint32_t> first_token;
+  double computed = 0;
+  double possible = 0;
+  uint64_t resumes = 0;
+  for (const Rank& rank : job.ranks) {
+    const v1::RankCompleted& report = rank.completed;
+    sums.kv_digest = AddDigests(sums.kv_digest, report.kv_digest_share());
+    AddSaturating(report.kv_bytes(), &sums.kv_bytes);
+    AddSaturating(report.kv_blocks(), &sums.kv_blocks);
+    AddSaturating(report.kv_blocks_resent(), &sums.kv_blocks_resent);
+    resumes += report.kv_stream_resumes();
+    computed += static_cast<double>(report.pairs_computed());
+    possible += static_cast<double>(report.pairs_possible());
+    KeepSlowest(report.stages(), &sums.stages);
+    if (!report.has_first_token()) continue;
+    if (first_token.has_value() && *first_token != report.first_token()) {
+      return Untrue(job, absl::StrCat("that the first token is ", report.first_token(),
+                                      "; another rank's says ", *first_token));
+    }
+    first_token = report.first_token();
+    sums.top_logprobs = report.top_logprobs();
+  }
+  if (!first_token.has_value()) return Untrue(job, "no first token; the last rank's must");
+  sums.first_token = *first_token;
+  sums.kv_stream_resumes =
+      static_cast<uint32_t>(std::min<uint64_t>(resumes, std::numeric_limits<uint32_t>::max()));
+  sums.density = Ratio(computed, possible);
+  return sums;
+}
+
+v1::PrefillProgress MakeProgress(const Job& job, absl::Time now) {
+  v1::PrefillProgress out;
+  const uint32_t num_layers = job.model.num_layers();
+  uint32_t layers_done = num_layers;
+  uint64_t bytes_acked = 0;
+  double computed = 0;
+  double possible = 0;
+  for (const Rank& rank : job.ranks) {
+    const bool completed = rank.state == Rank::State::kCompleted;
+    if (!completed) layers_done = std::min(layers_done, rank.progress.layers_done());
+    AddSaturating(completed ? rank.completed.kv_bytes() : rank.progress.bytes_acked(), &bytes_acked);
+    computed +=
+        static_cast<double>(completed ? rank.completed.pairs_computed() : rank.progress.pairs_computed());
+    possible +=
+        static_cast<double>(completed ? rank.completed.pairs_possible() : rank.progress.pairs_possible());
+  }
+  const double elapsed = absl::ToDoubleSeconds(now - job.epoch_started_at);
+  const double done = Ratio(layers_done, num_layers);
+  out.set_request_id(job.key.request_id);
+  out.set_epoch(job.epoch);
+  out.set_layers_done(layers_done);
+  out.set_num_layers(num_layers);
+  out.set_tokens_per_second(Ratio(static_cast<double>(job.num_tokens()) * done, elapsed));
+  out.set_density(Ratio(computed, possible));
+  out.set_bytes_acked(bytes_acked);
+  out.set_bytes_total(KvBytes(job.layout));
+  if (done > 0) SetDuration(absl::Seconds(elapsed * (1 - done) / done), out.mutable_eta());
+  return out;
+}
+
+absl::Status Bounded(const absl::Status& status) {
+  absl::Status out(status.code(), status.message().substr(0, kMaxMessageBytes));
+  int payloads = 0;
+  status.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) {
+    if (url.size() > kMaxPayloadBytes || payload.size() > kMaxPayloadBytes) return;
+    if (++payloads <= kMaxPayloads) out.SetPayload(url, payload);
+  });
+  return out;
+}
+
+void SetDuration(absl::Duration duration, google::protobuf::Duration* out) {
+  const int64_t nanos = absl::ToInt64Nanoseconds(std::max(duration, absl::ZeroDuration()));
+  out->set_seconds(nanos / 1'000'000'000);
+  out->set_nanos(static_cast<int32_t>(nanos % 1'000'000'000));
+}
+
+}  // namespace headwater

@@ -1,0 +1,120 @@
+#include "coordinator/planner.h"
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+#include "base/rpc/grpc_status.h"
+
+namespace headwater {
+namespace {
+
+__extension__ using Uint128 = unsigned __int128;
+
+uint64_t CeilDiv(uint64_t a, uint64_t b) { return a / b + (a % b != 0 ? 1 : 0); }
+
+uint64_t RankBytes(const v1::MemoryModel& memory, uint64_t local_tokens) {
+  const Uint128 bytes = Uint128{local_tokens} * memory.bytes_per_token() + memory.fixed_bytes();
+  constexpr uint64_t kMost = std::numeric_limits<uint64_t>::max();
+  return bytes > kMost ? kMost : static_cast<uint64_t>(bytes);
+}
+
+uint64_t AvailableBytes(const v1::MemoryModel& memory) {
+  return memory.budget_bytes() > memory.weight_bytes() ? memory.budget_bytes() - memory.weight_bytes() : 0;
+}
+
+v1::Partition PartitionOf(const PlanSpec& spec, uint32_t world_size) {
+  if (spec.partition != v1::PARTITION_UNSPECIFIED) return spec.partition;
+  return world_size > 1 ? v1::PARTITION_ZIGZAG : v1::PARTITION_CONTIGUOUS;
+}
+
+uint32_t WishedWorldSize(const PlanSpec& spec, uint32_t num_workers) {
+  if (spec.num_tokens < spec.context_parallel_min_tokens) return 1;
+  const uint64_t blocks = CeilDiv(spec.num_tokens, spec.block_tokens);
+  const uint64_t least_blocks = PartitionOf(spec, num_workers) == v1::PARTITION_ZIGZAG ? 2 : 1;
+  const uint64_t useful = std::max<uint64_t>(1, blocks / least_blocks);
+  return static_cast<uint32_t>(std::min<uint64_t>(num_workers, useful));
+}
+
+std::optional<v1::PrefillPlan> PlanWith(const PlanSpec& spec, uint32_t world_size,
+                                        const std::vector<PlanWorker>& workers) {
+  const v1::Partition partition = PartitionOf(spec, world_size);
+  const uint64_t local_tokens = MaxLocalTokens(spec.num_tokens, world_size, partition, spec.block_tokens);
+  v1::PrefillPlan plan;
+  std::vector<std::string> chosen;
+  uint64_t most_bytes = 0;
+  for (const PlanWorker& worker : workers) {
+    const uint64_t bytes = RankBytes(worker.memory, local_tokens);
+    if (bytes > AvailableBytes(worker.memory)) continue;
+    most_bytes = std::max(most_bytes, bytes);
+    chosen.push_back(worker.worker_id);
+    if (chosen.size() == world_size) break;
+  }
+  if (chosen.size() < world_size) return std::nullopt;
+  std::sort(chosen.begin(), chosen.end());
+  plan.set_world_size(world_size);
+  plan.set_partition(partition);
+  plan.set_block_tokens(spec.block_tokens);
+  plan.set_bytes_per_rank(most_bytes);
+  for (std::string& id : chosen) plan.add_worker_ids(std::move(id));
+  return plan;
+}
+
+absl::Status TooLarge(const PlanSpec& spec, uint32_t world_size, const std::vector<PlanWorker>& workers) {
+  const uint64_t local_tokens =
+      MaxLocalTokens(spec.num_tokens, world_size, PartitionOf(spec, world_size), spec.block_tokens);
+  // The world_size roomiest workers would be taken; the least of them is the one that does not fit.
+  std::vector<std::pair<uint64_t, uint64_t>> available_and_asked;
+  for (const PlanWorker& worker : workers) {
+    available_and_asked.emplace_back(AvailableBytes(worker.memory), RankBytes(worker.memory, local_tokens));
+  }
+  std::sort(available_and_asked.rbegin(), available_and_asked.rend());
+  const auto [available, asked] = available_and_asked[world_size - 1];
+  return MakeError(
+      absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_MEMORY_PLAN_TOO_LARGE,
+      absl::StrCat("a prompt of ", spec.num_tokens, " tokens over ", world_size, " workers needs ", asked,
+                   " bytes on each besides the weights; ", available, " are available"),
+      {{"value", absl::StrCat(asked)},
+       {"limit", absl::StrCat(available)},
+       {"num_tokens", absl::StrCat(spec.num_tokens)},
+       {"world_size", absl::StrCat(world_size)}});
+}
+
+}  // namespace
+
+uint64_t MaxLocalTokens(uint64_t num_tokens, uint32_t world_size, v1::Partition partition,
+                        uint32_t block_tokens) {
+  const uint64_t blocks = CeilDiv(num_tokens, block_tokens);
+  const uint64_t local_blocks = partition == v1::PARTITION_ZIGZAG
+                                    ? 2 * CeilDiv(blocks, 2 * uint64_t{world_size})
+                                    : CeilDiv(blocks, world_size);
+  return std::min(num_tokens, local_blocks * block_tokens);
+}
+
+absl::StatusOr<v1::PrefillPlan> MakePlan(const PlanSpec& spec, const std::vector<PlanWorker>& workers) {
+  const auto num_workers = static_cast<uint32_t>(workers.size());
+  const uint32_t needed = std::max(spec.world_size, 1u);
+  if (num_workers < needed) {
+    return MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_NO_WORKERS,
+                     absl::StrCat(needed, " workers are needed, ", num_workers, " are there"),
+                     {{"value", absl::StrCat(num_workers)}, {"limit", absl::StrCat(needed)}});
+  }
+  if (spec.world_size > 0) {
+    auto plan = PlanWith(spec, spec.world_size, workers);
+    if (plan.has_value()) return *std::move(plan);
+    return TooLarge(spec, spec.world_size, workers);
+  }
+  const uint32_t wished = WishedWorldSize(spec, num_workers);
+  for (uint32_t world_size = wished; world_size >= 1; --world_size) {
+    if (auto plan = PlanWith(spec, world_size, workers)) return *std::move(plan);
+  }
+  for (uint32_t world_size = wished + 1; world_size <= num_workers; ++world_size) {
+    if (auto plan = PlanWith(spec, world_size, workers)) return *std::move(plan);
+  }
+  return TooLarge(spec, num_workers, workers);
+}
+
+}  // namespace headwater

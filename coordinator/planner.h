@@ -1,0 +1,49 @@
+// Plans a prompt over workers: how many, which, and how its tokens are dealt. Pure functions of their
+// arguments.
+#ifndef HW_COORDINATOR_PLANNER_H_
+#define HW_COORDINATOR_PLANNER_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+
+#include "headwater/v1/types.pb.h"
+#include "headwater/v1/worker.pb.h"
+
+namespace headwater {
+
+struct PlanWorker {
+  std::string worker_id;
+  v1::MemoryModel memory;
+};
+
+struct PlanSpec {
+  uint64_t num_tokens = 0;
+  // Exactly this many workers; 0: one for prompts below context_parallel_min_tokens, else as many as there
+  // are, but no more than leave a block (zigzag: two) for each.
+  uint32_t world_size = 0;
+  // Unspecified: zigzag over several workers, contiguous on one.
+  v1::Partition partition = v1::PARTITION_UNSPECIFIED;
+  uint32_t block_tokens = 256;
+  uint64_t context_parallel_min_tokens = 2048;
+};
+
+// The most tokens that a rank gets: whole blocks (zigzag: whole chunks of 2R) dealt evenly, rounded up.
+// Requires world_size and block_tokens > 0.
+uint64_t MaxLocalTokens(uint64_t num_tokens, uint32_t world_size, v1::Partition partition,
+                        uint32_t block_tokens);
+
+// Chooses among `workers`, which serve one model. Those earlier in the vector are preferred among equally
+// fitting ones; `worker_ids` of the plan is sorted, so that the same set of workers always gives the same
+// ranks. A rank with n tokens fits where fixed_bytes + n * bytes_per_token <= budget_bytes - weight_bytes.
+// Where the wished number does not fit, fewer and then more workers are tried, unless spec.world_size is set.
+//
+// UNAVAILABLE, NO_WORKERS: fewer workers than spec.world_size, or none.
+// FAILED_PRECONDITION, MEMORY_PLAN_TOO_LARGE, with bytes asked and available: no choice fits.
+absl::StatusOr<v1::PrefillPlan> MakePlan(const PlanSpec& spec, const std::vector<PlanWorker>& workers);
+
+}  // namespace headwater
+
+#endif  // HW_COORDINATOR_PLANNER_H_

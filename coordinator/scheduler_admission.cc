@@ -1,0 +1,222 @@
+// Judging, accepting and starting jobs.
+#include <algorithm>
+
+#include "absl/container/flat_hash_set.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "google/protobuf/util/message_differencer.h"
+
+#include "base/log.h"
+#include "base/rpc/grpc_status.h"
+#include "base/rpc/server.h"
+#include "base/status_macros.h"
+#include "coordinator/destination.h"
+#include "coordinator/scheduler.h"
+
+namespace headwater {
+namespace {
+
+v1::KvLayout LayoutOf(const v1::PrefillRequest& request, const v1::ServedModel& model) {
+  v1::KvLayout layout;
+  layout.set_num_layers(model.num_layers());
+  layout.set_num_kv_heads(model.num_kv_heads());
+  layout.set_head_dim(model.head_dim());
+  layout.set_num_tokens(static_cast<uint64_t>(request.token_ids_size()));
+  layout.set_block_tokens(request.block_tokens() == 0 ? kDefaultBlockTokens : request.block_tokens());
+  layout.set_dtype(request.kv_dtype());
+  layout.set_model_fingerprint(model.fingerprint());
+  return layout;
+}
+
+absl::Status UnknownModel(absl::StatusCode code, const std::string& name,
+                          const std::vector<std::string>& served) {
+  const std::string value = absl::StrCat("\"", Printable(name), "\"");
+  const std::string limit = absl::StrCat("one of {", absl::StrJoin(served, ", "), "}");
+  return MakeError(code, v1::ERROR_REASON_UNKNOWN_MODEL,
+                   absl::StrCat("model is ", value, "; ", limit, " is wanted"),
+                   {{"field", "model"}, {"value", value}, {"limit", limit}});
+}
+
+}  // namespace
+
+// Nullopt: no living worker serves it, but one may come.
+absl::StatusOr<std::optional<ModelView>> Scheduler::FindModelFor(const v1::PrefillRequest& request) const {
+  const std::vector<std::string> living = cluster_.LivingModels();
+  if (living.empty()) return std::nullopt;
+  if (request.model().empty() && living.size() > 1) {
+    return UnknownModel(absl::StatusCode::kInvalidArgument, "", living);
+  }
+  const std::string& name = request.model().empty() ? living.front() : request.model();
+  std::optional<ModelView> view = cluster_.FindModel(name);
+  if (!view.has_value() && !cluster_.WasServed(name)) {
+    return UnknownModel(absl::StatusCode::kNotFound, name, living);
+  }
+  return view;
+}
+
+// True: `job` can be accepted, and knows its model, layout and provisional plan. False: too few workers are
+// there to tell.
+absl::StatusOr<bool> Scheduler::Judge(Job& job) {
+  HW_ASSIGN_OR_RETURN(const std::optional<ModelView> view, FindModelFor(job.request()));
+  if (!view.has_value()) {
+    job.unplannable = absl::UnavailableError("no worker is registered");
+    return false;
+  }
+  HW_RETURN_IF_ERROR(CheckAgainstModel(job.prepared, view->model, view->policies));
+  job.model = view->model;
+  job.layout = LayoutOf(job.request(), view->model);
+  HW_RETURN_IF_ERROR(PickDecodeNode(job.request(), job.layout, cluster_).status());
+  const std::vector<PlanWorker> living = cluster_.PlanWorkers(job.model.name(), false);
+  absl::StatusOr<v1::PrefillPlan> plan = MakePlan(SpecOf(job, living.size()), living);
+  if (absl::IsUnavailable(plan.status())) {
+    job.unplannable = plan.status();
+    return false;
+  }
+  if (!plan.ok()) return plan.status();
+  job.plan = *std::move(plan);
+  return true;
+}
+
+// A wish for a number of workers is binding for the first epoch. After a loss the prompt goes on with those
+// that are left.
+PlanSpec Scheduler::SpecOf(const Job& job, size_t num_living) const {
+  PlanSpec spec;
+  spec.num_tokens = job.num_tokens();
+  spec.world_size = job.request().world_size();
+  if (job.epoch > 0) spec.world_size = std::min(spec.world_size, static_cast<uint32_t>(num_living));
+  spec.partition = job.request().partition();
+  spec.block_tokens = job.layout.block_tokens();
+  spec.context_parallel_min_tokens = options_.context_parallel_min_tokens;
+  return spec;
+}
+
+v1::PrefillResponse Scheduler::MakeAccepted(const Job& job) const {
+  v1::PrefillResponse event;
+  auto* accepted = event.mutable_accepted();
+  accepted->set_request_id(job.key.request_id);
+  *accepted->mutable_plan() = job.plan;
+  if (job.phase == JobPhase::kQueued) {
+    const auto it = queue_.find(QueueKey(-job.request().priority(), job.serial));
+    accepted->set_queue_position(static_cast<uint32_t>(std::distance(queue_.begin(), it)));
+  }
+  return event;
+}
+
+void Scheduler::Accept(Job& job) {
+  const absl::Time now = clock_->Now();
+  job.accepted = true;
+  job.accepted_at = now;
+  if (job.request().has_deadline()) {
+    const auto& deadline = job.request().deadline();
+    job.deadline = now + absl::Seconds(deadline.seconds()) + absl::Nanoseconds(deadline.nanos());
+  }
+  job.session_id = RandomId();
+  job.session_token = RandomId();
+  metrics_->request_prompt_tokens.Observe(static_cast<double>(job.num_tokens()));
+  SetPhase(job, JobPhase::kQueued);
+  Notify(job, MakeAccepted(job));
+  dirty_ = true;
+}
+
+void Scheduler::AdmitWaiting() {
+  std::vector<uint64_t> waiting;
+  for (const auto& [serial, job] : jobs_) {
+    if (job->phase == JobPhase::kWaiting) waiting.push_back(serial);
+  }
+  for (const uint64_t serial : waiting) {
+    Job* job = FindJob(serial);
+    if (job == nullptr) continue;
+    const absl::StatusOr<bool> ready = Judge(*job);
+    if (!ready.ok()) {
+      Stop(*job, ready.status());
+    } else if (*ready) {
+      Accept(*job);
+    }
+  }
+}
+
+void Scheduler::Dispatch() {
+  std::vector<uint64_t> serials;
+  serials.reserve(queue_.size());
+  for (const auto& [key, job] : queue_) serials.push_back(job->serial);
+  // Models whose idle workers are kept for a job further ahead.
+  absl::flat_hash_set<std::string> reserved;
+  for (const uint64_t serial : serials) {
+    Job* job = FindJob(serial);
+    if (job == nullptr || job->phase != JobPhase::kQueued) continue;
+    if (reserved.contains(job->model.name())) continue;
+    if (TryStart(*job) == Start::kReserving) reserved.insert(job->model.name());
+  }
+}
+
+Scheduler::Start Scheduler::TryStart(Job& job) {
+  const absl::Time now = clock_->Now();
+  const std::vector<PlanWorker> living = cluster_.PlanWorkers(job.model.name(), false);
+  PlanSpec spec = SpecOf(job, living.size());
+  absl::StatusOr<v1::PrefillPlan> plan = MakePlan(spec, living);
+  if (!plan.ok()) {
+    if (!job.unplannable_since.has_value()) job.unplannable_since = now;
+    job.unplannable = plan.status();
+    return Start::kUnplannable;
+  }
+  job.unplannable_since.reset();
+
+  const bool free_choice = spec.world_size == 0;
+  const std::vector<PlanWorker> idle = cluster_.PlanWorkers(job.model.name(), true);
+  spec.world_size = plan->world_size();
+  plan = MakePlan(spec, idle);
+  if (!plan.ok()) {
+    if (!job.head_since.has_value()) job.head_since = now;
+    // Idle workers wait for the busy ones only so long; then the job takes what there is.
+    if (free_choice && now - *job.head_since >= options_.reserve_wait) {
+      spec.world_size = 0;
+      plan = MakePlan(spec, idle);
+    }
+  }
+  if (!plan.ok()) return Start::kReserving;
+  const absl::Status status = StartEpoch(job, *std::move(plan));
+  if (!status.ok()) Stop(job, status);
+  return Start::kStarted;
+}
+
+absl::Status Scheduler::StartEpoch(Job& job, v1::PrefillPlan plan) {
+  if (job.decode_node.empty() || cluster_.FindDecodeNode(job.decode_node) == nullptr) {
+    absl::StatusOr<std::string> picked = PickDecodeNode(job.request(), job.layout, cluster_);
+    if (absl::IsNotFound(picked.status())) {
+      // It was there when the request was accepted.
+      return MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_DECODE_LOST,
+                       picked.status().message());
+    }
+    if (!picked.ok()) return picked.status();
+    job.decode_node = *std::move(picked);
+  }
+  if (job.epoch == 0) cluster_.FindDecodeNode(job.decode_node)->unreported_bytes += KvBytes(job.layout);
+
+  const absl::Time now = clock_->Now();
+  ++job.epoch;
+  if (!job.started_at.has_value()) job.started_at = now;
+  job.epoch_started_at = now;
+  job.plan_announced = job.epoch == 1 && google::protobuf::util::MessageDifferencer::Equals(plan, job.plan);
+  job.plan = std::move(plan);
+  job.ranks.clear();
+  for (const std::string& worker_id : job.plan.worker_ids()) {
+    Worker* worker = cluster_.FindWorker(worker_id);
+    worker->job = job.serial;
+    worker->request_id = job.key.request_id;
+    worker->epoch = job.epoch;
+    job.ranks.emplace_back().worker_id = worker_id;
+  }
+  job.away_since.reset();
+  SetPhase(job, JobPhase::kOpening);
+  HW_LOG(INFO)
+          .Field("request_id", job.key.request_id)
+          .Field("epoch", job.epoch)
+          .Field("tokens", static_cast<int64_t>(job.num_tokens()))
+          .Field("workers", absl::StrJoin(job.plan.worker_ids(), ","))
+          .Field("decode_node", job.decode_node)
+      << "epoch started";
+  OpenSession(job);
+  return absl::OkStatus();
+}
+
+}  // namespace headwater

@@ -1,0 +1,282 @@
+// One epoch of a job: session, ranks, commit.
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+
+#include "base/log.h"
+#include "base/rpc/grpc_status.h"
+#include "coordinator/destination.h"
+#include "coordinator/scheduler.h"
+
+namespace headwater {
+namespace {
+
+bool MayBeAway(const absl::Status& status) {
+  return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status);
+}
+
+bool SessionUnknown(const absl::Status& status) {
+  return ReasonOf(status) == v1::ERROR_REASON_UNKNOWN_SESSION;
+}
+
+absl::Status DecodeLost(const Job& job, const absl::Status& why) {
+  return WithRetryAfter(MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_DECODE_LOST,
+                                  absl::StrCat("decode node ", job.decode_node, " was lost during request ",
+                                               job.key.request_id, ": ", why.message()),
+                                  {{"decode_node", job.decode_node}}),
+                        absl::Seconds(1));
+}
+
+// What a rank's failure means for its job; OK: another epoch may do better.
+absl::Status Verdict(const Job& job, const absl::Status& failure) {
+  const v1::ErrorReason reason = ReasonOf(failure);
+  if (SessionUnknown(failure)) return absl::OkStatus();
+  if (reason == v1::ERROR_REASON_KV_STREAM_STALLED || reason == v1::ERROR_REASON_DECODE_LOST) {
+    return DecodeLost(job, failure);
+  }
+  if (absl::IsUnavailable(failure) || absl::IsAborted(failure)) return absl::OkStatus();
+  return failure;
+}
+
+}  // namespace
+
+// The node's address as of now: a restarted node may have another.
+const std::string& Scheduler::KvAddress(Job& job) {
+  if (const DecodeNode* node = cluster_.FindDecodeNode(job.decode_node)) {
+    job.kv_address = node->registration.kv_address();
+    job.decode_address = node->registration.decode_address();
+  }
+  return job.kv_address;
+}
+
+void Scheduler::OpenSession(Job& job) {
+  v1::OpenSessionRequest request;
+  request.set_session_id(job.session_id);
+  request.set_request_id(job.key.request_id);
+  request.set_epoch(job.epoch);
+  request.set_resume_layer(0);
+  *request.mutable_layout() = job.layout;
+  request.set_session_token(job.session_token);
+  job.session_maybe_open = true;
+  job.call_in_flight = true;
+  decode_->OpenSession(KvAddress(job), std::move(request), options_.open_timeout,
+                       [this, serial = job.serial](const absl::Status& status) {
+                         OnOpened(serial, Bounded(status));
+                         Settle();
+                       });
+}
+
+void Scheduler::OnOpened(uint64_t serial, const absl::Status& status) {
+  Job* job = FindJob(serial);
+  if (job == nullptr) return;
+  job->call_in_flight = false;
+  if (job->phase != JobPhase::kOpening) {
+    CheckStopped(serial);
+    return;
+  }
+  if (status.ok()) {
+    job->away_since.reset();
+    AssignRanks(*job);
+  } else if (MayBeAway(status)) {
+    HandleAwayNode(*job, status);
+  } else {
+    Stop(*job, status);
+  }
+}
+
+void Scheduler::HandleAwayNode(Job& job, const absl::Status& status) {
+  const absl::Time now = clock_->Now();
+  if (!job.away_since.has_value()) job.away_since = now;
+  if (now - *job.away_since >= options_.decode_grace) {
+    Stop(job, DecodeLost(job, status));
+  } else {
+    job.retry_call_at = now + options_.decode_retry_interval;
+  }
+}
+
+v1::PrefillAssignment Scheduler::MakeAssignment(const Job& job, uint32_t rank,
+                                                const std::string& rendezvous) const {
+  v1::PrefillAssignment out;
+  out.set_request_id(job.key.request_id);
+  out.set_epoch(job.epoch);
+  out.set_rank(rank);
+  *out.mutable_plan() = job.plan;
+  if (job.plan.world_size() > 1) out.set_rendezvous_address(rendezvous);
+  *out.mutable_token_ids() = job.request().token_ids();
+  *out.mutable_policy() = job.request().policy();
+  *out.mutable_layout() = job.layout;
+  auto* destination = out.mutable_destination();
+  destination->set_decode_node(job.decode_node);
+  destination->set_kv_address(job.kv_address);
+  destination->set_session_id(job.session_id);
+  destination->set_session_token(job.session_token);
+  out.set_top_logprobs(job.request().top_logprobs());
+  out.set_tenant(job.key.tenant);
+  if (job.deadline != absl::InfiniteFuture()) {
+    out.set_deadline_ms(
+        static_cast<uint64_t>(std::max<int64_t>(1, absl::ToInt64Milliseconds(job.deadline - clock_->Now()))));
+  }
+  return out;
+}
+
+void Scheduler::AssignRanks(Job& job) {
+  SetPhase(job, JobPhase::kRunning);
+  job.epoch_started_at = clock_->Now();
+  const Worker* first = cluster_.FindWorker(job.ranks.front().worker_id);
+  HW_CHECK(first != nullptr);
+  const std::string rendezvous = first->registration.rendezvous_address();
+  std::vector<std::string> unreachable;
+  for (size_t rank = 0; rank < job.ranks.size(); ++rank) {
+    Worker* worker = cluster_.FindWorker(job.ranks[rank].worker_id);
+    HW_CHECK(worker != nullptr && worker->job == job.serial);
+    job.ranks[rank].state = Rank::State::kAssigned;
+    v1::ConnectResponse message;
+    *message.mutable_assignment() = MakeAssignment(job, static_cast<uint32_t>(rank), rendezvous);
+    if (!worker->link->Send(std::move(message))) unreachable.push_back(job.ranks[rank].worker_id);
+  }
+  if (!job.plan_announced) EmitProgress(job, clock_->Now());
+  for (const std::string& id : unreachable) {
+    LoseWorker(id, MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_WORKER_LOST,
+                             absl::StrCat("worker ", id, " cannot be reached")));
+  }
+}
+
+// Null: the report is not of the worker's present assignment (late, or invented) and means nothing.
+Rank* Scheduler::FindRank(const Worker& worker, const std::string& request_id, uint32_t epoch, uint32_t rank,
+                          Job** job) {
+  *job = FindJob(worker.job);
+  if (*job == nullptr || (*job)->key.request_id != request_id || (*job)->epoch != epoch) return nullptr;
+  auto& ranks = (*job)->ranks;
+  if (rank >= ranks.size() || ranks[rank].worker_id != worker.registration.worker_id()) return nullptr;
+  return ranks[rank].state == Rank::State::kAssigned ? &ranks[rank] : nullptr;
+}
+
+void Scheduler::OnRankProgress(Worker& worker, const v1::RankProgress& progress) {
+  Job* job = nullptr;
+  Rank* rank = FindRank(worker, progress.request_id(), progress.epoch(), progress.rank(), &job);
+  if (rank == nullptr || job->phase != JobPhase::kRunning) return;
+  if (progress.layers_done() > job->model.num_layers() ||
+      progress.layers_done() < rank->progress.layers_done()) {
+    return;
+  }
+  rank->progress = progress;
+  job->progress_pending = true;
+  EmitProgress(*job, clock_->Now());
+}
+
+void Scheduler::EmitProgress(Job& job, absl::Time now) {
+  if (job.plan_announced && now - job.last_progress_at < options_.progress_interval) return;
+  v1::PrefillResponse event;
+  *event.mutable_progress() = MakeProgress(job, now);
+  if (!job.plan_announced) *event.mutable_progress()->mutable_plan() = job.plan;
+  job.plan_announced = true;
+  job.progress_pending = false;
+  job.last_progress_at = now;
+  Notify(job, std::move(event));
+}
+
+void Scheduler::OnRankCompleted(Worker& worker, const v1::RankCompleted& completed) {
+  Job* job = nullptr;
+  Rank* rank = FindRank(worker, completed.request_id(), completed.epoch(), completed.rank(), &job);
+  if (rank == nullptr) return;
+  const absl::Status valid = CheckCompletion(*job, completed);
+  rank->completed = completed;
+  rank->state = valid.ok() ? Rank::State::kCompleted : Rank::State::kStopped;
+  ReleaseWorker(rank->worker_id, job->serial);
+  if (job->phase == JobPhase::kStopping) {
+    CheckStopped(job->serial);
+  } else if (!valid.ok()) {
+    Stop(*job, valid);
+  } else {
+    const bool all = std::all_of(job->ranks.begin(), job->ranks.end(),
+                                 [](const Rank& r) { return r.state == Rank::State::kCompleted; });
+    if (all) StartCommit(*job);
+  }
+}
+
+void Scheduler::OnRankFailed(Worker& worker, const v1::RankFailed& failed) {
+  Job* job = nullptr;
+  Rank* rank = FindRank(worker, failed.request_id(), failed.epoch(), failed.rank(), &job);
+  if (rank == nullptr) return;
+  absl::Status failure = Bounded(FromRpcStatus(failed.error()));
+  if (failure.ok()) {
+    failure = MakeError(absl::StatusCode::kInternal, v1::ERROR_REASON_INTERNAL,
+                        absl::StrCat("worker ", rank->worker_id, " failed without saying why"));
+  }
+  HW_LOG(INFO)
+          .Field("request_id", job->key.request_id)
+          .Field("epoch", job->epoch)
+          .Field("rank", failed.rank())
+          .Field("worker", rank->worker_id)
+          .Field("error", failure.ToString(absl::StatusToStringMode::kWithNoExtraData))
+      << "rank failed";
+  if (ReasonOf(failure) == v1::ERROR_REASON_DRAINING) worker.draining = true;
+  rank->state = Rank::State::kStopped;
+  ReleaseWorker(rank->worker_id, job->serial);
+  const absl::Status verdict = Verdict(*job, failure);
+  if (job->phase == JobPhase::kStopping) {
+    // The peers of a rank that fails for good may report their broken collective first.
+    const bool answer = absl::IsCancelled(failure);
+    if (job->stop_status.ok() && !answer && !verdict.ok()) job->stop_status = verdict;
+    CheckStopped(job->serial);
+    return;
+  }
+  job->last_loss = failure;
+  Stop(*job, verdict);
+}
+
+void Scheduler::StartCommit(Job& job) {
+  job.computed_at = clock_->Now();
+  const absl::StatusOr<RankSums> sums = SumRanks(job);
+  if (!sums.ok()) {
+    Stop(job, sums.status());
+    return;
+  }
+  job.away_since.reset();
+  SetPhase(job, JobPhase::kCommitting);
+  CommitSession(job);
+}
+
+void Scheduler::CommitSession(Job& job) {
+  const absl::StatusOr<RankSums> sums = SumRanks(job);
+  HW_CHECK(sums.ok());
+  v1::CommitSessionRequest request;
+  request.set_session_id(job.session_id);
+  request.set_session_token(job.session_token);
+  request.set_epoch(job.epoch);
+  request.set_kv_digest(sums->kv_digest);
+  request.set_first_token(sums->first_token);
+  *request.mutable_token_ids() = job.request().token_ids();
+  *request.mutable_top_logprobs() = sums->top_logprobs;
+  job.call_in_flight = true;
+  decode_->CommitSession(KvAddress(job), std::move(request), options_.commit_timeout,
+                         [this, serial = job.serial](const absl::Status& status) {
+                           OnCommitted(serial, Bounded(status));
+                           Settle();
+                         });
+}
+
+void Scheduler::OnCommitted(uint64_t serial, const absl::Status& status) {
+  Job* job = FindJob(serial);
+  if (job == nullptr) return;
+  job->call_in_flight = false;
+  if (job->phase != JobPhase::kCommitting) {
+    CheckStopped(serial);
+    return;
+  }
+  const absl::Status asked_to_stop = std::exchange(job->stop_status, absl::OkStatus());
+  if (status.ok()) {
+    Complete(*job);
+  } else if (!asked_to_stop.ok()) {
+    Stop(*job, asked_to_stop);
+  } else if (SessionUnknown(status)) {
+    job->last_loss = status;
+    Stop(*job, absl::OkStatus());
+  } else if (MayBeAway(status)) {
+    HandleAwayNode(*job, status);
+  } else {
+    Stop(*job, status);
+  }
+}
+
+}  // namespace headwater

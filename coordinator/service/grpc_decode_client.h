@@ -1,0 +1,53 @@
+// DecodeClient over gRPC.
+#ifndef HW_COORDINATOR_SERVICE_GRPC_DECODE_CLIENT_H_
+#define HW_COORDINATOR_SERVICE_GRPC_DECODE_CLIENT_H_
+
+#include <map>
+#include <memory>
+#include <string>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/synchronization/mutex.h"
+#include <grpcpp/client_context.h>
+
+#include "coordinator/links.h"
+#include "coordinator/scheduler_loop.h"
+#include "headwater/v1/kv.grpc.pb.h"
+
+namespace headwater {
+
+// Keeps one channel per address, at most 256. Answers are posted to `loop`.
+class GrpcDecodeClient final : public DecodeClient {
+ public:
+  // `loop` must outlive this object.
+  explicit GrpcDecodeClient(SchedulerLoop* loop) : loop_(loop) {}
+  // Cancels the calls under way and waits for their ends.
+  ~GrpcDecodeClient() override;
+
+  void OpenSession(const std::string& kv_address, v1::OpenSessionRequest request, absl::Duration timeout,
+                   Done done) override;
+  void CommitSession(const std::string& kv_address, v1::CommitSessionRequest request, absl::Duration timeout,
+                     Done done) override;
+  // Waits within `timeout` for a node that is away.
+  void AbortSession(const std::string& kv_address, v1::AbortSessionRequest request, absl::Duration timeout,
+                    Done done) override;
+
+ private:
+  template <typename Request, typename Response>
+  struct Call;
+
+  std::shared_ptr<v1::KvTransferService::Stub> StubFor(const std::string& kv_address);
+  template <typename Request, typename Response, typename Start>
+  void StartCall(const std::string& kv_address, Request request, absl::Duration timeout, bool wait_for_ready,
+                 Done done, Start start);
+
+  SchedulerLoop* const loop_;
+  std::map<std::string, std::shared_ptr<v1::KvTransferService::Stub>> stubs_;
+  absl::Mutex mutex_;
+  absl::flat_hash_set<grpc::ClientContext*> calls_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace headwater
+
+#endif  // HW_COORDINATOR_SERVICE_GRPC_DECODE_CLIENT_H_

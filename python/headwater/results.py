@@ -1,0 +1,163 @@
+"""What a client sends and gets, as plain typed values."""
+
+from dataclasses import dataclass, field
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+from google.protobuf.duration_pb2 import Duration
+
+from headwater.errors import HeadwaterError
+from headwater.v1 import decode_pb2, prefill_pb2, types_pb2
+
+KV_DTYPES = {"": types_pb2.KV_DTYPE_UNSPECIFIED, "f32": types_pb2.KV_DTYPE_F32, "f16": types_pb2.KV_DTYPE_F16,
+             "bf16": types_pb2.KV_DTYPE_BF16}
+PARTITIONS = {"": types_pb2.PARTITION_UNSPECIFIED, "contiguous": types_pb2.PARTITION_CONTIGUOUS,
+              "zigzag": types_pb2.PARTITION_ZIGZAG}
+_PARTITION_NAMES = {value: name for name, value in PARTITIONS.items()}
+_FINISH_REASONS = {decode_pb2.FINISH_REASON_LENGTH: "length", decode_pb2.FINISH_REASON_STOP: "stop",
+                   decode_pb2.FINISH_REASON_CONTEXT: "context"}
+
+
+def seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9
+
+
+def to_duration(value: float) -> Duration:
+    return Duration(seconds=int(value), nanos=int((value - int(value)) * 1e9))
+
+
+def _choice(table: Mapping[str, int], name: str, value: str) -> int:
+    if value not in table:
+        raise ValueError(f"{name} is {value!r}; known are {', '.join(repr(key) for key in table if key)}")
+    return table[value]
+
+
+@dataclass(frozen=True)
+class PrefillOptions:
+    """Everything of a request but its id and tokens; see prefill.proto for the fields' meaning and limits."""
+
+    model: str = ""
+    tenant: str = ""
+    priority: int = 0
+    deadline_s: Optional[float] = None
+    policy: str = ""
+    policy_parameters: Mapping[str, float] = field(default_factory=dict)
+    decode_node: str = ""
+    decode_pool: str = ""
+    kv_dtype: str = ""
+    top_logprobs: int = 0
+    world_size: int = 0
+    partition: str = ""
+    block_tokens: int = 0
+
+    def to_request(self, request_id: str, token_ids: Sequence[int]) -> prefill_pb2.PrefillRequest:
+        if self.decode_node and self.decode_pool:
+            raise ValueError("decode_node and decode_pool exclude each other")
+        request = prefill_pb2.PrefillRequest(
+            request_id=request_id, model=self.model, tenant=self.tenant, priority=self.priority, token_ids=token_ids,
+            kv_dtype=_choice(KV_DTYPES, "kv_dtype", self.kv_dtype), top_logprobs=self.top_logprobs,
+            world_size=self.world_size, partition=_choice(PARTITIONS, "partition", self.partition),
+            block_tokens=self.block_tokens)
+        if self.deadline_s is not None:
+            request.deadline.CopyFrom(to_duration(self.deadline_s))
+        if self.policy or self.policy_parameters:
+            request.policy.name = self.policy
+            request.policy.parameters.update(self.policy_parameters)
+        if self.decode_node:
+            request.decode_node = self.decode_node
+        elif self.decode_pool:
+            request.decode_pool = self.decode_pool
+        return request
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of a prefill. Before the first layer is done all counts are 0; queue_position counts requests ahead."""
+
+    request_id: str
+    queue_position: int = 0
+    epoch: int = 0
+    layers_done: int = 0
+    num_layers: int = 0
+    tokens_per_second: float = 0.0
+    density: float = 0.0
+    bytes_acked: int = 0
+    bytes_total: int = 0
+    eta_s: float = 0.0
+
+    @classmethod
+    def from_accepted(cls, event: prefill_pb2.PrefillAccepted) -> "Progress":
+        return cls(request_id=event.request_id, queue_position=event.queue_position)
+
+    @classmethod
+    def from_progress(cls, event: prefill_pb2.PrefillProgress) -> "Progress":
+        return cls(request_id=event.request_id, epoch=event.epoch, layers_done=event.layers_done,
+                   num_layers=event.num_layers, tokens_per_second=event.tokens_per_second, density=event.density,
+                   bytes_acked=event.bytes_acked, bytes_total=event.bytes_total, eta_s=seconds(event.eta))
+
+
+@dataclass(frozen=True)
+class PrefillResult:
+    """A finished prefill: the cache `session_id` is committed at `decode_node`, ready for Client.generate()."""
+
+    request_id: str
+    session_id: str
+    decode_node: str
+    decode_address: str
+    num_tokens: int
+    first_token: int
+    top_logprobs: List[Tuple[int, float]]
+    stages_s: Dict[str, float]
+    tokens_per_second: float
+    density: float
+    kv_bytes: int
+    kv_blocks: int
+    kv_blocks_resent: int
+    kv_stream_resumes: int
+    kv_digest: str
+    world_size: int
+    partition: str
+    worker_ids: List[str]
+    retries: int
+
+    @classmethod
+    def from_completed(cls, event: prefill_pb2.PrefillCompleted) -> "PrefillResult":
+        return cls(
+            request_id=event.request_id, session_id=event.session_id, decode_node=event.decode_node,
+            decode_address=event.decode_address, num_tokens=event.num_tokens, first_token=event.first_token,
+            top_logprobs=[(entry.token_id, entry.logprob) for entry in event.top_logprobs],
+            stages_s={stage.name: seconds(getattr(event.stages, stage.name))
+                      for stage in types_pb2.StageTimes.DESCRIPTOR.fields},
+            tokens_per_second=event.tokens_per_second, density=event.density, kv_bytes=event.kv_bytes,
+            kv_blocks=event.kv_blocks, kv_blocks_resent=event.kv_blocks_resent,
+            kv_stream_resumes=event.kv_stream_resumes, kv_digest=event.kv_digest, world_size=event.plan.world_size,
+            partition=_PARTITION_NAMES.get(event.plan.partition, ""), worker_ids=list(event.plan.worker_ids),
+            retries=event.retries)
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """One token of Client.generate(); finish_reason is "length", "stop" or "context" on the last one, else ""."""
+
+    token_id: int
+    position: int
+    finish_reason: str
+    top2_logit_gap: float
+    elapsed_s: float
+
+    @classmethod
+    def from_response(cls, response: decode_pb2.GenerateResponse) -> "GeneratedToken":
+        return cls(token_id=response.token_id, position=response.position,
+                   finish_reason=_FINISH_REASONS.get(response.finish_reason, ""),
+                   top2_logit_gap=response.top2_logit_gap, elapsed_s=seconds(response.elapsed))
+
+
+@dataclass(frozen=True)
+class BatchItem:
+    """The end of one item of Client.batch(): its index in the requests, and a result or the error that ended it."""
+
+    index: int
+    outcome: Union[PrefillResult, HeadwaterError]
+
+    @property
+    def ok(self) -> bool:
+        return isinstance(self.outcome, PrefillResult)

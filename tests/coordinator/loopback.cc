@@ -1,0 +1,201 @@
+#include "tests/coordinator/loopback.h"
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+
+#include "base/log.h"
+#include "base/rpc/grpc_status.h"
+#include "tests/coordinator/fakes.h"
+
+namespace headwater::testing {
+namespace {
+
+constexpr absl::Duration kLongest = absl::Seconds(10);
+constexpr absl::Duration kHeartbeat = absl::Milliseconds(300);
+
+}  // namespace
+
+ScriptedWorker::ScriptedWorker(const std::string& coordinator, const std::string& id, Script script)
+    : script_(std::move(script)), stub_(v1::WorkerControlService::NewStub(DialPrivate(coordinator))) {
+  context_.set_wait_for_ready(true);
+  stream_ = stub_->Connect(&context_);
+  v1::ConnectRequest registration;
+  *registration.mutable_registration() = MakeWorker(id, RandomId());
+  Send(registration);
+  reader_ = std::thread([this] { Read(); });
+  heart_ = std::thread([this] { Heartbeat(); });
+}
+
+ScriptedWorker::~ScriptedWorker() {
+  Kill();
+  Finish();
+}
+
+void ScriptedWorker::Send(const v1::ConnectRequest& message) {
+  absl::MutexLock lock(&mutex_);
+  stream_->Write(message);
+}
+
+void ScriptedWorker::CompleteAtOnce(ScriptedWorker* worker, const v1::PrefillAssignment& assignment) {
+  for (uint32_t layer = 1; layer <= assignment.layout().num_layers(); ++layer) {
+    v1::ConnectRequest message;
+    auto* progress = message.mutable_progress();
+    progress->set_request_id(assignment.request_id());
+    progress->set_epoch(assignment.epoch());
+    progress->set_rank(assignment.rank());
+    progress->set_layers_done(layer);
+    worker->Send(message);
+  }
+  v1::ConnectRequest message;
+  auto* completed = message.mutable_completed();
+  completed->set_request_id(assignment.request_id());
+  completed->set_epoch(assignment.epoch());
+  completed->set_rank(assignment.rank());
+  completed->set_kv_digest_share(std::string(16, '\2'));
+  completed->set_kv_blocks(1);
+  if (assignment.rank() + 1 == assignment.plan().world_size()) {
+    completed->set_first_token(assignment.token_ids(assignment.token_ids_size() - 1));
+  }
+  worker->Send(message);
+}
+
+bool ScriptedWorker::WaitFor(const int* counter, int count) {
+  absl::MutexLock lock(&mutex_);
+  const auto reached = [=] { return *counter >= count; };
+  return mutex_.AwaitWithTimeout(absl::Condition(&reached), kLongest);
+}
+
+bool ScriptedWorker::WaitUntilRegistered() { return WaitFor(&registered_, 1); }
+bool ScriptedWorker::WaitForAssignments(int count) { return WaitFor(&assignments_, count); }
+bool ScriptedWorker::WaitForAborts(int count) { return WaitFor(&aborts_, count); }
+
+void ScriptedWorker::Kill() { context_.TryCancel(); }
+
+grpc::Status ScriptedWorker::Finish() {
+  if (finished_) return status_;
+  finished_ = true;
+  reader_.join();
+  {
+    absl::MutexLock lock(&mutex_);
+    ending_ = true;
+  }
+  heart_.join();
+  return status_ = stream_->Finish();
+}
+
+void ScriptedWorker::Heartbeat() {
+  v1::ConnectRequest message;
+  message.mutable_heartbeat();
+  absl::MutexLock lock(&mutex_);
+  while (!mutex_.AwaitWithTimeout(absl::Condition(&ending_), kHeartbeat)) stream_->Write(message);
+}
+
+void ScriptedWorker::Read() {
+  v1::ConnectResponse response;
+  while (stream_->Read(&response)) {
+    if (response.has_registered()) {
+      absl::MutexLock lock(&mutex_);
+      ++registered_;
+    } else if (response.has_assignment()) {
+      {
+        absl::MutexLock lock(&mutex_);
+        ++assignments_;
+        current_ = response.assignment();
+      }
+      script_(this, response.assignment());
+    } else if (response.has_abort()) {
+      v1::ConnectRequest message;
+      {
+        absl::MutexLock lock(&mutex_);
+        ++aborts_;
+        message.mutable_failed()->set_request_id(current_.request_id());
+        message.mutable_failed()->set_epoch(current_.epoch());
+        message.mutable_failed()->set_rank(current_.rank());
+      }
+      *message.mutable_failed()->mutable_error() = ToRpcStatus(absl::CancelledError("aborted"));
+      Send(message);
+    }
+  }
+}
+
+ScriptedDecodeNode::ScriptedDecodeNode(const std::string& coordinator, const std::string& id)
+    : stub_(v1::DecodeRegistryService::NewStub(DialPrivate(coordinator))) {
+  auto running = StartServer("127.0.0.1:0", {this});
+  HW_CHECK(running.ok());
+  running_ = *std::move(running);
+  context_.set_wait_for_ready(true);
+  stream_ = stub_->Register(&context_);
+  v1::RegisterRequest registration;
+  *registration.mutable_registration() = MakeDecodeNode(id);
+  registration.mutable_registration()->set_kv_address(running_.address);
+  registration.mutable_registration()->set_decode_address(running_.address);
+  stream_->Write(registration);
+  heart_ = std::thread([this] {
+    v1::RegisterResponse response;
+    const bool registered = stream_->Read(&response);
+    v1::RegisterRequest heartbeat;
+    heartbeat.mutable_heartbeat();
+    absl::MutexLock lock(&mutex_);
+    registered_ = registered;
+    while (!mutex_.AwaitWithTimeout(absl::Condition(&ending_), kHeartbeat)) stream_->Write(heartbeat);
+  });
+}
+
+ScriptedDecodeNode::~ScriptedDecodeNode() {
+  {
+    absl::MutexLock lock(&mutex_);
+    ending_ = true;
+  }
+  heart_.join();
+  context_.TryCancel();
+  stream_->Finish();
+  running_.server->Shutdown();
+}
+
+bool ScriptedDecodeNode::WaitUntilRegistered() {
+  absl::MutexLock lock(&mutex_);
+  return mutex_.AwaitWithTimeout(absl::Condition(&registered_), kLongest);
+}
+
+grpc::Status ScriptedDecodeNode::OpenSession(grpc::ServerContext*, const v1::OpenSessionRequest* request,
+                                             v1::OpenSessionResponse*) {
+  absl::MutexLock lock(&mutex_);
+  open_[request->session_id()] = request->epoch();
+  return grpc::Status::OK;
+}
+
+grpc::Status ScriptedDecodeNode::CommitSession(grpc::ServerContext*, const v1::CommitSessionRequest* request,
+                                               v1::CommitSessionResponse*) {
+  absl::MutexLock lock(&mutex_);
+  const auto it = open_.find(request->session_id());
+  if (it == open_.end() || it->second != request->epoch()) {
+    return ToGrpcStatus(MakeError(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_SESSION, "unknown"));
+  }
+  open_.erase(it);
+  committed_[request->session_id()] = *request;
+  return grpc::Status::OK;
+}
+
+grpc::Status ScriptedDecodeNode::AbortSession(grpc::ServerContext*, const v1::AbortSessionRequest* request,
+                                              v1::AbortSessionResponse*) {
+  absl::MutexLock lock(&mutex_);
+  open_.erase(request->session_id());
+  return grpc::Status::OK;
+}
+
+size_t ScriptedDecodeNode::num_open() {
+  absl::MutexLock lock(&mutex_);
+  return open_.size();
+}
+
+size_t ScriptedDecodeNode::num_committed() {
+  absl::MutexLock lock(&mutex_);
+  return committed_.size();
+}
+
+v1::CommitSessionRequest ScriptedDecodeNode::committed(const std::string& session_id) {
+  absl::MutexLock lock(&mutex_);
+  return committed_[session_id];
+}
+
+}  // namespace headwater::testing

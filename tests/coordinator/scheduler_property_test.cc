@@ -1,0 +1,297 @@
+// Random schedules: whatever happens in whatever order, every request ends exactly once and nothing is left.
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "gtest/gtest.h"
+
+#include "base/rpc/grpc_status.h"
+#include "tests/coordinator/fakes.h"
+
+namespace headwater::testing {
+namespace {
+
+constexpr int kSteps = 400;
+constexpr int kNumWorkers = 4;
+
+// A worker process, as the coordinator sees it: it obeys, mostly.
+struct SimulatedWorker {
+  bool connected = false;
+  uint64_t connection = 0;
+  std::shared_ptr<FakeWorkerLink> link;
+  bool busy = false;
+  v1::PrefillAssignment assignment;
+};
+
+class Simulation {
+ public:
+  explicit Simulation(uint64_t seed) : random_(seed), cluster_(Options()) {
+    cluster_.AddDecodeNode("d0");
+    cluster_.AddDecodeNode("d1");
+  }
+
+  // Counts what happened into `outcomes`.
+  void Run(std::map<std::string, int>* outcomes) {
+    for (int step = 0; step < kSteps; ++step) Step();
+    Settle();
+    Check();
+    for (const auto& [outcome, count] : outcomes_) (*outcomes)[outcome] += count;
+  }
+
+ private:
+  static CoordinatorOptions Options() {
+    CoordinatorOptions options;
+    options.max_queue_requests = 20;
+    options.max_queue_wait = absl::Seconds(40);
+    options.worker_wait = absl::Seconds(8);
+    options.decode_grace = absl::Seconds(5);
+    options.reserve_wait = absl::Seconds(3);
+    return options;
+  }
+
+  int Below(int bound) { return std::uniform_int_distribution<int>(0, bound - 1)(random_); }
+  bool OneIn(int n) { return Below(n) == 0; }
+
+  void Step() {
+    switch (Below(14)) {
+      case 0:
+      case 1:
+        Submit();
+        break;
+      case 2:
+        Connect(Below(kNumWorkers));
+        break;
+      case 3:
+        if (OneIn(6)) Disconnect(Below(kNumWorkers));
+        break;
+      case 4:
+        if (OneIn(3)) LeaveOne();
+        break;
+      case 5:
+        if (OneIn(3)) CancelOne();
+        break;
+      case 6:
+        cluster_.Advance(absl::Milliseconds(100 * (1 + Below(15))));
+        Heartbeats();
+        break;
+      case 7:
+      case 8:
+      case 9:
+        AnswerDecode();
+        break;
+      default:
+        PlayWorker(workers_[static_cast<size_t>(Below(kNumWorkers))]);
+        break;
+    }
+    CheckStep();
+  }
+
+  void Submit() {
+    // Few ids, so that requests meet their own repetitions.
+    const int id = Below(60);
+    v1::PrefillRequest request = MakeRequest(absl::StrCat("r", id), OneIn(3) ? 3000 : 10 + id);
+    request.set_priority(id % 3);
+    if (id % 5 == 0) request.mutable_deadline()->set_seconds(1 + id);
+    if (id % 7 == 0) request.set_world_size(2);
+    const auto watcher = cluster_.Submit(request);
+    watchers_.emplace_back(request.request_id(), watcher);
+  }
+
+  void Connect(int index) {
+    SimulatedWorker& worker = workers_[static_cast<size_t>(index)];
+    SimulatedWorker fresh;
+    fresh.link = std::make_shared<FakeWorkerLink>();
+    const auto connection = cluster_.scheduler.AddWorker(
+        MakeWorker(absl::StrCat("w", index), absl::StrCat("i", ++incarnations_)), fresh.link);
+    ASSERT_TRUE(connection.ok()) << connection.status();
+    fresh.connection = *connection;
+    fresh.connected = true;
+    worker = std::move(fresh);
+  }
+
+  void Disconnect(int index) {
+    SimulatedWorker& worker = workers_[static_cast<size_t>(index)];
+    if (!worker.connected) return;
+    worker.connected = false;
+    cluster_.scheduler.OnWorkerClosed(worker.connection);
+  }
+
+  void LeaveOne() {
+    if (watchers_.empty()) return;
+    const auto& [id, watcher] = watchers_[static_cast<size_t>(Below(static_cast<int>(watchers_.size())))];
+    left_.insert(watcher.get());
+    cluster_.Detach(id, watcher);
+  }
+
+  void CancelOne() {
+    ++cancels_asked_;
+    cluster_.scheduler.Cancel(JobKey{"", absl::StrCat("r", Below(60))},
+                              [this](const absl::StatusOr<bool>&) { ++cancels_answered_; });
+  }
+
+  void Heartbeats() {
+    v1::ConnectRequest message;
+    message.mutable_heartbeat();
+    for (auto& worker : workers_) {
+      if (worker.connected && !OneIn(5)) cluster_.scheduler.OnWorkerMessage(worker.connection, message);
+    }
+  }
+
+  void AnswerDecode() {
+    auto& pending = cluster_.decode.pending;
+    if (pending.empty()) return;
+    const auto index = static_cast<size_t>(Below(static_cast<int>(pending.size())));
+    // A node answers OK, is away, or has forgotten the session.
+    if (OneIn(12)) {
+      cluster_.decode.Answer(absl::UnavailableError("away"), index);
+    } else if (OneIn(15) && pending[index].kind == FakeDecodeClient::Kind::kCommit) {
+      cluster_.decode.open_sessions.erase(pending[index].commit.session_id());
+      cluster_.decode.Answer(
+          MakeError(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_SESSION, "forgotten"), index);
+    } else {
+      cluster_.decode.Answer(absl::OkStatus(), index);
+    }
+  }
+
+  void PlayWorker(SimulatedWorker& worker) {
+    if (!worker.connected || worker.link->closed) return;
+    const auto message = worker.link->Next();
+    if (message != nullptr && message->has_assignment()) {
+      EXPECT_FALSE(worker.busy) << "two jobs at a time";
+      worker.busy = true;
+      worker.assignment = message->assignment();
+      const auto session = cluster_.decode.open_sessions.find(worker.assignment.destination().session_id());
+      EXPECT_TRUE(session == cluster_.decode.open_sessions.end() ||
+                  session->second >= worker.assignment.epoch())
+          << "assigned before the session was open";
+    } else if (message != nullptr && message->has_abort()) {
+      const bool mine = worker.busy && message->abort().request_id() == worker.assignment.request_id() &&
+                        message->abort().epoch() == worker.assignment.epoch();
+      if (mine) Report(worker, absl::CancelledError("aborted"));
+    } else if (worker.busy && !OneIn(3)) {
+      Work(worker);
+    }
+  }
+
+  void Work(SimulatedWorker& worker) {
+    if (OneIn(2)) {
+      v1::ConnectRequest progress;
+      progress.mutable_progress()->set_request_id(worker.assignment.request_id());
+      progress.mutable_progress()->set_epoch(worker.assignment.epoch());
+      progress.mutable_progress()->set_rank(worker.assignment.rank());
+      progress.mutable_progress()->set_layers_done(static_cast<uint32_t>(Below(6)));
+      cluster_.scheduler.OnWorkerMessage(worker.connection, progress);
+    } else if (OneIn(8)) {
+      const absl::Status failures[] = {
+          MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_WORKER_LOST, "peer"),
+          MakeError(absl::StatusCode::kAborted, v1::ERROR_REASON_KV_STREAM_STALLED, "stalled"),
+          MakeError(absl::StatusCode::kInternal, v1::ERROR_REASON_NON_FINITE, "nan"),
+          MakeError(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_SESSION, "unknown"),
+          absl::OkStatus()};
+      Report(worker, failures[Below(5)]);
+    } else {
+      v1::ConnectRequest message;
+      auto* completed = message.mutable_completed();
+      completed->set_request_id(worker.assignment.request_id());
+      completed->set_epoch(worker.assignment.epoch());
+      completed->set_rank(worker.assignment.rank());
+      completed->set_kv_digest_share(std::string(OneIn(30) ? 3 : 16, 'x'));
+      if (worker.assignment.rank() == 0) completed->set_first_token(1);
+      worker.busy = false;
+      cluster_.scheduler.OnWorkerMessage(worker.connection, message);
+    }
+  }
+
+  void Report(SimulatedWorker& worker, const absl::Status& status) {
+    v1::ConnectRequest message;
+    message.mutable_failed()->set_request_id(worker.assignment.request_id());
+    message.mutable_failed()->set_epoch(worker.assignment.epoch());
+    message.mutable_failed()->set_rank(worker.assignment.rank());
+    *message.mutable_failed()->mutable_error() = ToRpcStatus(status);
+    worker.busy = false;
+    cluster_.scheduler.OnWorkerMessage(worker.connection, message);
+  }
+
+  void CheckStep() {
+    for (const auto& [id, watcher] : watchers_) {
+      ASSERT_TRUE(watcher->violations.empty()) << id << ": " << watcher->violations.front();
+    }
+    ASSERT_TRUE(cluster_.decode.violations.empty()) << cluster_.decode.violations.front();
+    // The gauges and the table of jobs always tell the same.
+    const auto& metrics = cluster_.coordinator_metrics;
+    ASSERT_EQ(metrics.requests_running.Value() + metrics.requests_waiting.Value(),
+              static_cast<double>(cluster_.scheduler.num_jobs()));
+  }
+
+  // From now on everybody behaves.
+  void Settle() {
+    for (int round = 0; round < 2000 && cluster_.scheduler.num_jobs() > 0; ++round) {
+      while (!cluster_.decode.pending.empty()) cluster_.decode.Answer(absl::OkStatus());
+      for (auto& worker : workers_) PlayWorker(worker);
+      cluster_.Advance(absl::Milliseconds(200));
+      Heartbeats();
+      CheckStep();
+    }
+    cluster_.decode.AnswerAll();
+  }
+
+  void Check() {
+    EXPECT_EQ(cluster_.scheduler.num_jobs(), 0u);
+    for (const auto& [id, watcher] : watchers_) {
+      EXPECT_TRUE(watcher->ended() || left_.contains(watcher.get())) << id << " was forgotten";
+    }
+    const auto workers = cluster_.scheduler.ListWorkers();
+    for (const auto& worker : workers.workers()) EXPECT_EQ(worker.request_id(), "");
+    EXPECT_EQ(cancels_answered_, cancels_asked_);
+    const auto& metrics = cluster_.coordinator_metrics;
+    EXPECT_EQ(metrics.requests_running.Value(), 0);
+    EXPECT_EQ(metrics.requests_waiting.Value(), 0);
+    EXPECT_EQ(metrics.tokens_running.Value(), 0);
+    EXPECT_EQ(metrics.tokens_waiting.Value(), 0);
+    for (const auto& [session, epoch] : cluster_.decode.open_sessions) {
+      EXPECT_TRUE(cluster_.decode.left_to_the_lease.contains(session)) << "a session leaked";
+    }
+    for (const auto& [id, watcher] : watchers_) {
+      if (!watcher->ended()) continue;
+      ++outcomes_[absl::StatusCodeToString(watcher->result().code())];
+      if (!watcher->result().ok()) continue;
+      const auto& completed = watcher->completed();
+      EXPECT_TRUE(cluster_.decode.committed.contains(completed.session_id())) << id << " without a commit";
+      if (completed.retries() > 0) ++outcomes_["retried"];
+      if (!watcher->accepted()) ++outcomes_["replayed"];
+    }
+  }
+
+  std::mt19937_64 random_;
+  FakeCluster cluster_;
+  std::vector<SimulatedWorker> workers_{kNumWorkers};
+  std::vector<std::pair<std::string, std::shared_ptr<RecordingWatcher>>> watchers_;
+  std::set<const RecordingWatcher*> left_;
+  std::map<std::string, int> outcomes_;
+  int incarnations_ = 0;
+  int cancels_asked_ = 0;
+  int cancels_answered_ = 0;
+};
+
+TEST(SchedulerPropertyTest, EveryRequestEndsExactlyOnceUnderRandomSchedules) {
+  std::map<std::string, int> outcomes;
+  for (uint64_t seed = 1; seed <= 300; ++seed) {
+    SCOPED_TRACE(absl::StrCat("seed ", seed));
+    Simulation simulation(seed);
+    simulation.Run(&outcomes);
+    if (HasFailure()) break;
+  }
+  // The schedules reach every kind of end.
+  for (const char* outcome : {"OK", "retried", "replayed", "CANCELLED", "UNAVAILABLE", "INTERNAL",
+                              "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ALREADY_EXISTS"}) {
+    EXPECT_GE(outcomes[outcome], 20) << outcome;
+  }
+}
+
+}  // namespace
+}  // namespace headwater::testing

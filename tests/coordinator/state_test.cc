@@ -1,0 +1,276 @@
+// The plain data of the coordinator: registrations, cluster, destinations, requests, events, sums.
+#include "gtest/gtest.h"
+
+#include "base/rpc/grpc_status.h"
+#include "coordinator/cluster_state.h"
+#include "coordinator/destination.h"
+#include "coordinator/event_queue.h"
+#include "coordinator/registration.h"
+#include "coordinator/request_table.h"
+#include "tests/coordinator/fakes.h"
+
+namespace headwater::testing {
+namespace {
+
+TEST(RegistrationTest, RefusesWorkersThatCannotBe) {
+  EXPECT_TRUE(CheckRegistration(MakeWorker("w")).ok());
+  const std::vector<std::pair<const char*, void (*)(v1::WorkerRegistration*)>> changes = {
+      {"protocol", [](auto* r) { r->set_protocol_version(99); }},
+      {"no id", [](auto* r) { r->set_worker_id(""); }},
+      {"bad id", [](auto* r) { r->set_worker_id("a b"); }},
+      {"no incarnation", [](auto* r) { r->set_incarnation(""); }},
+      {"no address", [](auto* r) { r->set_rendezvous_address(""); }},
+      {"no port", [](auto* r) { r->set_rendezvous_address("host:"); }},
+      {"port over 65535", [](auto* r) { r->set_rendezvous_address("host:65536"); }},
+      {"no host", [](auto* r) { r->set_rendezvous_address(":80"); }},
+      {"no device", [](auto* r) { r->set_device(""); }},
+      {"no model", [](auto* r) { r->clear_model(); }},
+      {"model name with space", [](auto* r) { r->mutable_model()->set_name("a b"); }},
+      {"no fingerprint", [](auto* r) { r->mutable_model()->set_fingerprint(""); }},
+      {"vocab 0", [](auto* r) { r->mutable_model()->set_vocab_size(0); }},
+      {"vocab too large", [](auto* r) { r->mutable_model()->set_vocab_size((1 << 24) + 1); }},
+      {"positions 0", [](auto* r) { r->mutable_model()->set_max_position(0); }},
+      {"layers 0", [](auto* r) { r->mutable_model()->set_num_layers(0); }},
+      {"layers 4097", [](auto* r) { r->mutable_model()->set_num_layers(4097); }},
+      {"heads 4097", [](auto* r) { r->mutable_model()->set_num_kv_heads(4097); }},
+      {"head_dim 4097", [](auto* r) { r->mutable_model()->set_head_dim(4097); }},
+      {"budget 0", [](auto* r) { r->mutable_memory()->set_budget_bytes(0); }},
+      {"weights over budget", [](auto* r) { r->mutable_memory()->set_weight_bytes(1'000'000'001); }},
+      {"tokens cost nothing", [](auto* r) { r->mutable_memory()->set_bytes_per_token(0); }},
+      {"fixed bytes without bound", [](auto* r) { r->mutable_memory()->set_fixed_bytes(UINT64_MAX); }},
+      {"no policy", [](auto* r) { r->clear_policies(); }},
+      {"bad policy", [](auto* r) { r->add_policies("\x01"); }},
+  };
+  for (const auto& [name, change] : changes) {
+    auto registration = MakeWorker("w");
+    change(&registration);
+    EXPECT_EQ(ReasonOf(CheckRegistration(registration)), v1::ERROR_REASON_BAD_FIELD) << name;
+  }
+}
+
+TEST(RegistrationTest, RefusesDecodeNodesThatCannotBe) {
+  EXPECT_TRUE(CheckRegistration(MakeDecodeNode("d")).ok());
+  const std::vector<std::pair<const char*, void (*)(v1::DecodeRegistration*)>> changes = {
+      {"protocol", [](auto* r) { r->set_protocol_version(0); }},
+      {"no id", [](auto* r) { r->set_decode_node(""); }},
+      {"no incarnation", [](auto* r) { r->set_incarnation(""); }},
+      {"bad pool", [](auto* r) { r->set_pool("a/b"); }},
+      {"no kv address", [](auto* r) { r->set_kv_address(""); }},
+      {"no decode address", [](auto* r) { r->set_decode_address("x"); }},
+      {"no fingerprint", [](auto* r) { r->set_model_fingerprint(""); }},
+      {"no dtype", [](auto* r) { r->clear_kv_dtypes(); }},
+      {"unspecified dtype", [](auto* r) { r->add_kv_dtypes(v1::KV_DTYPE_UNSPECIFIED); }},
+      {"budget 0", [](auto* r) { r->set_kv_budget_bytes(0); }},
+  };
+  for (const auto& [name, change] : changes) {
+    auto registration = MakeDecodeNode("d");
+    change(&registration);
+    EXPECT_EQ(ReasonOf(CheckRegistration(registration)), v1::ERROR_REASON_BAD_FIELD) << name;
+  }
+  auto poolless = MakeDecodeNode("d", "");
+  EXPECT_TRUE(CheckRegistration(poolless).ok());
+}
+
+Worker WorkerOf(const v1::WorkerRegistration& registration) {
+  Worker worker;
+  worker.registration = registration;
+  return worker;
+}
+
+TEST(ClusterStateTest, PoliciesOfAModelAreThoseThatAllItsWorkersHave) {
+  ClusterState cluster;
+  auto other = MakeWorker("w1");
+  other.clear_policies();
+  other.add_policies("flash");
+  other.add_policies("dense");
+  ASSERT_TRUE(cluster.AddWorker(WorkerOf(MakeWorker("w0"))).ok());
+  EXPECT_EQ(cluster.FindModel("tiny")->policies, (std::vector<std::string>{"a_shape", "dense"}));
+  ASSERT_TRUE(cluster.AddWorker(WorkerOf(other)).ok());
+  EXPECT_EQ(cluster.FindModel("tiny")->policies, std::vector<std::string>{"dense"});
+  EXPECT_FALSE(cluster.FindModel("huge").has_value());
+}
+
+TEST(ClusterStateTest, OneNameMeansOneModel) {
+  ClusterState cluster;
+  auto other = MakeWorker("w1");
+  other.mutable_model()->set_fingerprint("sha256:other");
+  ASSERT_TRUE(cluster.AddWorker(WorkerOf(MakeWorker("w0"))).ok());
+  EXPECT_EQ(ReasonOf(cluster.AddWorker(WorkerOf(other))), v1::ERROR_REASON_MODEL_MISMATCH);
+  EXPECT_EQ(cluster.workers().size(), 1u);
+  cluster.RemoveWorker("w0");
+  EXPECT_TRUE(cluster.AddWorker(WorkerOf(other)).ok()) << "once the old model is gone";
+  EXPECT_TRUE(cluster.WasServed("tiny"));
+}
+
+TEST(ClusterStateTest, HandsOutTheLongestIdleWorkerFirstAndNoDrainingOne) {
+  ClusterState cluster;
+  for (const char* id : {"a", "b", "c", "d"}) {
+    ASSERT_TRUE(cluster.AddWorker(WorkerOf(MakeWorker(id))).ok());
+  }
+  cluster.FindWorker("a")->idle_since = absl::FromUnixSeconds(9);
+  cluster.FindWorker("b")->idle_since = absl::FromUnixSeconds(3);
+  cluster.FindWorker("c")->draining = true;
+  cluster.FindWorker("d")->job = 1;
+  const auto idle = cluster.PlanWorkers("tiny", true);
+  ASSERT_EQ(idle.size(), 2u);
+  EXPECT_EQ(idle[0].worker_id, "b");
+  EXPECT_EQ(idle[1].worker_id, "a");
+  EXPECT_EQ(cluster.PlanWorkers("tiny", false).size(), 3u);
+}
+
+class DestinationTest : public ::testing::Test {
+ protected:
+  DestinationTest() {
+    layout_.set_num_layers(4);
+    layout_.set_num_kv_heads(2);
+    layout_.set_head_dim(32);
+    layout_.set_num_tokens(100);
+    layout_.set_dtype(v1::KV_DTYPE_BF16);
+    layout_.set_model_fingerprint("sha256:tiny");
+  }
+
+  DecodeNode& Add(const v1::DecodeRegistration& registration) {
+    DecodeNode node;
+    node.registration = registration;
+    node.connected = true;
+    EXPECT_TRUE(cluster_.AddDecodeNode(node).ok());
+    return *cluster_.FindDecodeNode(registration.decode_node());
+  }
+
+  v1::ErrorReason Refusal() { return ReasonOf(PickDecodeNode(request_, layout_, cluster_).status()); }
+
+  ClusterState cluster_;
+  v1::KvLayout layout_;
+  v1::PrefillRequest request_;
+};
+
+TEST_F(DestinationTest, CountsTheBytesOfACache) {
+  EXPECT_EQ(KvBytes(layout_), 100u * 4 * 2 * 2 * 32 * 2);
+  layout_.set_dtype(v1::KV_DTYPE_F32);
+  EXPECT_EQ(KvBytes(layout_), 100u * 4 * 2 * 2 * 32 * 4);
+}
+
+TEST_F(DestinationTest, HoldsTheBudgetToTheByte) {
+  auto node = MakeDecodeNode("d");
+  node.set_kv_budget_bytes(KvBytes(layout_));
+  Add(node);
+  EXPECT_TRUE(PickDecodeNode(request_, layout_, cluster_).ok());
+  layout_.set_num_tokens(101);
+  EXPECT_EQ(Refusal(), v1::ERROR_REASON_KV_MEMORY_FULL);
+  request_.set_decode_node("d");
+  EXPECT_EQ(Refusal(), v1::ERROR_REASON_KV_MEMORY_FULL);
+}
+
+TEST_F(DestinationTest, ChecksModelDtypeAndPositions) {
+  auto node = MakeDecodeNode("d");
+  node.set_max_position(99);
+  Add(node);
+  EXPECT_EQ(Refusal(), v1::ERROR_REASON_PROMPT_TOO_LONG);
+  layout_.set_dtype(v1::KV_DTYPE_F16);
+  EXPECT_EQ(Refusal(), v1::ERROR_REASON_KV_DTYPE_UNSUPPORTED);
+  layout_.set_model_fingerprint("other");
+  EXPECT_EQ(Refusal(), v1::ERROR_REASON_MODEL_MISMATCH);
+}
+
+TEST_F(DestinationTest, PrefersConnectedNodesThenFreeBudget) {
+  Add(MakeDecodeNode("a")).kv_bytes_used = 500;
+  Add(MakeDecodeNode("b")).kv_bytes_used = 400;
+  Add(MakeDecodeNode("c")).connected = false;
+  EXPECT_EQ(*PickDecodeNode(request_, layout_, cluster_), "b");
+  cluster_.FindDecodeNode("b")->unreported_bytes = 200;
+  EXPECT_EQ(*PickDecodeNode(request_, layout_, cluster_), "a");
+  cluster_.FindDecodeNode("a")->kv_bytes_used = UINT64_MAX;
+  EXPECT_EQ(cluster_.FindDecodeNode("a")->FreeBytes(), 0u) << "a lie of a heartbeat does not wrap around";
+}
+
+v1::PrefillResponse Progress(uint32_t layers_done, bool with_plan) {
+  v1::PrefillResponse event;
+  event.mutable_progress()->set_layers_done(layers_done);
+  if (with_plan) event.mutable_progress()->mutable_plan()->set_world_size(7);
+  return event;
+}
+
+TEST(EventQueueTest, CoalescesProgressOfAnItemAndDropsNothingElse) {
+  EventQueue queue;
+  v1::PrefillResponse accepted;
+  accepted.mutable_accepted();
+  v1::PrefillResponse failed;
+  failed.mutable_failed();
+  const auto push = [&](uint32_t item, const v1::PrefillResponse& event) {
+    queue.Push(item, std::make_shared<const v1::PrefillResponse>(event));
+  };
+  for (uint32_t item = 0; item < 2; ++item) push(item, accepted);
+  push(0, Progress(1, true));
+  for (uint32_t i = 2; i < 1000; ++i) push(i % 2, Progress(i, false));
+  push(0, failed);
+  EXPECT_EQ(queue.size(), 5u);
+
+  EXPECT_TRUE(queue.Pop()->event->has_accepted());
+  EXPECT_TRUE(queue.Pop()->event->has_accepted());
+  const auto latest = queue.Pop();
+  EXPECT_EQ(latest->item, 0u);
+  EXPECT_EQ(latest->event->progress().layers_done(), 998u);
+  EXPECT_EQ(latest->event->progress().plan().world_size(), 7u) << "an announced plan is not lost";
+  push(0, Progress(1000, false));
+  EXPECT_EQ(queue.Pop()->event->progress().layers_done(), 999u);
+  EXPECT_TRUE(queue.Pop()->event->has_failed());
+  EXPECT_EQ(queue.Pop()->event->progress().layers_done(), 1000u);
+  EXPECT_FALSE(queue.Pop().has_value());
+}
+
+TEST(RequestTableTest, ForgetsTheOldestBeyondItsSizeAndAge) {
+  RequestTable table(absl::Seconds(10), 2);
+  const absl::Time start = absl::FromUnixSeconds(100);
+  const auto terminal = std::make_shared<const v1::PrefillResponse>();
+  for (const char* id : {"a", "b", "c", "running"}) table.Start(JobKey{"", id}, "hash", 1);
+  table.End(JobKey{"", "a"}, terminal, false, start);
+  table.End(JobKey{"", "b"}, terminal, false, start + absl::Seconds(5));
+  table.End(JobKey{"", "c"}, terminal, false, start + absl::Seconds(6));
+  EXPECT_EQ(table.Find(JobKey{"", "a"}), nullptr) << "one too many";
+  EXPECT_NE(table.Find(JobKey{"", "b"}), nullptr);
+  EXPECT_EQ(table.Find(JobKey{"tenant", "b"}), nullptr);
+  table.Expire(start + absl::Seconds(15.5));
+  EXPECT_EQ(table.Find(JobKey{"", "b"}), nullptr);
+  EXPECT_NE(table.Find(JobKey{"", "c"}), nullptr);
+  table.Expire(start + absl::Hours(1));
+  EXPECT_NE(table.Find(JobKey{"", "running"}), nullptr);
+  EXPECT_EQ(table.size(), 1u);
+}
+
+TEST(RequestTableTest, AnIdUsedAnewIsNotForgottenWithItsOldRecord) {
+  RequestTable table(absl::Seconds(10), 10);
+  const absl::Time start = absl::FromUnixSeconds(100);
+  table.Start(JobKey{"", "a"}, "hash", 1);
+  table.End(JobKey{"", "a"}, std::make_shared<const v1::PrefillResponse>(), true, start);
+  table.Forget(JobKey{"", "a"});
+  table.Start(JobKey{"", "a"}, "hash", 2);
+  table.Expire(start + absl::Minutes(1));
+  ASSERT_NE(table.Find(JobKey{"", "a"}), nullptr);
+  EXPECT_EQ(table.Find(JobKey{"", "a"})->serial, 2u);
+}
+
+TEST(JobTest, DigestsAddUpModulo2To128LittleEndian) {
+  const std::string ones(16, '\xff');
+  std::string one(16, '\0');
+  one[0] = 1;
+  EXPECT_EQ(AddDigests(ones, one), std::string(16, '\0'));
+  std::string low(16, '\0');
+  low[7] = '\x80';
+  std::string carried(16, '\0');
+  carried[8] = 1;
+  EXPECT_EQ(AddDigests(low, low), carried) << "the carry crosses the 64-bit words";
+}
+
+TEST(JobTest, CutsWhatPeersSayToASize) {
+  absl::Status status = absl::InternalError(std::string(1 << 20, 'x'));
+  for (int i = 0; i < 20; ++i)
+    status.SetPayload(absl::StrCat("type.googleapis.com/p", i), absl::Cord("small"));
+  status.SetPayload("type.googleapis.com/big", absl::Cord(std::string(1 << 20, 'y')));
+  const absl::Status bounded = Bounded(status);
+  EXPECT_EQ(bounded.code(), absl::StatusCode::kInternal);
+  EXPECT_LE(bounded.message().size(), 2048u);
+  EXPECT_LE(ToRpcStatus(bounded).ByteSizeLong(), 16'384u);
+}
+
+}  // namespace
+}  // namespace headwater::testing

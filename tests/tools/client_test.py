@@ -1,0 +1,305 @@
+"""Tests of the Python client against an in-process gRPC server that plays coordinator and decode node."""
+
+import sys
+import threading
+import time
+import unittest
+from concurrent import futures
+
+try:
+    import grpc
+    from google.rpc import error_details_pb2, status_pb2
+    from headwater import Client, HeadwaterError, PrefillOptions, PrefillResult
+    from headwater.v1 import admin_pb2, admin_pb2_grpc, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+    from headwater.v1 import types_pb2
+except ImportError as error:
+    print(f"SKIPPED: {error} (tools/venv.sh installs it)")
+    sys.exit(77)
+
+
+def make_status(code, reason, message, retry_after_s=None, **metadata):
+    status = status_pb2.Status(code=code.value[0], message=message)
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain="headwater.v1", metadata=metadata))
+    if retry_after_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(int(retry_after_s * 1000))
+        status.details.add().Pack(retry)
+    return status
+
+
+def abort(context, code, reason, message, **kwargs):
+    status = make_status(code, reason, message, **kwargs)
+    context.set_trailing_metadata([("grpc-status-details-bin", status.SerializeToString())])
+    context.abort(code, message)
+
+
+class FakeService(prefill_pb2_grpc.PrefillServiceServicer, decode_pb2_grpc.DecodeServiceServicer,
+                  admin_pb2_grpc.AdminServiceServicer):
+    """Answers from the fields below; keeps every request that it got."""
+
+    def __init__(self):
+        self.address = ""
+        self.requests = []
+        self.refusals = []  # (code, reason, keyword arguments) for the next Prefill calls
+        self.failure = None  # google.rpc.Status of a terminal event
+        self.hang = False
+        self.cancelled = threading.Event()
+
+    def completed(self, request):
+        return prefill_pb2.PrefillResponse(completed=prefill_pb2.PrefillCompleted(
+            request_id=request.request_id, num_tokens=len(request.token_ids), decode_node="d0",
+            decode_address=self.address, session_id=f"s-{request.request_id}", first_token=request.token_ids[0] + 1,
+            top_logprobs=[types_pb2.TokenLogprob(token_id=7, logprob=-0.5)], tokens_per_second=10.0, density=0.25,
+            kv_bytes=1 << 40, kv_blocks=6, kv_digest="ab", plan=types_pb2.PrefillPlan(
+                world_size=2, partition=types_pb2.PARTITION_ZIGZAG, worker_ids=["w0", "w1"]),
+            stages=types_pb2.StageTimes(total={"seconds": 2, "nanos": 500_000_000})))
+
+    def Prefill(self, request, context):
+        self.requests.append(request)
+        if self.hang and not context.add_callback(self.cancelled.set):
+            self.cancelled.set()  # ended before this line
+        if self.refusals:
+            code, reason, kwargs = self.refusals.pop(0)
+            abort(context, code, reason, f"refused: {reason}", **kwargs)
+        yield prefill_pb2.PrefillResponse(accepted=prefill_pb2.PrefillAccepted(
+            request_id=request.request_id, queue_position=3))
+        yield prefill_pb2.PrefillResponse(progress=prefill_pb2.PrefillProgress(
+            request_id=request.request_id, layers_done=1, num_layers=30, bytes_acked=5, bytes_total=10))
+        if self.hang:
+            self.cancelled.wait(20)
+        elif self.failure is not None:
+            yield prefill_pb2.PrefillResponse(failed=prefill_pb2.PrefillFailed(
+                request_id=request.request_id, error=self.failure))
+        else:
+            yield self.completed(request)
+
+    def BatchPrefill(self, request, context):
+        self.requests.append(request)
+        for index in reversed(range(len(request.items))):
+            item = request.items[index]
+            if item.token_ids:
+                yield prefill_pb2.BatchPrefillResponse(item=index, response=self.completed(item))
+            else:
+                error = make_status(grpc.StatusCode.INVALID_ARGUMENT, "EMPTY_PROMPT", "no tokens")
+                yield prefill_pb2.BatchPrefillResponse(item=index, response=prefill_pb2.PrefillResponse(
+                    failed=prefill_pb2.PrefillFailed(error=error)))
+
+    def CancelPrefill(self, request, context):
+        if request.request_id == "gone":
+            abort(context, grpc.StatusCode.NOT_FOUND, "UNKNOWN_REQUEST", "no request gone")
+        return prefill_pb2.CancelPrefillResponse(cancelled=request.request_id == "runs")
+
+    def Generate(self, request, context):
+        self.requests.append(request)
+        context.add_callback(self.cancelled.set)
+        for index in range(request.max_new_tokens):
+            last = index + 1 == request.max_new_tokens
+            yield decode_pb2.GenerateResponse(
+                token_id=100 + index, position=index, top2_logit_gap=0.5,
+                finish_reason=decode_pb2.FINISH_REASON_LENGTH if last else decode_pb2.FINISH_REASON_UNSPECIFIED)
+
+    def Release(self, request, context):
+        return decode_pb2.ReleaseResponse(bytes_reclaimed=42 if request.session_id.startswith("s-") else 0)
+
+    def ListWorkers(self, request, context):
+        return admin_pb2.ListWorkersResponse(workers=[admin_pb2.WorkerSummary(worker_id="w0", device="cpu")])
+
+    def ListDecodeNodes(self, request, context):
+        return admin_pb2.ListDecodeNodesResponse(decode_nodes=[admin_pb2.DecodeNodeSummary(decode_node="d0")])
+
+
+class ClientTest(unittest.TestCase):
+    def setUp(self):
+        self.service = FakeService()
+        self.server = grpc.server(futures.ThreadPoolExecutor(4))
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self.service, self.server)
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(self.service, self.server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(self.service, self.server)
+        self.service.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        self.server.start()
+        self.client = Client(self.service.address, timeout_s=20)
+
+    def tearDown(self):
+        self.client.close()
+        self.service.cancelled.set()
+        self.server.stop(1).wait()
+
+    def test_prefill_reports_progress_and_returns_every_field(self):
+        seen = []
+
+        result = self.client.prefill([5, 6, 7], request_id="r1", on_progress=seen.append)
+
+        self.assertEqual([(p.queue_position, p.layers_done, p.num_layers, p.bytes_acked) for p in seen],
+                         [(3, 0, 0, 0), (0, 1, 30, 5)])
+        self.assertEqual((result.request_id, result.session_id, result.num_tokens, result.first_token), ("r1", "s-r1", 3, 6))
+        self.assertEqual((result.kv_bytes, result.density, result.world_size, result.partition), (1 << 40, 0.25, 2, "zigzag"))
+        self.assertEqual(result.worker_ids, ["w0", "w1"])
+        self.assertEqual(result.top_logprobs, [(7, -0.5)])
+        self.assertEqual(result.stages_s["total"], 2.5)
+
+    def test_prefill_sends_its_options(self):
+        options = PrefillOptions(model="m", priority=-3, deadline_s=1.5, policy="a_shape",
+                                 policy_parameters={"sink_tokens": 64}, decode_pool="p", kv_dtype="f32",
+                                 partition="zigzag", world_size=2)
+
+        self.client.prefill([1], options=options)
+
+        sent = self.service.requests[0]
+        self.assertEqual((sent.model, sent.priority, sent.deadline.seconds, sent.deadline.nanos), ("m", -3, 1, 500_000_000))
+        self.assertEqual((sent.policy.name, dict(sent.policy.parameters)), ("a_shape", {"sink_tokens": 64.0}))
+        self.assertEqual((sent.WhichOneof("destination"), sent.decode_pool), ("decode_pool", "p"))
+        self.assertEqual((sent.kv_dtype, sent.partition), (types_pb2.KV_DTYPE_F32, types_pb2.PARTITION_ZIGZAG))
+
+    def test_an_unset_option_leaves_its_field_unset(self):
+        self.client.prefill([1])
+
+        sent = self.service.requests[0]
+        self.assertIsNone(sent.WhichOneof("destination"))
+        self.assertFalse(sent.HasField("deadline") or sent.HasField("policy") or sent.HasField("quality"))
+
+    def test_unavailable_is_retried_with_the_same_request_id(self):
+        self.service.refusals = [(grpc.StatusCode.UNAVAILABLE, "NO_WORKERS", {})] * 2
+
+        result = self.client.prefill([5])
+
+        ids = [request.request_id for request in self.service.requests]
+        self.assertEqual(len(ids), 3)
+        self.assertEqual(set(ids), {result.request_id})
+        self.assertTrue(result.request_id)
+
+    def test_retries_end(self):
+        self.service.refusals = [(grpc.StatusCode.UNAVAILABLE, "DRAINING", {"retry_after_s": 0.01})] * 10
+
+        with self.assertRaises(HeadwaterError) as caught:
+            self.client.prefill([5])
+
+        self.assertEqual(caught.exception.reason, "DRAINING")
+        self.assertEqual(len(self.service.requests), 5)
+
+    def test_a_pause_longer_than_the_timeout_is_not_waited_for(self):
+        self.service.refusals = [(grpc.StatusCode.UNAVAILABLE, "DRAINING", {"retry_after_s": 500})]
+        begin = time.monotonic()
+
+        with self.assertRaises(HeadwaterError):
+            self.client.prefill([5])
+
+        self.assertLess(time.monotonic() - begin, 10)
+
+    def test_other_codes_are_not_retried_and_carry_reason_and_metadata(self):
+        self.service.refusals = [(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL",
+                                  {"queue_length": "256", "retry_after_s": 2.5})]
+
+        with self.assertRaises(HeadwaterError) as caught:
+            self.client.prefill([5])
+
+        error = caught.exception
+        self.assertEqual((error.code, error.reason), (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"))
+        self.assertEqual((error.metadata, error.retry_after_s), ({"queue_length": "256"}, 2.5))
+        self.assertIn("QUEUE_FULL", str(error))
+        self.assertEqual(len(self.service.requests), 1)
+
+    def test_a_failed_event_raises_and_is_not_retried(self):
+        self.service.failure = make_status(grpc.StatusCode.UNAVAILABLE, "WORKER_LOST", "w1 is gone", worker_id="w1")
+
+        with self.assertRaises(HeadwaterError) as caught:
+            self.client.prefill([5])
+
+        self.assertEqual((caught.exception.reason, caught.exception.metadata), ("WORKER_LOST", {"worker_id": "w1"}))
+        self.assertEqual(len(self.service.requests), 1)
+
+    def test_a_timeout_ends_a_hanging_prefill_and_cancels_it(self):
+        self.service.hang = True
+
+        with self.assertRaises(HeadwaterError) as caught:
+            self.client.prefill([5], timeout_s=0.3)
+
+        self.assertEqual(caught.exception.code, grpc.StatusCode.DEADLINE_EXCEEDED)
+        self.assertTrue(self.service.cancelled.wait(10))
+
+    def test_an_exception_in_on_progress_cancels_the_call(self):
+        self.service.hang = True
+
+        with self.assertRaises(KeyError):
+            self.client.prefill([5], on_progress=lambda progress: {}[progress.layers_done])
+
+        self.assertTrue(self.service.cancelled.wait(10))
+
+    def test_batch_yields_results_and_errors_by_item(self):
+        items = {item.index: item for item in self.client.batch([[1], [], [3]])}
+
+        self.assertEqual([items[i].ok for i in range(3)], [True, False, True])
+        self.assertEqual(items[2].outcome.first_token, 4)
+        self.assertEqual(items[1].outcome.reason, "EMPTY_PROMPT")
+        self.assertEqual(len({item.request_id for item in self.service.requests[0].items}), 3)
+
+    def test_generate_streams_from_the_decode_node_of_the_result(self):
+        result = self.client.prefill([5])
+
+        tokens = list(self.client.generate(result, 3, stop_token_ids=[2]))
+
+        self.assertEqual([token.token_id for token in tokens], [100, 101, 102])
+        self.assertEqual([token.finish_reason for token in tokens], ["", "", "length"])
+        sent = self.service.requests[-1]
+        self.assertEqual((sent.session_id, list(sent.stop_token_ids)), (result.session_id, [2]))
+        self.assertEqual(self.client.release(result), 42)
+
+    def test_generate_left_early_cancels_the_call(self):
+        result = self.client.prefill([5])
+
+        stream = self.client.generate(result, 60000)
+        next(stream)
+        stream.close()
+
+        self.assertTrue(self.service.cancelled.wait(10))
+
+    def test_cancel_and_lists(self):
+        self.assertTrue(self.client.cancel("runs"))
+        self.assertFalse(self.client.cancel("ended"))
+        with self.assertRaises(HeadwaterError) as caught:
+            self.client.cancel("gone")
+        self.assertEqual(caught.exception.reason, "UNKNOWN_REQUEST")
+        self.assertEqual([worker.worker_id for worker in self.client.workers()], ["w0"])
+        self.assertEqual([node.decode_node for node in self.client.decode_nodes()], ["d0"])
+
+    def test_wrong_arguments_are_refused_before_anything_is_sent(self):
+        with self.assertRaises(ValueError):
+            self.client.prefill()
+        with self.assertRaises(ValueError):
+            self.client.prefill([1], text="x")
+        with self.assertRaisesRegex(ValueError, "tokenizer"):
+            self.client.prefill(text="x")
+        with self.assertRaisesRegex(ValueError, "int8"):
+            self.client.prefill([1], options=PrefillOptions(kv_dtype="int8"))
+        self.assertEqual(self.service.requests, [])
+
+    def test_a_coordinator_that_is_not_there_gives_unavailable(self):
+        with Client("127.0.0.1:1", timeout_s=5, max_attempts=1) as client:
+            with self.assertRaises(HeadwaterError) as caught:
+                client.prefill([1])
+        self.assertEqual(caught.exception.code, grpc.StatusCode.UNAVAILABLE)
+
+    def test_details_that_do_not_parse_leave_code_and_message(self):
+        class Broken(prefill_pb2_grpc.PrefillServiceServicer):
+            def CancelPrefill(self, request, context):
+                context.set_trailing_metadata([("grpc-status-details-bin", b"\xff\xff\xff")])
+                context.abort(grpc.StatusCode.NOT_FOUND, "nothing")
+
+        server = grpc.server(futures.ThreadPoolExecutor(1))
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(Broken(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        self.addCleanup(lambda: server.stop(0).wait())
+        with Client(f"127.0.0.1:{port}", timeout_s=5) as client, self.assertRaises(HeadwaterError) as caught:
+            client.cancel("x")
+        self.assertEqual((caught.exception.code, caught.exception.reason), (grpc.StatusCode.NOT_FOUND, ""))
+
+
+class ResultTest(unittest.TestCase):
+    def test_result_is_immutable(self):
+        result = PrefillResult.from_completed(prefill_pb2.PrefillCompleted(request_id="r"))
+        with self.assertRaises(AttributeError):
+            result.request_id = "other"
+
+
+if __name__ == "__main__":
+    unittest.main()

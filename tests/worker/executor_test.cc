@@ -1,0 +1,311 @@
+#include "worker/executor.h"
+
+#include <cstring>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "base/metrics.h"
+#include "base/rpc/grpc_status.h"
+#include "base/rpc/server.h"
+#include "kvtransfer/receiver.h"
+#include "kvtransfer/store.h"
+#include "tests/model/checkpoint_files.h"
+#include "tests/model/dense_forward.h"
+#include "tests/worker/assignments.h"
+#include "tests/worker/gloo_group.h"
+
+namespace headwater::testing {
+namespace {
+
+// A decode node's receiving side.
+class Receiver {
+ public:
+  Receiver() : metrics_("test") {
+    KvStoreOptions options;
+    options.directory = directory_.path();
+    options.budget_bytes = 1 << 28;
+    store_ = KvStore::Open(options).value();
+    service_ = MakeKvReceiver(store_.get(), &metrics_);
+    server_ = StartServer("127.0.0.1:0", {service_.get()}).value();
+  }
+  ~Receiver() { server_.server->Shutdown(std::chrono::system_clock::now()); }
+
+  void Open(const v1::PrefillAssignment& assignment) {
+    v1::OpenSessionRequest request;
+    request.set_session_id(assignment.destination().session_id());
+    request.set_session_token(assignment.destination().session_token());
+    request.set_request_id(assignment.request_id());
+    request.set_epoch(assignment.epoch());
+    *request.mutable_layout() = assignment.layout();
+    const auto opened = store_->OpenSession(request);
+    ASSERT_TRUE(opened.ok()) << opened.status();
+  }
+  absl::Status Commit(const v1::PrefillAssignment& assignment, const std::vector<v1::RankCompleted>& ranks) {
+    v1::CommitSessionRequest request;
+    KvDigest sum;
+    for (const v1::RankCompleted& rank : ranks) {
+      KvDigest share;
+      EXPECT_TRUE(KvDigest::FromBytes(rank.kv_digest_share(), &share));
+      sum.Merge(share);
+      if (rank.has_first_token()) request.set_first_token(rank.first_token());
+    }
+    request.set_session_id(assignment.destination().session_id());
+    request.set_session_token(assignment.destination().session_token());
+    request.set_epoch(assignment.epoch());
+    request.set_kv_digest(sum.Bytes());
+    *request.mutable_token_ids() = assignment.token_ids();
+    return store_->Commit(request).status();
+  }
+  KvStore* store() { return store_.get(); }
+  const std::string& address() const { return server_.address; }
+
+ private:
+  TempDir directory_;
+  Metrics metrics_;
+  std::unique_ptr<KvStore> store_;
+  std::unique_ptr<grpc::Service> service_;
+  RunningServer server_;
+};
+
+class ExecutorTest : public ::testing::Test {
+ protected:
+  ExecutorTest() : metrics_("test"), worker_metrics_(&metrics_) {}
+
+  ExecutorOptions Options(int rank) {
+    ExecutorOptions options;
+    options.assignment = fixture_.context(rank);
+    options.metrics = &worker_metrics_;
+    options.collective_timeout = absl::Seconds(20);
+    options.join_group = [this](const GroupSpec& spec, JobControl*) {
+      return groups_.Join(spec.name, spec.rank, spec.world_size, spec.timeout, spec.connect_timeout);
+    };
+    return options;
+  }
+  v1::PrefillAssignment Make(int64_t tokens, int world, int rank) {
+    v1::PrefillAssignment assignment = fixture_.Make(tokens, world, rank);
+    assignment.mutable_destination()->set_kv_address(receiver_.address());
+    return assignment;
+  }
+  static v1::ConnectRequest RunIn(PrefillExecutor* executor, const v1::PrefillAssignment& assignment) {
+    JobControl control;
+    return executor->Run(assignment, &control, [](const v1::RankProgress&) {});
+  }
+  void ExpectStored(const v1::PrefillAssignment& assignment) {
+    const std::vector<int32_t> tokens(assignment.token_ids().begin(), assignment.token_ids().end());
+    const auto expected = ForwardDense(fixture_.model(), tokens);
+    ASSERT_TRUE(expected.ok());
+    const auto kv = receiver_.store()->Acquire(assignment.destination().session_id());
+    ASSERT_TRUE(kv.ok()) << kv.status();
+    for (uint32_t layer = 0; layer < expected->k.size(); ++layer) {
+      std::vector<float> k(expected->k[layer].size());
+      std::memcpy(k.data(), (*kv)->Tensor(layer, KvKind::kK), k.size() * sizeof(float));
+      EXPECT_LE(RelativeError(k, expected->k[layer]), 1e-5) << layer;
+    }
+    EXPECT_EQ((*kv)->first_token(), TopTokens(expected->logits, 1)[0].token);
+  }
+
+  AssignmentFixture fixture_;
+  GlooGroups groups_;
+  Receiver receiver_;
+  Metrics metrics_;
+  WorkerMetrics worker_metrics_;
+};
+
+TEST_F(ExecutorTest, PrefillsOverTwoRanksIntoACacheThatCommits) {
+  PrefillExecutor first(Options(0));
+  PrefillExecutor second(Options(1));
+  const v1::PrefillAssignment assignment = Make(200, 2, 0);
+  receiver_.Open(assignment);
+  v1::ConnectRequest results[2];
+  std::thread peer([&] { results[1] = RunIn(&second, Make(200, 2, 1)); });
+  results[0] = RunIn(&first, assignment);
+  peer.join();
+
+  for (const v1::ConnectRequest& result : results) {
+    ASSERT_TRUE(result.has_completed()) << result.DebugString();
+    EXPECT_GT(result.completed().kv_blocks(), 0u);
+    EXPECT_EQ(result.completed().pairs_computed(), result.completed().pairs_possible());
+  }
+  // Zigzag gives the last token to rank 0.
+  EXPECT_TRUE(results[0].completed().has_first_token());
+  EXPECT_FALSE(results[1].completed().has_first_token());
+  const absl::Status committed =
+      receiver_.Commit(assignment, {results[0].completed(), results[1].completed()});
+  ASSERT_TRUE(committed.ok()) << committed;
+  ExpectStored(assignment);
+}
+
+TEST_F(ExecutorTest, ARankWithoutTokensCompletesWithNothingToSend) {
+  PrefillExecutor first(Options(0));
+  PrefillExecutor second(Options(1));
+  const v1::PrefillAssignment assignment = Make(10, 2, 0);
+  receiver_.Open(assignment);
+  v1::ConnectRequest empty;
+  std::thread peer([&] { empty = RunIn(&second, Make(10, 2, 1)); });
+  const v1::ConnectRequest result = RunIn(&first, assignment);
+  peer.join();
+
+  ASSERT_TRUE(result.has_completed()) << result.DebugString();
+  ASSERT_TRUE(empty.has_completed()) << empty.DebugString();
+  EXPECT_EQ(empty.completed().kv_blocks(), 0u);
+  const absl::Status committed = receiver_.Commit(assignment, {result.completed(), empty.completed()});
+  ASSERT_TRUE(committed.ok()) << committed;
+  ExpectStored(assignment);
+}
+
+TEST_F(ExecutorTest, RunsOneJobAfterTheOtherInTheSameMemory) {
+  PrefillExecutor executor(Options(1));
+  uint32_t epoch = 1;
+  for (const int64_t tokens : {150, 7, 300, 150}) {
+    v1::PrefillAssignment assignment = Make(tokens, 1, 0);
+    assignment.set_epoch(++epoch);
+    assignment.set_top_logprobs(3);
+    assignment.mutable_destination()->set_session_id(absl::StrCat("s", epoch));
+    receiver_.Open(assignment);
+
+    const v1::ConnectRequest result = RunIn(&executor, assignment);
+
+    ASSERT_TRUE(result.has_completed()) << result.DebugString();
+    EXPECT_EQ(result.completed().top_logprobs_size(), 3);
+    EXPECT_EQ(result.completed().top_logprobs(0).token_id(), result.completed().first_token());
+    EXPECT_EQ(result.completed().kv_bytes(), KvGeometry::Create(assignment.layout())->total_bytes());
+    const absl::Status committed = receiver_.Commit(assignment, {result.completed()});
+    ASSERT_TRUE(committed.ok()) << committed;
+    ExpectStored(assignment);
+  }
+}
+
+TEST_F(ExecutorTest, ReportsProgressAfterEveryLayer) {
+  PrefillExecutor executor(Options(1));
+  const v1::PrefillAssignment assignment = Make(64, 1, 0);
+  receiver_.Open(assignment);
+  std::vector<uint32_t> layers;
+  JobControl control;
+
+  const auto result = executor.Run(assignment, &control, [&](const v1::RankProgress& progress) {
+    layers.push_back(progress.layers_done());
+    EXPECT_EQ(progress.bytes_total(), KvGeometry::Create(assignment.layout())->total_bytes());
+    EXPECT_LE(progress.bytes_acked(), progress.bytes_total());
+  });
+
+  ASSERT_TRUE(result.has_completed());
+  ASSERT_EQ(layers.size(), static_cast<size_t>(fixture_.model().config().num_layers));
+  for (size_t i = 0; i < layers.size(); ++i) EXPECT_EQ(layers[i], i + 1);
+}
+
+TEST_F(ExecutorTest, AnswersCancelledWhenCancelledOnTheWay) {
+  PrefillExecutor executor(Options(1));
+  const v1::PrefillAssignment assignment = Make(300, 1, 0);
+  receiver_.Open(assignment);
+  JobControl control;
+
+  const auto result = executor.Run(assignment, &control, [&](const v1::RankProgress&) {
+    control.Cancel(MakeError(absl::StatusCode::kCancelled, v1::ERROR_REASON_CANCELLED, "enough"));
+  });
+
+  ASSERT_TRUE(result.has_failed());
+  const absl::Status status = FromRpcStatus(result.failed().error());
+  EXPECT_EQ(status.code(), absl::StatusCode::kCancelled);
+  EXPECT_EQ(ReasonOf(status), v1::ERROR_REASON_CANCELLED);
+  EXPECT_EQ(result.failed().epoch(), 3u);
+  // The executor is ready for the next one.
+  v1::PrefillAssignment next = Make(30, 1, 0);
+  next.mutable_destination()->set_session_id("s2");
+  receiver_.Open(next);
+  EXPECT_TRUE(RunIn(&executor, next).has_completed());
+}
+
+TEST_F(ExecutorTest, APeerThatIsCancelledMidRingEndsTheOtherRankAsWorkerLost) {
+  PrefillExecutor first(Options(0));
+  PrefillExecutor second(Options(1));
+  receiver_.Open(Make(600, 2, 0));
+  const absl::Time start = absl::Now();
+  std::thread peer([&] {
+    JobControl control;
+    second.Run(Make(600, 2, 1), &control,
+               [&](const v1::RankProgress&) { control.Cancel(absl::CancelledError("killed")); });
+  });
+
+  const v1::ConnectRequest result = RunIn(&first, Make(600, 2, 0));
+  peer.join();
+
+  ASSERT_TRUE(result.has_failed());
+  const absl::Status status = FromRpcStatus(result.failed().error());
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
+  EXPECT_EQ(ReasonOf(status), v1::ERROR_REASON_WORKER_LOST);
+  EXPECT_LT(absl::Now() - start, absl::Seconds(10));
+}
+
+TEST_F(ExecutorTest, APeerThatNeverComesIsWorkerLostAfterTheTimeout) {
+  ExecutorOptions options = Options(0);
+  options.collective_timeout = absl::Milliseconds(200);
+  PrefillExecutor executor(options);
+  const v1::PrefillAssignment assignment = Make(40, 2, 0);
+  receiver_.Open(assignment);
+
+  const v1::ConnectRequest result = RunIn(&executor, assignment);
+
+  const absl::Status status = FromRpcStatus(result.failed().error());
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
+  EXPECT_EQ(ReasonOf(status), v1::ERROR_REASON_WORKER_LOST);
+}
+
+TEST_F(ExecutorTest, ADecodeNodeThatCannotBeReachedStallsTheStream) {
+  ExecutorOptions options = Options(1);
+  options.kv_stall_timeout = absl::Milliseconds(300);
+  PrefillExecutor executor(options);
+  v1::PrefillAssignment assignment = Make(200, 1, 0);
+  assignment.mutable_destination()->set_kv_address("127.0.0.1:1");
+  const absl::Time start = absl::Now();
+
+  const v1::ConnectRequest result = RunIn(&executor, assignment);
+
+  const absl::Status status = FromRpcStatus(result.failed().error());
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
+  EXPECT_EQ(ReasonOf(status), v1::ERROR_REASON_KV_STREAM_STALLED) << status;
+  EXPECT_LT(absl::Now() - start, absl::Seconds(10));
+}
+
+TEST_F(ExecutorTest, PassesOnTheReceiversRefusal) {
+  PrefillExecutor executor(Options(1));
+  v1::PrefillAssignment assignment = Make(200, 1, 0);
+  receiver_.Open(assignment);
+  assignment.mutable_destination()->set_session_token("wrong");
+
+  const v1::ConnectRequest result = RunIn(&executor, assignment);
+
+  ASSERT_TRUE(result.has_failed());
+  EXPECT_EQ(result.failed().error().code(), static_cast<int>(absl::StatusCode::kPermissionDenied))
+      << result.DebugString();
+}
+
+TEST_F(ExecutorTest, RefusesABadAssignmentWithItsReason) {
+  PrefillExecutor executor(Options(1));
+  v1::PrefillAssignment assignment = Make(20, 1, 0);
+  assignment.set_token_ids(3, 1 << 30);
+
+  const v1::ConnectRequest result = RunIn(&executor, assignment);
+
+  EXPECT_EQ(ReasonOf(FromRpcStatus(result.failed().error())), v1::ERROR_REASON_TOKEN_OUT_OF_RANGE);
+}
+
+TEST(SlowPeerAllowanceTest, GrowsWithTheWorkOfTheLargestRank) {
+  const AssignmentFixture fixture;
+  const auto small = CheckAssignment(fixture.Make(20, 2, 1), fixture.context());
+  const auto large = CheckAssignment(fixture.Make(2000, 2, 1), fixture.context());
+  ASSERT_TRUE(small.ok() && large.ok());
+  const ModelConfig& config = fixture.model().config();
+
+  EXPECT_LT(SlowPeerAllowance(config, *small), absl::Milliseconds(100));
+  EXPECT_GT(SlowPeerAllowance(config, *large), 50 * SlowPeerAllowance(config, *small));
+}
+
+}  // namespace
+}  // namespace headwater::testing

@@ -1,0 +1,169 @@
+#include <string>
+#include <thread>
+
+#include "absl/time/clock.h"
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/socket.h>
+
+#include "kernels/dtype.h"
+#include "tests/model/dense_forward.h"
+#include "tests/worker/gloo_group.h"
+#include "tests/worker/prefill_group.h"
+
+namespace headwater::testing {
+namespace {
+
+using ::testing::Each;
+using ::testing::HasSubstr;
+
+GlooOptions Options(const std::string& name, int rank, int world, absl::Duration timeout) {
+  GlooOptions options;
+  options.rank = rank;
+  options.world_size = world;
+  options.group_name = name;
+  options.connect_timeout = timeout;
+  options.timeout = timeout;
+  return options;
+}
+
+TEST(GlooCollectivesTest, FormsNoGroupWithinItsTimeoutWhenAPeerNeverComes) {
+  const GlooGroups groups;
+  const auto rendezvous = RendezvousClient::Dial(groups.address());
+  auto group = GlooCollectives::Create(Options("alone", 0, 2, absl::Milliseconds(300)));
+  ASSERT_TRUE(group.ok()) << group.status();
+  const absl::Time start = absl::Now();
+
+  const absl::Status status = (*group)->Connect(rendezvous.get());
+
+  EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
+  EXPECT_LT(absl::Now() - start, absl::Seconds(5));
+  char byte = 0;
+  EXPECT_EQ((*group)->StartExchange(1, {&byte, 1}, 1, {})->Wait(), status);
+}
+
+TEST(GlooCollectivesTest, ConnectEndsWhenTheRendezvousServerIsGone) {
+  std::string address;
+  {
+    const GlooGroups groups;
+    address = groups.address();
+  }
+  const auto rendezvous = RendezvousClient::Dial(address);
+  auto group = GlooCollectives::Create(Options("nowhere", 0, 2, absl::Milliseconds(300)));
+  ASSERT_TRUE(group.ok()) << group.status();
+
+  EXPECT_EQ((*group)->Connect(rendezvous.get()).code(), absl::StatusCode::kDeadlineExceeded);
+}
+
+TEST(GlooCollectivesTest, AbortEndsAConnectThatWaitsForTheRendezvous) {
+  const GlooGroups groups;
+  const auto rendezvous = RendezvousClient::Dial(groups.address());
+  auto group = GlooCollectives::Create(Options("aborted", 0, 2, absl::Seconds(60)));
+  ASSERT_TRUE(group.ok()) << group.status();
+  const absl::Time start = absl::Now();
+  absl::Status status;
+  std::thread connect([&] { status = (*group)->Connect(rendezvous.get()); });
+
+  (*group)->Abort();
+  connect.join();
+
+  EXPECT_EQ(status.code(), absl::StatusCode::kCancelled) << status;
+  EXPECT_LT(absl::Now() - start, absl::Seconds(10));
+}
+
+// The peer leaves its addresses but never connects: both orders of the two addresses, so both the side that
+// listens and the side that dials.
+TEST(GlooCollectivesTest, AbortEndsAConnectThatWaitsForAPeersSocket) {
+  GlooGroups groups;
+  const auto watcher = RendezvousClient::Dial(groups.address());
+  for (const std::string name : {"a", "b", "c", "d"}) {
+    // An abort ends the client, too.
+    const auto rendezvous = RendezvousClient::Dial(groups.address());
+    // What a rank publishes, as it stands in the rendezvous: rank 1's own sockets, closed again.
+    auto peer = GlooCollectives::Create(Options(name, 1, 2, absl::Milliseconds(200)));
+    ASSERT_TRUE(peer.ok());
+    EXPECT_FALSE((*peer)->Connect(rendezvous.get()).ok());
+    auto group = GlooCollectives::Create(Options(name, 0, 2, absl::Seconds(60)));
+    ASSERT_TRUE(group.ok()) << group.status();
+    const absl::Time start = absl::Now();
+    absl::Status status;
+    std::thread connect([&] { status = (*group)->Connect(rendezvous.get()); });
+
+    // Rank 0 has published when its key can be read.
+    const auto published = watcher->Get(name + "/0", absl::Seconds(10));
+    EXPECT_TRUE(published.ok()) << published.status();
+    (*group)->Abort();
+    connect.join();
+
+    EXPECT_FALSE(status.ok());
+    EXPECT_LT(absl::Now() - start, absl::Seconds(10)) << status;
+  }
+}
+
+TEST(GlooCollectivesTest, RefusesAddressesThatAreNone) {
+  const GlooGroups groups;
+  const auto rendezvous = RendezvousClient::Dial(groups.address());
+  ASSERT_TRUE(rendezvous->Put("bad/1", "short", absl::Seconds(5)).ok());
+  auto group = GlooCollectives::Create(Options("bad", 0, 2, absl::Seconds(5)));
+  ASSERT_TRUE(group.ok());
+
+  const absl::Status status = (*group)->Connect(rendezvous.get());
+
+  EXPECT_EQ(status.code(), absl::StatusCode::kInternal) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("rank 1"));
+
+  ASSERT_TRUE(
+      rendezvous->Put("zeros/1", std::string(sizeof(sockaddr_storage) + 8, '\0'), absl::Seconds(5)).ok());
+  auto zeros = GlooCollectives::Create(Options("zeros", 0, 2, absl::Seconds(5)));
+  ASSERT_TRUE(zeros.ok());
+  EXPECT_FALSE((*zeros)->Connect(rendezvous.get()).ok());
+}
+
+TEST(GlooCollectivesTest, NamesAHostThatCannotBeBound) {
+  GlooOptions options = Options("x", 0, 2, absl::Seconds(1));
+  options.host = "203.0.113.7";
+  const auto group = GlooCollectives::Create(options);
+
+  // Gloo binds when the pairs are made.
+  absl::Status status = group.status();
+  if (group.ok()) {
+    const GlooGroups groups;
+    status = (*group)->Connect(RendezvousClient::Dial(groups.address()).get());
+  }
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("203.0.113.7"));
+}
+
+TEST(GlooCollectivesTest, RefusesImpossibleRanks) {
+  EXPECT_FALSE(GlooCollectives::Create(Options("x", 2, 2, absl::Seconds(1))).ok());
+  EXPECT_FALSE(GlooCollectives::Create(Options("x", 0, 0, absl::Seconds(1))).ok());
+}
+
+TEST(GlooPrefillTest, TwoRanksAgreeWithTransformers) {
+  GlooGroups groups;
+  for (const std::string& name : GoldenNames()) {
+    const Golden golden = ReadGolden(name);
+    const auto model = Model::Load({golden.directory, kernels::DType::kF32, 0});
+    ASSERT_TRUE(model.ok()) << model.status();
+    for (const auto partition : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG}) {
+      GroupRun run;
+      run.world_size = 2;
+      run.partition = partition;
+      const std::string group_name = absl::StrCat(name, partition);
+      run.join = [&](int rank) { return groups.Join(group_name, rank, 2, absl::Seconds(20)).value(); };
+
+      const auto group = RunGroup(**model, golden.tokens, run);
+
+      for (const absl::Status& status : group->statuses) ASSERT_TRUE(status.ok()) << status;
+      EXPECT_THAT(group->kv.times(), Each(1));
+      for (uint32_t layer = 0; layer < golden.expected.k.size(); ++layer) {
+        EXPECT_LE(RelativeError(group->kv.Tensor(layer, KvKind::kK), golden.expected.k[layer]), 1e-4);
+        EXPECT_LE(RelativeError(group->kv.Tensor(layer, KvKind::kV), golden.expected.v[layer]), 1e-4);
+      }
+      EXPECT_LE(RelativeError(group->logits, golden.expected.logits), 1e-4);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace headwater::testing

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# make demo: what is needed, then tools/demo.py. MODEL, PROMPT, QUESTION and WORKERS come from the environment.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root"
+steps=8
+step() { printf '[%s/%s] %s\n' "$1" "$steps" "$2"; }
+
+step 1 "Debian packages"
+bash tools/deps.sh
+step 2 "Python environment"
+bash tools/venv.sh
+step 3 "Build the four programs (preset release)"
+cuda=OFF
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then cuda=AUTO; fi
+mkdir -p .demo
+if ! cmake --preset release -DHW_CUDA=$cuda -DBUILD_TESTING=OFF >.demo/configure.log 2>&1; then
+  tail -n 30 .demo/configure.log >&2
+  echo "the configuration failed; all of its output is in .demo/configure.log" >&2
+  exit 1
+fi
+cmake --build --preset release --target headwater-coordinator headwater-worker headwater-decode headwater
+
+arguments=(--first_step=4 --steps=$steps)
+[ -z "${MODEL:-}" ] || arguments+=("--model=$MODEL")
+[ -z "${PROMPT:-}" ] || arguments+=("--prompt=$PROMPT")
+[ -z "${QUESTION:-}" ] || arguments+=("--question=$QUESTION")
+[ -z "${WORKERS:-}" ] || arguments+=("--workers=$WORKERS")
+exec .venv/bin/python tools/demo.py "${arguments[@]}"

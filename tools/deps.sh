@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Makes sure that the Debian packages of tools/packages.txt are installed: installs them as root, else prints the command.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+
+if ! command -v dpkg-query >/dev/null; then
+  echo "not a Debian system: packages are not checked (tools/packages.txt lists what is needed)"
+  exit 0
+fi
+mapfile -t wanted < <(grep -v '^#' "$root/tools/packages.txt")
+missing=()
+for package in "${wanted[@]}"; do
+  status=$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null || true)
+  [ "$status" = installed ] || missing+=("$package")
+done
+if [ ${#missing[@]} -eq 0 ]; then
+  echo "all ${#wanted[@]} packages are installed"
+  exit 0
+fi
+echo "${#missing[@]} of ${#wanted[@]} packages are missing: ${missing[*]}"
+if [ "$(id -u)" -ne 0 ]; then
+  echo "Install them with:" >&2
+  echo "  sudo apt-get update && sudo apt-get install -y --no-install-recommends ${missing[*]}" >&2
+  exit 1
+fi
+export DEBIAN_FRONTEND=noninteractive
+# A list that cannot be refreshed is no reason to stop: the package may be known from another one.
+apt-get update -q || echo "apt-get update reported errors; going on with the lists that are there" >&2
+apt-get install -q -y --no-install-recommends "${missing[@]}" </dev/null

@@ -1,0 +1,94 @@
+// AssignmentQueue: the thread that runs assignments one after the other, and the few that wait.
+#ifndef HW_WORKER_ASSIGNMENT_QUEUE_H_
+#define HW_WORKER_ASSIGNMENT_QUEUE_H_
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+
+#include "headwater/v1/worker.pb.h"
+#include "worker/assignment_runner.h"
+#include "worker/job_control.h"
+
+namespace headwater {
+
+// Thread-safe. Every assignment belongs to the control stream that it came over; `send` gets that stream's
+// number with each message, from any of the callers' threads or the queue's own, without a lock held.
+class AssignmentQueue {
+ public:
+  using Send = std::function<void(uint64_t stream, v1::ConnectRequest message)>;
+
+  AssignmentQueue(AssignmentRunner* runner, uint32_t max_waiting, Send send);
+  ~AssignmentQueue();  // Stop()
+
+  // Queues the assignment, or answers RankFailed: RESOURCE_EXHAUSTED, QUEUE_FULL; UNAVAILABLE, DRAINING;
+  // ABORTED, STALE_EPOCH where a later epoch of the request is here already. The same (request_id, epoch)
+  // again is ignored.
+  void Add(uint64_t stream, v1::PrefillAssignment assignment);
+
+  // Cancels it if it runs, drops it if it waits; either way RankFailed (CANCELLED) follows. One that ended
+  // has been answered; one that was never here is answered at once.
+  void Abort(uint64_t stream, const v1::AbortAssignment& abort);
+
+  // Forgets what waits and cancels what runs, after the stream broke.
+  void DropAll(const absl::Status& why);
+
+  // Refuses what waits and what comes from now on.
+  void StartDraining();
+  // False: something still runs after `timeout`.
+  bool WaitIdle(absl::Duration timeout);
+
+  // Cancels what runs, joins the thread. Idempotent.
+  void Stop();
+
+  // Enforces the running assignment's deadline even where the runner waits for somebody else; returns the
+  // time until then (infinite: none).
+  absl::Duration EnforceDeadline();
+  // 0 while idle.
+  absl::Duration StepAge() const;
+  bool idle() const;
+
+ private:
+  struct Job {
+    uint64_t stream = 0;
+    v1::PrefillAssignment assignment;
+    std::unique_ptr<JobControl> control;
+  };
+  using JobName = std::pair<std::string, uint32_t>;
+
+  static JobName NameOf(const v1::PrefillAssignment& assignment) {
+    return {assignment.request_id(), assignment.epoch()};
+  }
+  absl::Status Enqueue(uint64_t stream, v1::PrefillAssignment* assignment) ABSL_LOCKS_EXCLUDED(mutex_);
+  bool HasWork() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return stopping_ || !waiting_.empty(); }
+  void RunAll();
+
+  AssignmentRunner* const runner_;
+  const uint32_t max_waiting_;
+  const Send send_;
+  mutable absl::Mutex mutex_;
+  bool draining_ ABSL_GUARDED_BY(mutex_) = false;
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  std::deque<Job> waiting_ ABSL_GUARDED_BY(mutex_);
+  // The job itself is the thread's; others read its name and use its control.
+  const Job* running_ ABSL_GUARDED_BY(mutex_) = nullptr;
+  std::deque<JobName> ended_ ABSL_GUARDED_BY(mutex_);
+  std::thread thread_;
+};
+
+// RankFailed of an assignment.
+v1::ConnectRequest MakeRankFailed(const std::string& request_id, uint32_t epoch, uint32_t rank,
+                                  const absl::Status& status);
+
+}  // namespace headwater
+
+#endif  // HW_WORKER_ASSIGNMENT_QUEUE_H_

@@ -1,0 +1,227 @@
+#include "worker/executor.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+#include "base/log.h"
+#include "base/rpc/grpc_status.h"
+#include "base/status_macros.h"
+#include "kernels/ops/linear.h"
+#include "worker/assignment_queue.h"
+#include "worker/prefill.h"
+#include "worker/ring_attention.h"
+
+namespace headwater {
+namespace {
+
+// Work between two looks at the job control: about 50 ms of a slow core.
+constexpr double kFlopPerStepAndThread = 1.5e9;
+constexpr double kSlowestFlopPerSecond = 1e9;
+constexpr absl::Duration kLongestAllowance = absl::Hours(24);
+
+void SetDuration(absl::Duration duration, google::protobuf::Duration* out) {
+  const int64_t nanos = absl::ToInt64Nanoseconds(duration);
+  out->set_seconds(nanos / 1'000'000'000);
+  out->set_nanos(static_cast<int32_t>(nanos % 1'000'000'000));
+}
+
+uint64_t LocalKvBytes(const PrefillJob& job) {
+  const KvGeometry& geometry = *job.geometry;
+  return 2 * static_cast<uint64_t>(geometry.layout().num_layers()) *
+         static_cast<uint64_t>(NumTokens(job.local())) * geometry.token_bytes();
+}
+
+void FillCompleted(const PrefillJob& job, const PrefillResult& result, const KvSenderStats& sent,
+                   absl::Duration egress_tail, absl::Duration total, v1::RankCompleted* completed) {
+  completed->set_request_id(job.request_id);
+  completed->set_epoch(job.epoch);
+  completed->set_rank(static_cast<uint32_t>(job.rank));
+  completed->set_kv_digest_share(sent.digest.Bytes());
+  completed->set_kv_bytes(sent.bytes_acked);
+  completed->set_kv_blocks(sent.blocks_acked);
+  completed->set_kv_blocks_resent(sent.blocks_resent);
+  completed->set_kv_stream_resumes(sent.stream_resumes);
+  completed->set_pairs_computed(result.progress.pairs_computed);
+  completed->set_pairs_possible(result.progress.pairs_possible);
+  v1::StageTimes* const stages = completed->mutable_stages();
+  SetDuration(result.linear, stages->mutable_linear());
+  SetDuration(result.attention, stages->mutable_attention());
+  SetDuration(result.exchange, stages->mutable_exchange());
+  SetDuration(result.egress_stall, stages->mutable_egress_stall());
+  SetDuration(egress_tail, stages->mutable_egress_tail());
+  SetDuration(total, stages->mutable_total());
+  if (result.top.empty()) return;
+  completed->set_first_token(static_cast<uint32_t>(result.top[0].token));
+  const size_t reported = std::min(result.top.size(), static_cast<size_t>(job.top_logprobs));
+  for (size_t i = 0; i < reported; ++i) {
+    v1::TokenLogprob* const candidate = completed->add_top_logprobs();
+    candidate->set_token_id(static_cast<uint32_t>(result.top[i].token));
+    candidate->set_logprob(result.top[i].logprob);
+  }
+}
+
+}  // namespace
+
+absl::Duration SlowPeerAllowance(const ModelConfig& config, const PrefillJob& job) {
+  double tokens = 0;
+  for (const RankTokens& rank : job.partition)
+    tokens = std::max(tokens, static_cast<double>(NumTokens(rank)));
+  const double q_width = static_cast<double>(config.num_q_heads) * config.head_dim;
+  const double kv_width = static_cast<double>(config.num_kv_heads) * config.head_dim;
+  const double weights = config.hidden_size * (2 * q_width + 2 * kv_width + 3.0 * config.intermediate_size);
+  const double seconds = (2 * weights * tokens + 4 * q_width * tokens * tokens) / kSlowestFlopPerSecond;
+  return std::min(absl::Seconds(seconds), kLongestAllowance);
+}
+
+PrefillExecutor::PrefillExecutor(ExecutorOptions options) : options_(std::move(options)) {}
+
+AssignmentRunner::KvBytes PrefillExecutor::kv_bytes() const {
+  absl::MutexLock lock(&mutex_);
+  if (sender_ == nullptr) return {};
+  const KvSenderStats stats = sender_->Stats();
+  return {stats.bytes_acked, stats.bytes_submitted - std::min(stats.bytes_submitted, stats.bytes_acked)};
+}
+
+void PrefillExecutor::Show(KvSender* sender) {
+  absl::MutexLock lock(&mutex_);
+  sender_ = sender;
+}
+
+v1::ConnectRequest PrefillExecutor::Run(const v1::PrefillAssignment& assignment, JobControl* control,
+                                        const std::function<void(const v1::RankProgress&)>& progress) {
+  const absl::Time start = Clock::Real()->Now();
+  kernels::SetNumThreads(options_.num_threads);
+  options_.metrics->epoch.Set(assignment.epoch());
+  v1::ConnectRequest message;
+  absl::Status status;
+  absl::StatusOr<PrefillJob> job = CheckAssignment(assignment, options_.assignment);
+  if (job.ok()) {
+    options_.metrics->planned_bytes.Set(static_cast<double>(job->plan.total_bytes()));
+    const absl::StatusOr<Outcome> outcome = RunChecked(assignment, *job, control, progress);
+    options_.metrics->planned_bytes.Set(0);
+    status = outcome.status();
+    if (outcome.ok()) {
+      const absl::Duration total = Clock::Real()->Now() - start;
+      FillCompleted(*job, outcome->result, outcome->sent, outcome->egress_tail, total,
+                    message.mutable_completed());
+      options_.metrics->prompt_tokens.Increment(static_cast<double>(NumTokens(job->local())));
+      const PrefillProgress& done = outcome->result.progress;
+      if (done.pairs_possible > 0) {
+        options_.metrics->density.Observe(static_cast<double>(done.pairs_computed) /
+                                          static_cast<double>(done.pairs_possible));
+      }
+      HW_LOG(INFO).Field("request_id", job->request_id).Field("epoch", job->epoch).Field("rank", job->rank)
+          << "prefilled " << NumTokens(job->local()) << " of " << job->tokens.size() << " tokens in "
+          << absl::FormatDuration(total);
+    }
+  } else {
+    status = job.status();
+  }
+  options_.metrics->CountPrefill(status);
+  if (status.ok()) return message;
+  HW_LOG(WARNING)
+          .Field("request_id", assignment.request_id())
+          .Field("epoch", assignment.epoch())
+          .Field("rank", assignment.rank())
+      << "prefill ended: " << status.ToString(absl::StatusToStringMode::kWithNoExtraData);
+  return MakeRankFailed(assignment.request_id(), assignment.epoch(), assignment.rank(), status);
+}
+
+absl::StatusOr<std::unique_ptr<Collectives>> PrefillExecutor::JoinGroup(
+    const v1::PrefillAssignment& assignment, const PrefillJob& job, JobControl* control) {
+  if (job.world_size() == 1) return std::unique_ptr<Collectives>();
+  GroupSpec spec;
+  spec.name = absl::StrCat(job.request_id, "/", job.epoch);
+  spec.rank = job.rank;
+  spec.world_size = job.world_size();
+  spec.rendezvous_address = assignment.rendezvous_address();
+  spec.connect_timeout = options_.collective_timeout;
+  spec.timeout = options_.collective_timeout + SlowPeerAllowance(options_.assignment.model->config(), job);
+  const JobControl::Waiting waiting(control);
+  const absl::Time start = Clock::Real()->Now();
+  absl::StatusOr<std::unique_ptr<Collectives>> group = options_.join_group(spec, control);
+  options_.metrics->connect_group.Observe(absl::ToDoubleSeconds(Clock::Real()->Now() - start));
+  if (group.ok()) return group;
+  options_.metrics->collective_aborts.Increment();
+  return CollectiveError(group.status(), *control);
+}
+
+absl::StatusOr<PrefillExecutor::Outcome> PrefillExecutor::RunChecked(
+    const v1::PrefillAssignment& assignment, const PrefillJob& job, JobControl* control,
+    const std::function<void(const v1::RankProgress&)>& progress) {
+  HW_RETURN_IF_ERROR(arena_.Reset(job.plan.arena_bytes()));
+  HW_ASSIGN_OR_RETURN(const std::unique_ptr<Collectives> collectives, JoinGroup(assignment, job, control));
+  Outcome outcome;
+  const absl::Status status = RunWithSender(assignment, job, collectives.get(), control, progress, &outcome);
+  if (!status.ok()) {
+    // Whatever broke on the way down, the cause is the cancellation.
+    HW_RETURN_IF_ERROR(control->status());
+    return status;
+  }
+  return outcome;
+}
+
+absl::Status PrefillExecutor::RunWithSender(const v1::PrefillAssignment& assignment, const PrefillJob& job,
+                                            Collectives* collectives, JobControl* control,
+                                            const std::function<void(const v1::RankProgress&)>& progress,
+                                            Outcome* outcome) {
+  KvSenderOptions sender_options;
+  sender_options.address = assignment.destination().kv_address();
+  sender_options.session_id = assignment.destination().session_id();
+  sender_options.session_token = assignment.destination().session_token();
+  sender_options.request_id = job.request_id;
+  sender_options.epoch = job.epoch;
+  sender_options.rank = static_cast<uint32_t>(job.rank);
+  sender_options.num_channels = options_.kv_channels;
+  sender_options.stall_timeout = options_.kv_stall_timeout;
+  sender_options.metrics = options_.metrics->registry;
+  const std::unique_ptr<KvSender> sender = options_.make_sender(sender_options, *job.geometry);
+  Show(sender.get());
+
+  PrefillContext context;
+  context.model = options_.assignment.model;
+  context.collectives = collectives;
+  context.sender = sender.get();
+  context.control = control;
+  context.arena = &arena_;
+  context.metrics = options_.metrics;
+  context.stall_timeout = options_.kv_stall_timeout;
+  context.flop_per_step = kFlopPerStepAndThread * options_.num_threads;
+  const uint64_t bytes_total = LocalKvBytes(job);
+  context.progress = [&](const PrefillProgress& done) {
+    v1::RankProgress message;
+    message.set_request_id(job.request_id);
+    message.set_epoch(job.epoch);
+    message.set_rank(static_cast<uint32_t>(job.rank));
+    message.set_layers_done(done.layers_done);
+    message.set_bytes_acked(sender->Stats().bytes_acked);
+    message.set_bytes_total(bytes_total);
+    message.set_pairs_computed(done.pairs_computed);
+    message.set_pairs_possible(done.pairs_possible);
+    progress(message);
+  };
+  absl::Status status;
+  {
+    const JobControl::CancelHook hook(control, [&] {
+      sender->Cancel();
+      if (collectives != nullptr) collectives->Abort();
+    });
+    absl::StatusOr<PrefillResult> result = RunPrefill(job, context);
+    status = result.status();
+    if (result.ok()) {
+      outcome->result = *std::move(result);
+      const absl::Time computed = Clock::Real()->Now();
+      const JobControl::Waiting waiting(control);
+      status = sender->Finish();
+      outcome->egress_tail = Clock::Real()->Now() - computed;
+    }
+  }
+  outcome->sent = sender->Stats();
+  if (!status.ok()) sender->Cancel();
+  Show(nullptr);
+  return status;
+}
+
+}  // namespace headwater

@@ -1,0 +1,68 @@
+// headwater-worker: one rank of context-parallel prefill.
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include <signal.h>
+
+#include "base/log.h"
+#include "base/signals.h"
+#include "worker/options.h"
+#include "worker/worker.h"
+
+namespace headwater {
+namespace {
+
+constexpr int kExitUsage = 2;
+// The drain ended before the prefill did (EX_TEMPFAIL).
+constexpr int kExitCut = 75;
+constexpr absl::Duration kShutdownLimit = absl::Seconds(4);
+
+int Fail(const absl::Status& status) {
+  const std::string message = absl::StrCat("headwater-worker: ", status.message(), "\n");
+  std::fputs(message.c_str(), stderr);
+  return kExitUsage;
+}
+
+int Main(int argc, char** argv) {
+  BlockTerminationSignals();
+  WorkerOptions options;
+  std::string help;
+  const std::vector<std::string> arguments(argv + 1, argv + argc);
+  if (const absl::Status status = ParseWorkerOptions(arguments, &options, &help); !status.ok()) {
+    return Fail(status);
+  }
+  if (!help.empty()) {
+    std::fputs(help.c_str(), stdout);
+    return 0;
+  }
+  LogFormat format = LogFormat::kText;
+  HW_CHECK(ParseLogFormat(options.log_format, &format));
+  InitLogging(format, LogSeverity::kINFO, "worker");
+
+  auto worker = Worker::Start(options);
+  if (!worker.ok()) return Fail(worker.status());
+  int signal_number = 0;
+  while (signal_number == 0) signal_number = WaitForTerminationSignal(absl::Hours(1));
+  int exit_code = 0;
+  if (signal_number == SIGTERM) {
+    HW_LOG(INFO) << "draining, at most " << absl::FormatDuration(options.drain_timeout);
+    // A second signal ends the process, and so does a drain that outlives its own limit.
+    ExitOnSignalOrAfter(options.drain_timeout + kShutdownLimit, kExitCut);
+    if (!(*worker)->Drain(options.drain_timeout)) {
+      HW_LOG(WARNING) << "a prefill was still running when the drain timeout ended";
+      exit_code = kExitCut;
+    }
+  } else {
+    ExitOnSignalOrAfter(kShutdownLimit, kExitCut);
+  }
+  *worker = nullptr;
+  HW_LOG(INFO) << "stopped";
+  return exit_code;
+}
+
+}  // namespace
+}  // namespace headwater
+
+int main(int argc, char** argv) { return headwater::Main(argc, argv); }

@@ -1,0 +1,71 @@
+// MemoryPlan: what one rank allocates for a prompt, known before it starts. Pure.
+#ifndef HW_WORKER_MEMORY_PLAN_H_
+#define HW_WORKER_MEMORY_PLAN_H_
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+
+#include "headwater/v1/worker.pb.h"
+#include "kernels/dtype.h"
+#include "model/model.h"
+
+namespace headwater {
+
+// What the plan depends on besides the prompt. Fixed for the life of a worker.
+struct MemoryShape {
+  int64_t hidden_size = 0;
+  int64_t num_q_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t vocab_size = 0;
+  int64_t max_position = 0;
+  kernels::DType compute = kernels::DType::kF32;
+  int egress_buffers = 3;
+  // Whatever the prompt: the model's and the attention's scratch, the KV sender's own buffers.
+  uint64_t scratch_bytes = 0;
+};
+
+// Scratch: the model's, attention's for `num_threads`, and the KV sender's for `kv_channels`.
+MemoryShape MakeMemoryShape(const Model& model, int num_threads, int egress_buffers, int kv_channels);
+
+// Buffers of one rank, in bytes. K and V of one buffer lie behind each other.
+struct MemoryPlan {
+  uint64_t hidden = 0;     // [local, hidden_size] f32
+  uint64_t attention = 0;  // [local, num_q_heads, head_dim] f32
+  uint64_t lse = 0;        // [local, num_q_heads] f32
+  uint64_t q = 0;          // [local, num_q_heads, head_dim], compute type
+  uint64_t compute_kv =
+      0;  // one layer's own K and V where the wire type differs from the compute type, else 0
+  uint64_t egress_kv = 0;  // one egress buffer: a layer's own K and V in the wire type
+  int num_egress = 0;
+  uint64_t receive_kv = 0;  // one receive buffer: the largest rank's K and V, compute type
+  int num_receive = 0;
+  uint64_t index = 0;   // the policy's block lists
+  uint64_t tokens = 0;  // the assignment and its token ids
+  uint64_t logits = 0;
+  uint64_t scratch = 0;
+
+  // Of the buffers above that the loop takes from its arena, each rounded up to kAlignment.
+  uint64_t arena_bytes() const;
+  uint64_t total_bytes() const;
+
+  static constexpr uint64_t kAlignment = 64;
+};
+
+// local_tokens: of this rank; max_rank_tokens: of the rank that holds most; num_tokens: of the prompt, at
+// most max_position. Saturates at 2^63 rather than wrap.
+MemoryPlan PlanMemory(const MemoryShape& shape, kernels::DType wire, int64_t local_tokens,
+                      int64_t max_rank_tokens, int64_t num_tokens, int world_size);
+
+// fixed_bytes + n * bytes_per_token is at least total_bytes() of every plan in which no rank holds more than
+// n tokens. budget_bytes counts the weights in: fixed_bytes + n * bytes_per_token may take what they leave.
+v1::MemoryModel LinearMemoryModel(const MemoryShape& shape, uint64_t budget_bytes, uint64_t weight_bytes);
+
+// FAILED_PRECONDITION, MEMORY_PLAN_TOO_LARGE, with bytes asked and available: the plan does not fit into what
+// the weights leave of the budget.
+absl::Status CheckMemoryPlan(const MemoryPlan& plan, uint64_t budget_bytes, uint64_t weight_bytes);
+
+}  // namespace headwater
+
+#endif  // HW_WORKER_MEMORY_PLAN_H_

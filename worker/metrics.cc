@@ -1,0 +1,49 @@
+#include "worker/metrics.h"
+
+namespace headwater {
+namespace {
+
+prometheus::Histogram& Stage(Metrics* metrics, const char* stage) {
+  return metrics->Seconds("headwater_worker_layer_seconds", "Time of one layer of one rank, by stage.",
+                          {{"stage", stage}});
+}
+
+prometheus::Histogram& Collective(Metrics* metrics, const char* op) {
+  return metrics->Seconds("headwater_collective_seconds",
+                          "Time that a rank waited for collective operations: to connect its group, and in "
+                          "one layer's ring.",
+                          {{"op", op}});
+}
+
+}  // namespace
+
+WorkerMetrics::WorkerMetrics(Metrics* metrics)
+    : registry(metrics),
+      prompt_tokens(
+          metrics->Counter("headwater_prompt_tokens_total", "Prompt tokens prefilled by this rank.")),
+      layer_linear(Stage(metrics, "linear")),
+      layer_attention(Stage(metrics, "attention")),
+      layer_exchange(Stage(metrics, "exchange")),
+      layer_egress_stall(Stage(metrics, "egress_stall")),
+      last_step_age(metrics->Gauge("headwater_worker_last_step_age_seconds",
+                                   "Age of the compute loop's last step; 0 while idle.")),
+      epoch(metrics->Gauge("headwater_worker_epoch", "Epoch of the last assignment started.")),
+      planned_bytes(metrics->Gauge("headwater_planned_bytes",
+                                   "Memory planned for the running assignment, without the weights.")),
+      memory_budget(metrics->Gauge("headwater_memory_budget_bytes", "Memory budget, with the weights.")),
+      connect_group(Collective(metrics, "connect")),
+      ring_exchange(Collective(metrics, "ring_exchange")),
+      collective_aborts(metrics->Counter("headwater_collective_aborts_total",
+                                         "Groups given up because of an abort, a lost or a late peer.")),
+      density(metrics->Histogram("headwater_attention_density_ratio",
+                                 "Attention blocks computed, of those causally possible.",
+                                 {.01, .02, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9, .999})) {}
+
+void WorkerMetrics::CountPrefill(const absl::Status& status) {
+  registry
+      ->Counter("headwater_worker_prefills_total", "Assignments ended, by status code.",
+                {{"code", absl::StatusCodeToString(status.code())}})
+      .Increment();
+}
+
+}  // namespace headwater

@@ -1,0 +1,38 @@
+// The worker's metrics, made once.
+#ifndef HW_WORKER_METRICS_H_
+#define HW_WORKER_METRICS_H_
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+
+#include "base/metrics.h"
+
+namespace headwater {
+
+// Handles into a Metrics object, which must outlive this. Thread-safe.
+class WorkerMetrics {
+ public:
+  explicit WorkerMetrics(Metrics* metrics);
+
+  // headwater_worker_prefills_total{code}: one ended assignment.
+  void CountPrefill(const absl::Status& status);
+
+  Metrics* const registry;
+  prometheus::Counter& prompt_tokens;   // headwater_prompt_tokens_total: local tokens of completed ranks
+  prometheus::Histogram& layer_linear;  // headwater_worker_layer_seconds{stage}
+  prometheus::Histogram& layer_attention;
+  prometheus::Histogram& layer_exchange;
+  prometheus::Histogram& layer_egress_stall;
+  prometheus::Gauge& last_step_age;      // headwater_worker_last_step_age_seconds
+  prometheus::Gauge& epoch;              // headwater_worker_epoch: of the last assignment started
+  prometheus::Gauge& planned_bytes;      // headwater_planned_bytes: of the assignment running
+  prometheus::Gauge& memory_budget;      // headwater_memory_budget_bytes
+  prometheus::Histogram& connect_group;  // headwater_collective_seconds{op}
+  prometheus::Histogram& ring_exchange;
+  prometheus::Counter& collective_aborts;  // headwater_collective_aborts_total
+  prometheus::Histogram& density;          // headwater_attention_density_ratio, one per prompt and rank
+};
+
+}  // namespace headwater
+
+#endif  // HW_WORKER_METRICS_H_

@@ -1,0 +1,139 @@
+#include "worker/options.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <thread>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include <sched.h>
+#include <unistd.h>
+
+#include "base/flags.h"
+#include "base/status_macros.h"
+
+namespace headwater {
+namespace {
+
+constexpr size_t kMaxNameLength = 64;
+
+absl::Status CheckName(absl::string_view flag, const std::string& value) {
+  const bool ok =
+      !value.empty() && value.size() <= kMaxNameLength && std::all_of(value.begin(), value.end(), [](char c) {
+        return absl::ascii_isalnum(static_cast<unsigned char>(c)) || c == '.' || c == '_' || c == '-';
+      });
+  if (ok) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("--", flag, ": '", value, "' is not 1 to 64 characters of [A-Za-z0-9._-]"));
+}
+
+absl::Status CheckAddress(absl::string_view flag, const std::string& value) {
+  const size_t colon = value.rfind(':');
+  uint32_t port = 0;
+  if (colon != std::string::npos && colon > 0 &&
+      absl::SimpleAtoi(absl::string_view(value).substr(colon + 1), &port) && port <= 65535) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(absl::StrCat("--", flag, ": '", value, "' is not HOST:PORT"));
+}
+
+// Host names may hold characters that a name may not.
+std::string DefaultWorkerId() {
+  char host[256] = "worker";
+  if (gethostname(host, sizeof(host) - 1) != 0) host[0] = 'w';
+  std::string id = std::string(host).substr(0, kMaxNameLength - 12);
+  for (char& c : id) {
+    if (!absl::ascii_isalnum(static_cast<unsigned char>(c)) && c != '.' && c != '_') c = '-';
+  }
+  return absl::StrCat(id, "-", getpid());
+}
+
+// The directory's last part, with what a name may not hold replaced.
+std::string DefaultModelName(const std::string& directory) {
+  std::string path = directory;
+  while (path.size() > 1 && path.back() == '/') path.pop_back();
+  std::string name = path.substr(path.rfind('/') + 1).substr(0, kMaxNameLength);
+  for (char& c : name) {
+    if (!absl::ascii_isalnum(static_cast<unsigned char>(c)) && c != '.' && c != '_') c = '-';
+  }
+  return name.empty() ? "model" : name;
+}
+
+int64_t UsableCores() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+  return std::max<int64_t>(1, std::thread::hardware_concurrency());
+}
+
+absl::Status CheckDevice(const std::string& device) {
+  if (device == "cpu") return absl::OkStatus();
+  if (absl::StartsWith(device, "cuda:")) {
+    return absl::UnimplementedError(
+        absl::StrCat("--device: '", device, "' is not built yet; this build computes on 'cpu'"));
+  }
+  return absl::InvalidArgumentError(absl::StrCat("--device: '", device, "' is not cpu or cuda:N"));
+}
+
+void Declare(WorkerOptions* o, FlagSet* flags) {
+  constexpr int64_t kMostThreads = 4096;
+  const absl::Duration most = absl::Hours(24);
+  flags->String("model", &o->model,
+                "checkpoint directory (Hugging Face: config.json, safetensors); required");
+  flags->String("model_name", &o->model_name, "name that requests ask for; empty: the last part of --model");
+  flags->String("coordinator", &o->coordinator, "HOST:PORT of the coordinator");
+  flags->String("worker_id", &o->worker_id, "this worker's name; empty: host name and process id");
+  flags->String("listen", &o->listen, "HOST:PORT to serve health and rendezvous on; port 0 takes a free one");
+  flags->String("advertise", &o->advertise,
+                "HOST:PORT under which other workers reach this one; empty: the one it listens on");
+  flags->String("collective_host", &o->collective_host,
+                "address that this worker's connections to other workers bind to; empty: --advertise's host");
+  flags->String("metrics", &o->metrics, "HOST:PORT of /metrics; empty: none");
+  flags->String("device", &o->device, "cpu");
+  flags->Choice("compute", &o->compute, {"auto", "f32", "bf16"},
+                "type of linear layers and attention; auto: bf16 where the CPU has it, else f32");
+  flags->Int("threads", &o->threads, 0, kMostThreads, "compute threads; 0: all cores");
+  flags->Bytes("memory_budget", &o->memory_budget_bytes, "80 % of what is available",
+               "memory for weights and prefills together, e.g. 16GiB");
+  flags->Int("kv_channels", &o->kv_channels, 1, 64, "connections to a decode node");
+  flags->Int("egress_buffers", &o->egress_buffers, 1, 64, "layers whose KV may wait for its acknowledgement");
+  flags->Duration("collective_timeout", &o->collective_timeout, absl::Milliseconds(100), most,
+                  "how long a peer may stay away, besides the time that a slow machine needs");
+  flags->Duration("kv_stall_timeout", &o->kv_stall_timeout, absl::Milliseconds(100), most,
+                  "how long a decode node may acknowledge nothing");
+  flags->Duration("drain_timeout", &o->drain_timeout, absl::ZeroDuration(), most,
+                  "how long SIGTERM waits for the running prefill");
+  flags->Choice("log_format", &o->log_format, {"text", "json"}, "log lines as text or JSON");
+}
+
+}  // namespace
+
+absl::Status ParseWorkerOptions(absl::Span<const std::string> arguments, WorkerOptions* options,
+                                std::string* help) {
+  FlagSet flags("headwater-worker --model=DIR [flags]");
+  Declare(options, &flags);
+  HW_RETURN_IF_ERROR(flags.Parse(arguments));
+  if (flags.help_requested()) {
+    *help = flags.Help();
+    return absl::OkStatus();
+  }
+  if (!flags.positional().empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("'", flags.positional()[0], "' is not a flag"));
+  }
+  if (options->model.empty())
+    return absl::InvalidArgumentError("--model: a checkpoint directory is required");
+  if (options->worker_id.empty()) options->worker_id = DefaultWorkerId();
+  if (options->model_name.empty()) options->model_name = DefaultModelName(options->model);
+  if (options->threads == 0) options->threads = UsableCores();
+  HW_RETURN_IF_ERROR(CheckName("worker_id", options->worker_id));
+  HW_RETURN_IF_ERROR(CheckName("model_name", options->model_name));
+  HW_RETURN_IF_ERROR(CheckAddress("coordinator", options->coordinator));
+  HW_RETURN_IF_ERROR(CheckAddress("listen", options->listen));
+  if (!options->advertise.empty()) HW_RETURN_IF_ERROR(CheckAddress("advertise", options->advertise));
+  if (!options->metrics.empty()) HW_RETURN_IF_ERROR(CheckAddress("metrics", options->metrics));
+  return CheckDevice(options->device);
+}
+
+}  // namespace headwater

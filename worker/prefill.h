@@ -1,0 +1,88 @@
+// Prefill: the layer-major loop of one rank. The whole prompt passes a layer before the next one starts; a
+// layer's K and V go to the KV sender as soon as they are computed.
+#ifndef HW_WORKER_PREFILL_H_
+#define HW_WORKER_PREFILL_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+
+#include "kernels/pattern/policy.h"
+#include "kvtransfer/layout.h"
+#include "kvtransfer/sender.h"
+#include "model/model.h"
+#include "worker/arena.h"
+#include "worker/collectives.h"
+#include "worker/job_control.h"
+#include "worker/memory_plan.h"
+#include "worker/metrics.h"
+#include "worker/partition.h"
+
+namespace headwater {
+
+// One rank's part of a prompt, checked (see worker/assignment.h).
+struct PrefillJob {
+  std::string request_id;
+  uint32_t epoch = 0;
+  int rank = 0;
+  std::vector<int32_t> tokens;        // of the whole prompt
+  std::vector<RankTokens> partition;  // of all ranks; ranges start on block boundaries
+  std::shared_ptr<const KvGeometry> geometry;
+  std::shared_ptr<const kernels::PatternPolicy> policy;
+  int top_logprobs = 0;
+  MemoryPlan plan;
+
+  int world_size() const { return static_cast<int>(partition.size()); }
+  const RankTokens& local() const { return partition[static_cast<size_t>(rank)]; }
+};
+
+struct PrefillProgress {
+  uint32_t layers_done = 0;
+  uint64_t pairs_computed = 0;
+  uint64_t pairs_possible = 0;
+};
+
+// What a job runs with. Everything must outlive the call; `sender` must be cancelled or finished, and
+// destroyed, before `arena` is used again: it reads the arena's memory.
+struct PrefillContext {
+  const Model* model = nullptr;
+  Collectives* collectives = nullptr;  // null: world size 1
+  KvSender* sender = nullptr;
+  JobControl* control = nullptr;
+  Arena* arena = nullptr;            // Reset() to at least plan.arena_bytes()
+  WorkerMetrics* metrics = nullptr;  // may be null
+  absl::Duration stall_timeout = absl::Seconds(30);
+  double flop_per_step = 4e9;                            // see RingAttentionArgs
+  std::function<void(const PrefillProgress&)> progress;  // after every layer, from the calling thread; may be
+                                                         // empty
+};
+
+struct PrefillResult {
+  // Set on the rank that holds the last token: at least one, best first.
+  std::vector<TokenScore> top;
+  PrefillProgress progress;
+  absl::Duration linear;
+  absl::Duration attention;
+  absl::Duration exchange;
+  absl::Duration egress_stall;
+};
+
+// Runs the job on the calling thread. All blocks have been submitted when it returns OK; sender->Finish() is
+// the caller's. Equal jobs in equal contexts give bitwise equal KV.
+//
+// Errors: the job control's (CANCELLED, DEADLINE_EXCEEDED); UNAVAILABLE, WORKER_LOST: a peer is gone or
+// late; UNAVAILABLE, KV_STREAM_STALLED; the sender's; INTERNAL, NON_FINITE with the layer. A rank that fails
+// leaves its group, by which its peers fail, too.
+absl::StatusOr<PrefillResult> RunPrefill(const PrefillJob& job, const PrefillContext& context);
+
+}  // namespace headwater
+
+#endif  // HW_WORKER_PREFILL_H_
