@@ -1,8 +1,8 @@
 #include "coordinator/coordinator_server.h"
 
 #include <chrono>
+#include <future>
 
-#include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 #include <grpcpp/health_check_service_interface.h>
 
@@ -49,12 +49,12 @@ absl::StatusOr<std::unique_ptr<CoordinatorServer>> CoordinatorServer::Start(
 CoordinatorServer::~CoordinatorServer() { Stop(absl::ZeroDuration()); }
 
 void CoordinatorServer::RunOnLoop(const std::function<void()>& work) {
-  absl::Notification done;
+  std::promise<void> done;
   const bool posted = loop_.Post([&] {
     work();
-    done.Notify();
+    done.set_value();
   });
-  if (posted) done.WaitForNotification();
+  if (posted) done.get_future().wait();
 }
 
 void CoordinatorServer::BeginDrain() {

@@ -1,9 +1,10 @@
 #include "coordinator/scheduler_loop.h"
 
+#include <algorithm>
 #include <limits>
 #include <utility>
 
-#include "absl/time/clock.h"
+#include "base/clock.h"
 
 namespace headwater {
 namespace {
@@ -28,44 +29,44 @@ bool SchedulerLoop::TryPost(std::function<void()> work) {
 }
 
 bool SchedulerLoop::Enqueue(std::function<void()> work, size_t limit) {
-  absl::MutexLock lock(&mutex_);
-  if (stopping_ || work_.size() >= limit) return false;
-  work_.push_back(std::move(work));
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (stopping_ || work_.size() >= limit) return false;
+    work_.push_back(std::move(work));
+  }
+  changed_.notify_one();
   return true;
 }
 
 void SchedulerLoop::Stop() {
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = true;
   }
+  changed_.notify_one();
   if (thread_.joinable()) thread_.join();
 }
 
 void SchedulerLoop::Run() {
-  // Steps of the wall clock at most move a tick; the scheduler judges time by its own Clock.
-  absl::Time next_tick = absl::Now() + interval_;
+  const Clock* const clock = Clock::Real();
+  absl::Time next_tick = clock->Now() + interval_;
   for (;;) {
     std::function<void()> work;
-    bool ended = false;
     {
-      absl::MutexLock lock(&mutex_);
-      const auto ready = [this]()
-                             ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return stopping_ || !work_.empty(); };
-      mutex_.AwaitWithDeadline(absl::Condition(&ready), next_tick);
-      ended = stopping_ && work_.empty();
+      std::unique_lock<std::mutex> lock(mutex_);
+      const absl::Duration left = std::max(absl::ZeroDuration(), next_tick - clock->Now());
+      changed_.wait_for(lock, absl::ToChronoMicroseconds(left),
+                        [this] { return stopping_ || !work_.empty(); });
+      if (stopping_ && work_.empty()) return;
       if (!work_.empty()) {
         work = std::move(work_.front());
         work_.pop_front();
       }
     }
-    if (ended) return;
     if (work) work();
-    const absl::Time now = absl::Now();
-    if (now >= next_tick || next_tick - now > interval_) {
-      tick_();
-      next_tick = absl::Now() + interval_;
-    }
+    if (clock->Now() < next_tick) continue;
+    tick_();
+    next_tick = clock->Now() + interval_;
   }
 }
 

@@ -2,13 +2,14 @@
 #ifndef HW_COORDINATOR_SCHEDULER_LOOP_H_
 #define HW_COORDINATOR_SCHEDULER_LOOP_H_
 
+#include <condition_variable>
 #include <cstddef>
 #include <deque>
 #include <functional>
+#include <mutex>
 #include <thread>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 
 namespace headwater {
@@ -37,7 +38,8 @@ class SchedulerLoop {
 
   const absl::Duration interval_;
   std::function<void()> tick_;
-  absl::Mutex mutex_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
   std::deque<std::function<void()>> work_ ABSL_GUARDED_BY(mutex_);
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::thread thread_;

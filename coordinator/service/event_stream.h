@@ -4,10 +4,10 @@
 
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 #include <grpcpp/support/server_callback.h>
 
 #include "coordinator/event_queue.h"
@@ -34,7 +34,7 @@ class EventStream final : public grpc::ServerWriteReactor<Response>,
   }
 
   void Push(uint32_t item, std::shared_ptr<const v1::PrefillResponse> event) {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     if (ending_) return;
     queue_.Push(item, std::move(event));
     Pump();
@@ -42,7 +42,7 @@ class EventStream final : public grpc::ServerWriteReactor<Response>,
 
   // The call ends with `status` once all events are written. The first call counts.
   void End(const grpc::Status& status) {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     if (ending_) return;
     ending_ = true;
     status_ = status;
@@ -51,14 +51,14 @@ class EventStream final : public grpc::ServerWriteReactor<Response>,
 
  private:
   void OnWriteDone(bool ok) override {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     writing_ = false;
     if (!ok) Abandon();
     Pump();
   }
 
   void OnCancel() override {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     Abandon();
     Pump();
   }
@@ -90,7 +90,7 @@ class EventStream final : public grpc::ServerWriteReactor<Response>,
 
   std::function<void()> on_done_;
   std::shared_ptr<EventStream> self_;
-  absl::Mutex mutex_;
+  std::mutex mutex_;
   EventQueue queue_ ABSL_GUARDED_BY(mutex_);
   Response response_ ABSL_GUARDED_BY(mutex_);
   grpc::Status status_ ABSL_GUARDED_BY(mutex_);

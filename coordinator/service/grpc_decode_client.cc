@@ -23,10 +23,9 @@ struct GrpcDecodeClient::Call {
 };
 
 GrpcDecodeClient::~GrpcDecodeClient() {
-  absl::MutexLock lock(&mutex_);
+  std::unique_lock<std::mutex> lock(mutex_);
   for (grpc::ClientContext* context : calls_) context->TryCancel();
-  const auto none_left = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return calls_.empty(); };
-  mutex_.Await(absl::Condition(&none_left));
+  ended_.wait(lock, [this] { return calls_.empty(); });
 }
 
 std::shared_ptr<v1::KvTransferService::Stub> GrpcDecodeClient::StubFor(const std::string& kv_address) {
@@ -46,13 +45,14 @@ void GrpcDecodeClient::StartCall(const std::string& kv_address, Request request,
   call->context.set_deadline(std::chrono::system_clock::now() + absl::ToChronoMilliseconds(timeout));
   call->context.set_wait_for_ready(wait_for_ready);
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     calls_.insert(&call->context);
   }
   const auto finish = [this, call, done = std::move(done)](const grpc::Status& status) {
     loop_->Post([done, answer = FromGrpcStatus(status)] { done(answer); });
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     calls_.erase(&call->context);
+    ended_.notify_all();
   };
   start(call.get(), finish);
 }

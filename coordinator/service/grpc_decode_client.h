@@ -2,13 +2,14 @@
 #ifndef HW_COORDINATOR_SERVICE_GRPC_DECODE_CLIENT_H_
 #define HW_COORDINATOR_SERVICE_GRPC_DECODE_CLIENT_H_
 
+#include <condition_variable>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_set.h"
-#include "absl/synchronization/mutex.h"
 #include <grpcpp/client_context.h>
 
 #include "coordinator/links.h"
@@ -44,7 +45,8 @@ class GrpcDecodeClient final : public DecodeClient {
 
   SchedulerLoop* const loop_;
   std::map<std::string, std::shared_ptr<v1::KvTransferService::Stub>> stubs_;
-  absl::Mutex mutex_;
+  std::mutex mutex_;
+  std::condition_variable ended_;
   absl::flat_hash_set<grpc::ClientContext*> calls_ ABSL_GUARDED_BY(mutex_);
 };
 

@@ -6,11 +6,11 @@
 #include <chrono>
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
-#include "absl/synchronization/mutex.h"
 #include <grpcpp/alarm.h>
 #include <grpcpp/support/server_callback.h>
 
@@ -40,7 +40,7 @@ class PeerStream : public grpc::ServerBidiReactor<Request, Response>,
 
   // Queues a message; false: the stream has ended or 64 messages wait already. Thread-safe.
   bool SendMessage(Response message) {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     if (closing_ || outbox_.size() >= kMaxOutbox) return false;
     outbox_.push_back(std::move(message));
     Pump();
@@ -49,7 +49,7 @@ class PeerStream : public grpc::ServerBidiReactor<Request, Response>,
 
   // Ends the stream; what has not been written is dropped. Thread-safe, idempotent.
   void CloseStream(const absl::Status& why) {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     if (closing_) return;
     closing_ = true;
     status_ = ToGrpcStatus(why);
@@ -79,13 +79,13 @@ class PeerStream : public grpc::ServerBidiReactor<Request, Response>,
     }
     loop_->Post([self] {
       self->OnMessage(self->request_);
-      absl::MutexLock lock(&self->mutex_);
+      std::lock_guard<std::mutex> lock(self->mutex_);
       if (!self->closing_) self->StartRead(&self->request_);
     });
   }
 
   void OnWriteDone(bool ok) final {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     writing_ = false;
     if (!ok) closing_ = true;
     Pump();
@@ -117,7 +117,7 @@ class PeerStream : public grpc::ServerBidiReactor<Request, Response>,
   std::shared_ptr<PeerStream> self_;
   grpc::Alarm alarm_;
   Request request_;
-  absl::Mutex mutex_;
+  std::mutex mutex_;
   std::deque<Response> outbox_ ABSL_GUARDED_BY(mutex_);
   Response response_ ABSL_GUARDED_BY(mutex_);
   grpc::Status status_ ABSL_GUARDED_BY(mutex_);

@@ -14,24 +14,15 @@
 
 #include "absl/time/time.h"
 
-#include "base/clock.h"
 #include "base/metrics.h"
 #include "coordinator/coordinator_metrics.h"
 #include "coordinator/links.h"
 #include "coordinator/options.h"
 #include "coordinator/scheduler.h"
 #include "headwater/v1/worker.pb.h"
+#include "tests/support/fake_clock.h"
 
 namespace headwater::testing {
-
-class FakeClock final : public Clock {
- public:
-  absl::Time Now() const override { return now_; }
-  void Advance(absl::Duration duration) { now_ += duration; }
-
- private:
-  absl::Time now_ = absl::FromUnixSeconds(1000);
-};
 
 // Remembers what a client call would have seen, and checks the order of events as they come: accepted first,
 // at most one terminal event, nothing after it.

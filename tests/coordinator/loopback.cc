@@ -1,7 +1,8 @@
 #include "tests/coordinator/loopback.h"
 
+#include <chrono>
+
 #include "absl/status/status.h"
-#include "absl/time/time.h"
 
 #include "base/log.h"
 #include "base/rpc/grpc_status.h"
@@ -10,8 +11,8 @@
 namespace headwater::testing {
 namespace {
 
-constexpr absl::Duration kLongest = absl::Seconds(10);
-constexpr absl::Duration kHeartbeat = absl::Milliseconds(300);
+constexpr std::chrono::seconds kLongest(10);
+constexpr std::chrono::milliseconds kHeartbeat(300);
 
 }  // namespace
 
@@ -32,7 +33,7 @@ ScriptedWorker::~ScriptedWorker() {
 }
 
 void ScriptedWorker::Send(const v1::ConnectRequest& message) {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard<std::mutex> lock(mutex_);
   stream_->Write(message);
 }
 
@@ -60,9 +61,8 @@ void ScriptedWorker::CompleteAtOnce(ScriptedWorker* worker, const v1::PrefillAss
 }
 
 bool ScriptedWorker::WaitFor(const int* counter, int count) {
-  absl::MutexLock lock(&mutex_);
-  const auto reached = [=] { return *counter >= count; };
-  return mutex_.AwaitWithTimeout(absl::Condition(&reached), kLongest);
+  std::unique_lock<std::mutex> lock(mutex_);
+  return changed_.wait_for(lock, kLongest, [=] { return *counter >= count; });
 }
 
 bool ScriptedWorker::WaitUntilRegistered() { return WaitFor(&registered_, 1); }
@@ -76,8 +76,9 @@ grpc::Status ScriptedWorker::Finish() {
   finished_ = true;
   reader_.join();
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     ending_ = true;
+    changed_.notify_all();
   }
   heart_.join();
   return status_ = stream_->Finish();
@@ -86,28 +87,31 @@ grpc::Status ScriptedWorker::Finish() {
 void ScriptedWorker::Heartbeat() {
   v1::ConnectRequest message;
   message.mutable_heartbeat();
-  absl::MutexLock lock(&mutex_);
-  while (!mutex_.AwaitWithTimeout(absl::Condition(&ending_), kHeartbeat)) stream_->Write(message);
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!changed_.wait_for(lock, kHeartbeat, [this] { return ending_; })) stream_->Write(message);
 }
 
 void ScriptedWorker::Read() {
   v1::ConnectResponse response;
   while (stream_->Read(&response)) {
     if (response.has_registered()) {
-      absl::MutexLock lock(&mutex_);
+      std::lock_guard<std::mutex> lock(mutex_);
       ++registered_;
+      changed_.notify_all();
     } else if (response.has_assignment()) {
       {
-        absl::MutexLock lock(&mutex_);
+        std::lock_guard<std::mutex> lock(mutex_);
         ++assignments_;
+        changed_.notify_all();
         current_ = response.assignment();
       }
       script_(this, response.assignment());
     } else if (response.has_abort()) {
       v1::ConnectRequest message;
       {
-        absl::MutexLock lock(&mutex_);
+        std::lock_guard<std::mutex> lock(mutex_);
         ++aborts_;
+        changed_.notify_all();
         message.mutable_failed()->set_request_id(current_.request_id());
         message.mutable_failed()->set_epoch(current_.epoch());
         message.mutable_failed()->set_rank(current_.rank());
@@ -135,16 +139,18 @@ ScriptedDecodeNode::ScriptedDecodeNode(const std::string& coordinator, const std
     const bool registered = stream_->Read(&response);
     v1::RegisterRequest heartbeat;
     heartbeat.mutable_heartbeat();
-    absl::MutexLock lock(&mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     registered_ = registered;
-    while (!mutex_.AwaitWithTimeout(absl::Condition(&ending_), kHeartbeat)) stream_->Write(heartbeat);
+    changed_.notify_all();
+    while (!changed_.wait_for(lock, kHeartbeat, [this] { return ending_; })) stream_->Write(heartbeat);
   });
 }
 
 ScriptedDecodeNode::~ScriptedDecodeNode() {
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     ending_ = true;
+    changed_.notify_all();
   }
   heart_.join();
   context_.TryCancel();
@@ -153,20 +159,20 @@ ScriptedDecodeNode::~ScriptedDecodeNode() {
 }
 
 bool ScriptedDecodeNode::WaitUntilRegistered() {
-  absl::MutexLock lock(&mutex_);
-  return mutex_.AwaitWithTimeout(absl::Condition(&registered_), kLongest);
+  std::unique_lock<std::mutex> lock(mutex_);
+  return changed_.wait_for(lock, kLongest, [this] { return registered_; });
 }
 
 grpc::Status ScriptedDecodeNode::OpenSession(grpc::ServerContext*, const v1::OpenSessionRequest* request,
                                              v1::OpenSessionResponse*) {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard<std::mutex> lock(mutex_);
   open_[request->session_id()] = request->epoch();
   return grpc::Status::OK;
 }
 
 grpc::Status ScriptedDecodeNode::CommitSession(grpc::ServerContext*, const v1::CommitSessionRequest* request,
                                                v1::CommitSessionResponse*) {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard<std::mutex> lock(mutex_);
   const auto it = open_.find(request->session_id());
   if (it == open_.end() || it->second != request->epoch()) {
     return ToGrpcStatus(MakeError(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_SESSION, "unknown"));
@@ -178,23 +184,23 @@ grpc::Status ScriptedDecodeNode::CommitSession(grpc::ServerContext*, const v1::C
 
 grpc::Status ScriptedDecodeNode::AbortSession(grpc::ServerContext*, const v1::AbortSessionRequest* request,
                                               v1::AbortSessionResponse*) {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard<std::mutex> lock(mutex_);
   open_.erase(request->session_id());
   return grpc::Status::OK;
 }
 
 size_t ScriptedDecodeNode::num_open() {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard<std::mutex> lock(mutex_);
   return open_.size();
 }
 
 size_t ScriptedDecodeNode::num_committed() {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard<std::mutex> lock(mutex_);
   return committed_.size();
 }
 
 v1::CommitSessionRequest ScriptedDecodeNode::committed(const std::string& session_id) {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard<std::mutex> lock(mutex_);
   return committed_[session_id];
 }
 

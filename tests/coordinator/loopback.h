@@ -2,14 +2,15 @@
 #ifndef HW_TESTS_COORDINATOR_LOOPBACK_H_
 #define HW_TESTS_COORDINATOR_LOOPBACK_H_
 
+#include <condition_variable>
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 #include <grpcpp/client_context.h>
 #include <grpcpp/server.h>
 
@@ -54,7 +55,8 @@ class ScriptedWorker {
   std::unique_ptr<v1::WorkerControlService::Stub> stub_;
   grpc::ClientContext context_;
   std::unique_ptr<grpc::ClientReaderWriter<v1::ConnectRequest, v1::ConnectResponse>> stream_;
-  absl::Mutex mutex_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
   int registered_ ABSL_GUARDED_BY(mutex_) = 0;
   int assignments_ ABSL_GUARDED_BY(mutex_) = 0;
   int aborts_ ABSL_GUARDED_BY(mutex_) = 0;
@@ -89,7 +91,8 @@ class ScriptedDecodeNode final : public v1::KvTransferService::Service {
   std::unique_ptr<v1::DecodeRegistryService::Stub> stub_;
   grpc::ClientContext context_;
   std::unique_ptr<grpc::ClientReaderWriter<v1::RegisterRequest, v1::RegisterResponse>> stream_;
-  absl::Mutex mutex_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
   bool registered_ ABSL_GUARDED_BY(mutex_) = false;
   bool ending_ ABSL_GUARDED_BY(mutex_) = false;
   std::map<std::string, uint32_t> open_ ABSL_GUARDED_BY(mutex_);

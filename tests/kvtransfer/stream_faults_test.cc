@@ -151,7 +151,7 @@ TEST_F(KvStreamFaults, ASlowReceiverBoundsWhatIsInFlight) {
        limit += 256 << 10) {
     proxy.LimitForwardedBytes(limit);
     ASSERT_LT(limit, 4 * geometry_.total_bytes());
-    EXPECT_TRUE(Eventually([&] {
+    ASSERT_TRUE(Eventually([&] {
       EXPECT_LE(unacked.Value(), 1 << 20);
       return proxy.forwarded_bytes() >= limit || sender->Stats().blocks_acked == geometry_.num_blocks();
     }));
