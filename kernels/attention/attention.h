@@ -59,8 +59,8 @@ Status ValidateAttention(const AttentionShape& shape, const QueryChunk& queries,
 //
 // Where both chunks are bf16 and the CPU has AMX or AVX512-BF16, scores and values are multiplied in bf16
 // with f32 accumulation (P rounded to bf16); else, and for a token or a few, in f32. A NaN or infinite score
-// makes the rows that see it NaN; a NaN or infinity in V may also spoil rows that see other keys of the same 128.
-// A row that sees no key of this chunk keeps its bits.
+// makes the rows that see it NaN; a NaN or infinity in V may also spoil rows that see other keys of the same
+// 128. A row that sees no key of this chunk keeps its bits.
 //
 // Errors: as ValidateAttention(); RESOURCE_EXHAUSTED: scratch memory, AttentionScratchBytes().
 // Cost: 4 * head_dim FLOP per visible (query, key, head).
