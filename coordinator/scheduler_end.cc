@@ -18,7 +18,8 @@ double Seconds(const google::protobuf::Duration& duration) {
 }
 
 absl::Status OutOfEpochs(const Job& job, uint32_t max_epochs) {
-  const bool session = ReasonOf(job.last_loss) == v1::ERROR_REASON_UNKNOWN_SESSION;
+  const v1::ErrorReason reason = ReasonOf(job.last_loss);
+  const bool session = reason == v1::ERROR_REASON_UNKNOWN_SESSION || reason == v1::ERROR_REASON_DECODE_LOST;
   return WithRetryAfter(MakeError(absl::StatusCode::kUnavailable,
                                   session ? v1::ERROR_REASON_DECODE_LOST : v1::ERROR_REASON_WORKER_LOST,
                                   absl::StrCat("request ", job.key.request_id, " was given up after ",

@@ -30,10 +30,10 @@ absl::Status DecodeLost(const Job& job, const absl::Status& why) {
 // What a rank's failure means for its job; OK: another epoch may do better.
 absl::Status Verdict(const Job& job, const absl::Status& failure) {
   const v1::ErrorReason reason = ReasonOf(failure);
-  if (SessionUnknown(failure)) return absl::OkStatus();
-  if (reason == v1::ERROR_REASON_KV_STREAM_STALLED || reason == v1::ERROR_REASON_DECODE_LOST) {
-    return DecodeLost(job, failure);
-  }
+  // The node is there, but has lost the session (the workers' senders say DECODE_LOST then): it is opened
+  // anew.
+  if (SessionUnknown(failure) || reason == v1::ERROR_REASON_DECODE_LOST) return absl::OkStatus();
+  if (reason == v1::ERROR_REASON_KV_STREAM_STALLED) return DecodeLost(job, failure);
   if (absl::IsUnavailable(failure) || absl::IsAborted(failure)) return absl::OkStatus();
   return failure;
 }

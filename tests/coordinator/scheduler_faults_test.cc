@@ -250,14 +250,34 @@ TEST_F(SchedulerFaultsTest, AStalledStreamFailsTheRequestAsRetryable) {
 }
 
 TEST_F(SchedulerFaultsTest, ASessionThatTheNodeForgotIsOpenedAnewInANewEpoch) {
-  StartPair();
-  cluster_->decode.open_sessions.clear();
-  cluster_->Fail("w0", Error(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_SESSION));
-  cluster_->Fail("w1", absl::CancelledError("aborted"));
-  EXPECT_TRUE(cluster_->TakeAbort("w1"));
-  CompleteOn({"w0", "w1"});
-  EXPECT_TRUE(watcher_->result().ok()) << watcher_->result();
-  EXPECT_EQ(watcher_->completed().epoch(), 2u);
+  for (const absl::Status& forgotten :
+       {Error(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_SESSION),
+        Error(absl::StatusCode::kUnavailable, v1::ERROR_REASON_DECODE_LOST)}) {
+    StartPair();
+    cluster_->decode.open_sessions.clear();
+    cluster_->Fail("w0", forgotten);
+    cluster_->Fail("w1", absl::CancelledError("aborted"));
+    EXPECT_TRUE(cluster_->TakeAbort("w1"));
+    CompleteOn({"w0", "w1"});
+    EXPECT_TRUE(watcher_->result().ok()) << watcher_->result();
+    EXPECT_EQ(watcher_->completed().epoch(), 2u);
+  }
+}
+
+TEST_F(SchedulerFaultsTest, ANodeThatForgetsEverySessionIsLostInTheEnd) {
+  CoordinatorOptions options;
+  options.max_epochs = 2;
+  StartPair(options);
+  for (int epoch = 1; epoch <= 2; ++epoch) {
+    cluster_->Fail("w0", Error(absl::StatusCode::kUnavailable, v1::ERROR_REASON_DECODE_LOST));
+    EXPECT_TRUE(cluster_->TakeAbort("w1"));
+    cluster_->Fail("w1", absl::CancelledError("aborted"));
+    cluster_->decode.AnswerAll();
+    if (epoch == 2) break;
+    cluster_->TakeAssignment("w0");
+    cluster_->TakeAssignment("w1");
+  }
+  EXPECT_EQ(ReasonOf(watcher_->result()), v1::ERROR_REASON_DECODE_LOST) << watcher_->result();
 }
 
 TEST_F(SchedulerFaultsTest, ASessionForgottenAtTheCommitIsOpenedAnewInANewEpoch) {
