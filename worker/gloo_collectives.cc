@@ -25,10 +25,6 @@ namespace {
 
 using gloo::transport::UnboundBuffer;
 
-// Gloo closes by reset. A connection reset before its other end has looked at it throws on that process's
-// event thread, where nothing catches it.
-constexpr absl::Duration kResetGrace = absl::Milliseconds(300);
-
 // Gloo takes 0 as "no limit".
 std::chrono::milliseconds GlooTimeout(absl::Duration timeout) {
   return std::chrono::milliseconds(std::max<int64_t>(1, absl::ToInt64Milliseconds(timeout)));
@@ -80,14 +76,11 @@ class Gloo final : public GlooCollectives {
       : options_(options), device_(std::move(device)) {}
   ~Gloo() override {
     {
-      // A group that ends well must not be closed by Fail(): Gloo's close() resets the connection, by which a
-      // peer loses what it has not read yet. Destroying the pairs closes them in order.
+      // Not by Fail(): Gloo's close() resets connections. Destroying the pairs closes them in order: a peer
+      // still reads what was sent, and its event thread survives a connection that it has not looked at yet.
       absl::MutexLock lock(&mutex_);
-      if (error_.ok() && connected_) error_ = absl::CancelledError("the group was destroyed");
+      if (error_.ok()) error_ = absl::CancelledError("the group was destroyed");
     }
-    Fail(absl::CancelledError("the group was destroyed")).IgnoreError();
-    // A peer whose event thread has not looked at our connection yet would not survive its reset.
-    if (!formed_ && num_connected_ > 0) absl::SleepFor(kResetGrace);
     // Pairs unregister from the device's thread; the device must go last.
     transport_.reset();
   }
@@ -135,7 +128,6 @@ class Gloo final : public GlooCollectives {
   bool connected_ ABSL_GUARDED_BY(mutex_) = false;
   bool formed_ ABSL_GUARDED_BY(mutex_) = false;
   int connecting_ ABSL_GUARDED_BY(mutex_) = -1;  // the peer that Connect() waits for
-  int num_connected_ = 0;
   RendezvousClient* rendezvous_ ABSL_GUARDED_BY(mutex_) = nullptr;
   std::vector<GlooExchange*> pending_ ABSL_GUARDED_BY(mutex_);
 };
@@ -201,7 +193,8 @@ absl::Status Gloo::Fail(absl::Status why) {
   error_ = std::move(why);
   if (rendezvous_ != nullptr) rendezvous_->Abort();
   for (int peer = 0; peer < world_size(); ++peer) {
-    // Before the group is formed, only what Connect() waits for is closed at once; see ~Gloo().
+    // A reset before a peer's event thread has looked at the connection throws there, where nothing catches
+    // it: before the group is formed, only what Connect() waits for is closed at once.
     if (peer == rank() || !(formed_ || peer == connecting_)) continue;
     Guard("close", [&] { transport_->getPair(peer)->close(); }).IgnoreError();
   }
@@ -302,7 +295,6 @@ absl::Status Gloo::ConnectPeer(RendezvousClient* rendezvous, int peer, size_t ad
       throw std::runtime_error(absl::StrCat("address family ", family));
     }
     transport_->getPair(peer)->connect(bytes);
-    ++num_connected_;
   });
   absl::MutexLock lock(&mutex_);
   connecting_ = -1;

@@ -28,9 +28,8 @@ struct GlooOptions {
 };
 
 // Gloo trusts its peers: the interface must not be open to strangers. It writes to sockets that may be
-// closed, so the process must ignore SIGPIPE (BlockTerminationSignals() does). And it closes by reset, which
-// discards what the peer has not received yet: a rank must not destroy its group before the others are done
-// with it.
+// closed, so the process must ignore SIGPIPE (BlockTerminationSignals() does). An operation that failed, and
+// Abort(), reset the connections, which discards what peers have not received yet; the destructor does not.
 //
 // Created in two steps so that Abort() can end a Connect() that waits for a peer.
 class GlooCollectives : public Collectives {
