@@ -1,9 +1,13 @@
 #include "base/signals.h"
 
+#include <algorithm>
+#include <cerrno>
 #include <thread>
 
 #include <signal.h>
 #include <unistd.h>
+
+#include "base/clock.h"
 
 namespace headwater {
 namespace {
@@ -26,9 +30,16 @@ void BlockTerminationSignals() {
 
 int WaitForTerminationSignal(absl::Duration timeout) {
   const sigset_t set = TerminationSignals();
-  const timespec limit = absl::ToTimespec(timeout);
-  const int signal_number = sigtimedwait(&set, nullptr, &limit);
-  return signal_number > 0 ? signal_number : 0;
+  const absl::Time end = Clock::Real()->Now() + timeout;
+  for (;;) {
+    const absl::Duration left = std::max(absl::ZeroDuration(), end - Clock::Real()->Now());
+    const timespec limit = absl::ToTimespec(left);
+    const int signal_number = sigtimedwait(&set, nullptr, &limit);
+    if (signal_number > 0) return signal_number;
+    // A stopped and continued process, or one that a tracer looks at, is interrupted without a signal of
+    // ours.
+    if (errno != EINTR) return 0;
+  }
 }
 
 void ExitOnSignalOrAfter(absl::Duration limit, int exit_code) {
