@@ -153,9 +153,10 @@ TEST(EngineTest, CancelStopsARunningGeneration) {
 
 TEST(EngineTest, RefusesASecondCallOfASession) {
   EngineFixture fixture;
-  const auto engine = fixture.MakeEngine();
+  // Outlive the engine, which ends what still rests.
   RecordingSink resting(/*room=*/1);
   RecordingSink second;
+  const auto engine = fixture.MakeEngine();
   ASSERT_TRUE(engine->Start(MakeGenerate("a", 100), &resting).ok());
 
   const auto refused = engine->Start(MakeGenerate("a", 1), &second);
@@ -168,9 +169,10 @@ TEST(EngineTest, RefusesASecondCallOfASession) {
 TEST(EngineTest, RefusesMoreGenerationsThanItsLimit) {
   EngineFixture fixture;
   fixture.options.max_generations = 1;
-  const auto engine = fixture.MakeEngine();
+  // Outlive the engine, which ends what still rests.
   RecordingSink resting(/*room=*/1);
   RecordingSink second;
+  const auto engine = fixture.MakeEngine();
   ASSERT_TRUE(engine->Start(MakeGenerate("a", 100), &resting).ok());
 
   const auto refused = engine->Start(MakeGenerate("b", 1), &second);
