@@ -12,7 +12,7 @@ steps=6
 
 step() { printf '\n[%s/%s] %s\n' "$1" "$steps" "$2"; }
 
-cuda=OFF
+cuda=${HW_CUDA:-OFF}
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then cuda=AUTO; fi
 
 step 1 "Debian packages"

@@ -1,0 +1,205 @@
+#include "kernels/cuda/attention.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/sm90/attention_launch.h"
+#include "kernels/cuda/tensor_map.h"
+
+namespace headwater::kernels {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+// K and V of the heads in flight together; the L2 of a Hopper GPU is 50 MiB or more.
+constexpr int64_t kSectionBytes = int64_t{32} << 20;
+
+bool Misaligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 != 0; }
+
+Status Validate(const CudaAttentionArgs& a) {
+  if (a.total_q <= 0 || a.total_k <= 0 || a.total_q > INT32_MAX || a.total_k > INT32_MAX) {
+    return InvalidArgument("total_q is " + std::to_string(a.total_q) + " and total_k " +
+                           std::to_string(a.total_k) + "; 1 to 2147483647 is wanted");
+  }
+  if (a.num_q_heads <= 0 || a.num_kv_heads <= 0 || a.num_q_heads % a.num_kv_heads != 0) {
+    return InvalidArgument(std::to_string(a.num_q_heads) + " query heads are not a multiple of " +
+                           std::to_string(a.num_kv_heads) + " KV heads");
+  }
+  if (a.num_q_heads / a.num_kv_heads > 8 || (a.head_dim != 64 && a.head_dim != 128)) {
+    return {StatusCode::kUnimplemented, "head_dim " + std::to_string(a.head_dim) + " with " +
+                                            std::to_string(a.num_q_heads / a.num_kv_heads) +
+                                            " query heads per KV head; 64 or 128 with 1 to 8 is known"};
+  }
+  if (a.q == nullptr || a.k == nullptr || a.v == nullptr || (a.out == nullptr && a.out_f32 == nullptr)) {
+    return InvalidArgument("q, k, v or both outputs are null");
+  }
+  if (Misaligned(a.q) || Misaligned(a.k) || Misaligned(a.v) || Misaligned(a.out) || Misaligned(a.out_f32)) {
+    return InvalidArgument("q, k, v or an output is not 16-byte aligned");
+  }
+  if (!(a.softmax_scale > 0) || !std::isfinite(a.softmax_scale)) {
+    return InvalidArgument("softmax_scale is " + std::to_string(a.softmax_scale) +
+                           "; a positive number is wanted");
+  }
+  if (a.num_sequences < 1 || (a.cu_seqlens_q == nullptr) != (a.cu_seqlens_k == nullptr) ||
+      (a.num_sequences > 1 && a.cu_seqlens_q == nullptr)) {
+    return InvalidArgument("cu_seqlens_q and cu_seqlens_k must both be given, or neither for one sequence");
+  }
+  if (a.cu_seqlens_q == nullptr && a.query_position == CudaAttentionArgs::kBottomRightAligned &&
+      a.total_k < a.total_q) {
+    return InvalidArgument("kv_len " + std::to_string(a.total_k) + " is less than q_len " +
+                           std::to_string(a.total_q));
+  }
+  const CudaBlockLists& lists = a.lists;
+  if (lists.num_lists != 0) {
+    if (lists.num_lists != a.num_kv_heads && lists.num_lists != a.num_q_heads) {
+      return InvalidArgument("num_lists is " + std::to_string(lists.num_lists) + "; " +
+                             std::to_string(a.num_kv_heads) + " (KV heads) or " +
+                             std::to_string(a.num_q_heads) + " (query heads) is wanted");
+    }
+    if (lists.counts == nullptr || lists.offsets == nullptr || lists.blocks == nullptr) {
+      return InvalidArgument("block lists with null arrays");
+    }
+  }
+  return {};
+}
+
+struct Plan {
+  int32_t tile_rows, pack, tile_positions, num_heads, heads_per_kv_head, section_heads;
+};
+
+Plan MakePlan(const CudaAttentionArgs& a) {
+  Plan plan;
+  const bool has_lists = a.lists.num_lists != 0;
+  plan.tile_rows = sm90::AttentionTileRows(a.head_dim, has_lists);
+  plan.pack = a.num_q_heads / (has_lists ? a.lists.num_lists : a.num_kv_heads);
+  plan.tile_positions = plan.tile_rows / plan.pack;
+  plan.num_heads = a.num_q_heads / plan.pack;
+  plan.heads_per_kv_head = plan.num_heads / a.num_kv_heads;
+  const int64_t head_bytes = a.total_k / a.num_sequences * a.head_dim * 4;
+  int32_t kv_heads = 1;
+  while (kv_heads * 2 * head_bytes <= kSectionBytes && a.num_kv_heads % (kv_heads * 2) == 0) kv_heads *= 2;
+  plan.section_heads = kv_heads * plan.heads_per_kv_head;
+  return plan;
+}
+
+Status MakeMaps(const CudaAttentionArgs& a, const Plan& plan, sm90::AttentionMaps* maps) {
+  const int64_t row = int64_t{a.head_dim} * 2, panels = a.head_dim / 64;
+  const auto queries = [&](const void* base, int32_t positions, CUtensorMap* map) {
+    return MakeTensorMap(base,
+                         {{64, 2, 64},
+                          {plan.pack, row, plan.pack},
+                          {a.total_q, a.num_q_heads * row, positions},
+                          {panels, 128, 1},
+                          {plan.num_heads, plan.pack * row, 1}},
+                         map);
+  };
+  const auto keys = [&](const void* base, CUtensorMap* map) {
+    return MakeTensorMap(base,
+                         {{64, 2, 64},
+                          {a.total_k, a.num_kv_heads * row, sm90::kBlockKeys},
+                          {a.num_kv_heads * panels, 128, static_cast<int32_t>(panels)}},
+                         map);
+  };
+  HW_KERNELS_RETURN_IF_ERROR(queries(a.q, plan.tile_positions, &maps->q));
+  HW_KERNELS_RETURN_IF_ERROR(keys(a.k, &maps->k));
+  HW_KERNELS_RETURN_IF_ERROR(keys(a.v, &maps->v));
+  // Not used where tiles are stored by rows; then any valid map will do.
+  return queries(a.out != nullptr ? a.out : a.q, std::max(1, 64 / plan.pack), &maps->out);
+}
+
+// Tiles of one head at most.
+int64_t MaxTiles(const CudaAttentionArgs& args, const Plan& plan) {
+  return args.total_q / plan.tile_positions + args.num_sequences;
+}
+
+// Layout of the workspace in bytes.
+struct WorkspaceLayout {
+  size_t counters = 0;  // next_tile, long_tile_count, total_blocks
+  size_t tile_begin = 16, single_q, single_k, long_tiles, end;
+
+  WorkspaceLayout(const CudaAttentionArgs& args, const Plan& plan) {
+    const size_t entries = static_cast<size_t>(args.num_sequences) + 1;
+    single_q = tile_begin + entries * 4;
+    single_k = single_q + 8;
+    long_tiles = single_k + 8;
+    end = long_tiles +
+          (args.lists.num_lists == 0 ? 0 : static_cast<size_t>(MaxTiles(args, plan) * plan.num_heads) * 4);
+  }
+};
+
+}  // namespace
+
+size_t CudaAttentionWorkspaceBytes(const CudaAttentionArgs& args) {
+  if (!Validate(args).ok()) return 0;
+  return WorkspaceLayout(args, MakePlan(args)).end;
+}
+
+Status CudaAttention(const CudaAttentionArgs& args, void* workspace, size_t workspace_bytes,
+                     cudaStream_t stream) {
+  HW_KERNELS_RETURN_IF_ERROR(Validate(args));
+  const Plan plan = MakePlan(args);
+  const WorkspaceLayout layout(args, plan);
+  if (workspace == nullptr || workspace_bytes < layout.end || Misaligned(workspace)) {
+    return InvalidArgument("the workspace has " + std::to_string(workspace_bytes) + " bytes; " +
+                           std::to_string(layout.end) + ", 16-byte aligned, are wanted");
+  }
+  if (MaxTiles(args, plan) * plan.num_heads > INT32_MAX) {
+    return InvalidArgument(std::to_string(MaxTiles(args, plan) * plan.num_heads) +
+                           " tiles; at most 2147483647");
+  }
+  int num_sms = 0;
+  HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
+  sm90::AttentionMaps maps;
+  HW_KERNELS_RETURN_IF_ERROR(MakeMaps(args, plan, &maps));
+
+  auto* const bytes = static_cast<char*>(workspace);
+  const auto words = [&](size_t at) { return reinterpret_cast<int32_t*>(bytes + at); };
+  sm90::AttentionParams p{};
+  p.num_sequences = args.num_sequences;
+  p.next_tile = words(0);
+  p.tile_begin = words(layout.tile_begin);
+  p.cu_q = args.cu_seqlens_q != nullptr ? args.cu_seqlens_q : words(layout.single_q);
+  p.cu_k = args.cu_seqlens_k != nullptr ? args.cu_seqlens_k : words(layout.single_k);
+  p.q_position = args.query_position;
+  p.num_q_heads = args.num_q_heads;
+  p.num_heads = plan.num_heads;
+  p.heads_per_kv_head = plan.heads_per_kv_head;
+  p.pack = plan.pack;
+  p.tile_positions = plan.tile_positions;
+  p.section_heads = plan.section_heads;
+  p.store_by_map = args.out != nullptr && args.out_f32 == nullptr && 64 % plan.pack == 0;
+  p.scale_log2 = static_cast<float>(args.softmax_scale * kLog2E);
+  p.out = args.out;
+  p.out_f32 = args.out_f32;
+  p.lse_ln = args.lse_ln;
+  if (args.lists.num_lists != 0) {
+    p.list_counts = args.lists.counts;
+    p.list_offsets = args.lists.offsets;
+    p.list_blocks = args.lists.blocks;
+    p.heads_per_list = plan.num_heads / args.lists.num_lists;
+    p.long_tiles = words(layout.long_tiles);
+    p.long_tile_count = words(4);
+    p.total_blocks = reinterpret_cast<const int64_t*>(bytes + 8);
+  }
+  const bool has_lists = args.lists.num_lists != 0;
+  const sm90::TilePrefixParams prefix{args.cu_seqlens_q,
+                                      args.num_sequences,
+                                      plan.tile_positions,
+                                      words(layout.tile_begin),
+                                      words(0),
+                                      words(layout.single_q),
+                                      words(layout.single_k),
+                                      static_cast<int32_t>(args.total_q),
+                                      static_cast<int32_t>(args.total_k),
+                                      has_lists ? words(4) : nullptr,
+                                      has_lists ? reinterpret_cast<int64_t*>(bytes + 8) : nullptr};
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchTilePrefix(prefix, stream));
+  if (has_lists) {
+    HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchLongTiles(p, MaxTiles(args, plan), stream));
+  }
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(
+      sm90::LaunchAttention(maps, p, args.head_dim, plan.tile_rows, num_sms, stream));
+  return {};
+}
+
+}  // namespace headwater::kernels

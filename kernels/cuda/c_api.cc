@@ -1,0 +1,93 @@
+#include <cstring>
+#include <string>
+
+#include "kernels/cuda/attention.h"
+#include "kernels/headwater_kernels.h"
+
+namespace {
+
+using headwater::kernels::Status;
+using headwater::kernels::StatusCode;
+
+std::string& LastError() {
+  thread_local std::string text;
+  return text;
+}
+
+hw_status Report(const Status& status) {
+  if (status.ok()) return HW_OK;
+  LastError() = status.message();
+  switch (status.code()) {
+    case StatusCode::kInvalidArgument:
+      return HW_INVALID_ARGUMENT;
+    case StatusCode::kUnimplemented:
+      return HW_UNIMPLEMENTED;
+    case StatusCode::kResourceExhausted:
+      return HW_RESOURCE_EXHAUSTED;
+    default:
+      return HW_INTERNAL;
+  }
+}
+
+// The caller's structure in this library's size: missing fields are 0. False: no structure, or one that is
+// larger than this library knows and uses what it does not know.
+template <typename Args>
+bool Read(const Args* caller, Args* args) {
+  std::memset(args, 0, sizeof *args);
+  if (caller == nullptr || caller->struct_size < sizeof caller->struct_size) return false;
+  const auto* bytes = reinterpret_cast<const unsigned char*>(caller);
+  for (size_t i = sizeof *args; i < caller->struct_size; ++i) {
+    if (bytes[i] != 0) return false;
+  }
+  std::memcpy(args, caller, caller->struct_size < sizeof *args ? caller->struct_size : sizeof *args);
+  return true;
+}
+
+Status BadStructure() {
+  return headwater::kernels::InvalidArgument(
+      "the argument structure is null, has no size, or is of a later version");
+}
+
+headwater::kernels::CudaAttentionArgs FromC(const hw_attention_args& c) {
+  headwater::kernels::CudaAttentionArgs args;
+  args.q = c.q;
+  args.k = c.k;
+  args.v = c.v;
+  args.out = c.out;
+  args.out_f32 = c.out_f32;
+  args.lse_ln = c.lse_ln;
+  args.total_q = c.total_q;
+  args.total_k = c.total_k;
+  args.num_q_heads = c.num_q_heads;
+  args.num_kv_heads = c.num_kv_heads;
+  args.head_dim = c.head_dim;
+  args.softmax_scale = c.softmax_scale;
+  args.num_sequences = c.num_sequences;
+  args.cu_seqlens_q = c.cu_seqlens_q;
+  args.cu_seqlens_k = c.cu_seqlens_k;
+  args.query_position = c.query_position;
+  args.lists = {c.lists.num_lists, c.lists.counts, c.lists.offsets, c.lists.blocks};
+  return args;
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t hw_kernels_abi_version(void) { return HW_KERNELS_ABI_VERSION; }
+
+const char* hw_last_error(void) { return LastError().c_str(); }
+
+size_t hw_attention_workspace_bytes(const hw_attention_args* args) {
+  hw_attention_args c;
+  return Read(args, &c) ? headwater::kernels::CudaAttentionWorkspaceBytes(FromC(c)) : 0;
+}
+
+hw_status hw_attention(const hw_attention_args* args, void* workspace, size_t workspace_bytes, void* stream) {
+  hw_attention_args c;
+  if (!Read(args, &c)) return Report(BadStructure());
+  return Report(headwater::kernels::CudaAttention(FromC(c), workspace, workspace_bytes,
+                                                  static_cast<cudaStream_t>(stream)));
+}
+
+}  // extern "C"

@@ -1,0 +1,112 @@
+#include "kernels/cuda/sm90/attention_kernel.cuh"
+#include "kernels/cuda/sm90/attention_launch.h"
+
+namespace headwater::kernels::sm90 {
+namespace {
+
+template <class Traits>
+cudaError_t Launch(const AttentionMaps& maps, const AttentionParams& params, int num_sms,
+                   cudaStream_t stream) {
+  constexpr int kBytes = static_cast<int>(sizeof(typename Traits::Shared));
+  auto* const kernel = AttentionKernel<Traits>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<num_sms, Traits::kThreads, kBytes, stream>>>(maps.q, maps.k, maps.v, maps.out, params);
+  return cudaGetLastError();
+}
+
+// A thread sums its run of sequences, then one scan over the threads.
+__global__ void __launch_bounds__(1024) TilePrefixKernel(const TilePrefixParams p) {
+  if (threadIdx.x == 0 && p.long_tile_count != nullptr) {
+    *p.long_tile_count = 0;
+    *p.total_blocks = 0;
+  }
+  if (p.cu_q == nullptr) {
+    if (threadIdx.x == 0) {
+      p.single_q[0] = p.single_k[0] = p.tile_begin[0] = *p.next_tile = 0;
+      p.single_q[1] = p.total_q;
+      p.single_k[1] = p.total_k;
+      p.tile_begin[1] = (p.total_q + p.tile_positions - 1) / p.tile_positions;
+    }
+    return;
+  }
+  __shared__ int32_t sums[1024];
+  const int thread = static_cast<int>(threadIdx.x), run = (p.num_sequences + 1023) / 1024;
+  const int begin = min(p.num_sequences, thread * run), end = min(p.num_sequences, begin + run);
+  const auto tiles = [&](int i) {
+    return (p.cu_q[i + 1] - p.cu_q[i] + p.tile_positions - 1) / p.tile_positions;
+  };
+  int32_t sum = 0;
+  for (int i = begin; i < end; ++i) sum += tiles(i);
+  sums[thread] = sum;
+  __syncthreads();
+  for (int step = 1; step < 1024; step *= 2) {
+    const int32_t before = thread >= step ? sums[thread - step] : 0;
+    __syncthreads();
+    sums[thread] += before;
+    __syncthreads();
+  }
+  int32_t at = sums[thread] - sum;
+  for (int i = begin; i < end; ++i) {
+    p.tile_begin[i] = at;
+    at += tiles(i);
+  }
+  if (thread == 1023) p.tile_begin[p.num_sequences] = sums[1023];
+  if (thread == 0) *p.next_tile = 0;
+}
+
+// Steps of a tile.
+__device__ __forceinline__ int64_t BlocksOf(const AttentionParams& p, int64_t number, int tiles) {
+  const TilePlace place = PlaceOf(p, number, tiles);
+  const int count = p.list_counts[SegmentOf(p, place, tiles)];
+  return count != kDenseSegment ? count : DescribeTile(p, place, tiles, 1).num_blocks;
+}
+
+__global__ void __launch_bounds__(256) TotalBlocksKernel(const AttentionParams p) {
+  const int tiles = TileCount(p);
+  const int64_t count = static_cast<int64_t>(tiles) * p.num_heads;
+  int64_t sum = 0;
+  for (int64_t i = blockIdx.x * 256 + threadIdx.x; i < count; i += gridDim.x * 256)
+    sum += BlocksOf(p, i, tiles);
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+  if ((threadIdx.x & 31) == 0 && sum > 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(const_cast<int64_t*>(p.total_blocks)), sum);
+  }
+}
+
+__global__ void __launch_bounds__(256) LongTilesKernel(const AttentionParams p) {
+  const int tiles = TileCount(p);
+  const int64_t count = static_cast<int64_t>(tiles) * p.num_heads, total = *p.total_blocks;
+  for (int64_t i = blockIdx.x * 256 + threadIdx.x; i < count; i += gridDim.x * 256) {
+    if (IsLong(BlocksOf(p, i, tiles), total, count)) {
+      const_cast<int32_t*>(p.long_tiles)[atomicAdd(const_cast<int32_t*>(p.long_tile_count), 1)] =
+          static_cast<int32_t>(i);
+    }
+  }
+}
+
+}  // namespace
+
+cudaError_t LaunchLongTiles(const AttentionParams& params, int64_t max_tiles, cudaStream_t stream) {
+  const int64_t blocks = (max_tiles * params.num_heads + 255) / 256;
+  const unsigned grid = static_cast<unsigned>(blocks < 512 ? blocks : 512);
+  TotalBlocksKernel<<<grid, 256, 0, stream>>>(params);
+  LongTilesKernel<<<grid, 256, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+int AttentionTileRows(int head_dim, bool has_lists) { return head_dim == 64 && !has_lists ? 192 : 128; }
+
+cudaError_t LaunchAttention(const AttentionMaps& maps, const AttentionParams& params, int head_dim,
+                            int tile_rows, int num_sms, cudaStream_t stream) {
+  if (head_dim == 128) return Launch<AttentionTraits<128, 2>>(maps, params, num_sms, stream);
+  if (tile_rows == 192) return Launch<AttentionTraits<64, 3>>(maps, params, num_sms, stream);
+  return Launch<AttentionTraits<64, 2>>(maps, params, num_sms, stream);
+}
+
+cudaError_t LaunchTilePrefix(const TilePrefixParams& params, cudaStream_t stream) {
+  TilePrefixKernel<<<1, params.cu_q == nullptr ? 32 : 1024, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace headwater::kernels::sm90
