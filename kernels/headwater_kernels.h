@@ -65,6 +65,29 @@ HW_EXPORT size_t hw_attention_workspace_bytes(const hw_attention_args* args);
 HW_EXPORT hw_status hw_attention(const hw_attention_args* args, void* workspace, size_t workspace_bytes,
                                  void* stream);
 
+typedef struct {
+  uint32_t struct_size;
+  const void *q, *k; /* bf16, device memory */
+  int64_t total_q, total_k;
+  int32_t num_q_heads, num_kv_heads, head_dim;
+  float softmax_scale;
+  int32_t query_position;
+  float threshold;
+  int32_t sink_blocks, window_blocks, dense_last_tokens;
+  int32_t* counts;  /* [num_kv_heads * tiles] */
+  int64_t* offsets; /* [num_kv_heads * tiles] */
+  int32_t* blocks;  /* [capacity] */
+  int64_t capacity;
+  uint64_t* used;
+  uint32_t* overflows;
+} hw_search_args;
+
+/* Both 0 for invalid arguments (outputs must be non-null). */
+HW_EXPORT int64_t hw_search_tiles(const hw_search_args* args);
+HW_EXPORT size_t hw_search_workspace_bytes(const hw_search_args* args);
+HW_EXPORT hw_status hw_select_blocks(const hw_search_args* args, void* workspace, size_t workspace_bytes,
+                                     void* stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -2,6 +2,7 @@
 #include <string>
 
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/pattern.h"
 #include "kernels/headwater_kernels.h"
 
 namespace {
@@ -70,6 +71,30 @@ headwater::kernels::CudaAttentionArgs FromC(const hw_attention_args& c) {
   return args;
 }
 
+headwater::kernels::CudaSearchArgs FromC(const hw_search_args& c) {
+  headwater::kernels::CudaSearchArgs args;
+  args.q = c.q;
+  args.k = c.k;
+  args.total_q = c.total_q;
+  args.total_k = c.total_k;
+  args.num_q_heads = c.num_q_heads;
+  args.num_kv_heads = c.num_kv_heads;
+  args.head_dim = c.head_dim;
+  args.softmax_scale = c.softmax_scale;
+  args.query_position = c.query_position;
+  args.threshold = c.threshold;
+  args.sink_blocks = c.sink_blocks;
+  args.window_blocks = c.window_blocks;
+  args.dense_last_tokens = c.dense_last_tokens;
+  args.counts = c.counts;
+  args.offsets = c.offsets;
+  args.blocks = c.blocks;
+  args.capacity = c.capacity;
+  args.used = c.used;
+  args.overflows = c.overflows;
+  return args;
+}
+
 }  // namespace
 
 extern "C" {
@@ -88,6 +113,24 @@ hw_status hw_attention(const hw_attention_args* args, void* workspace, size_t wo
   if (!Read(args, &c)) return Report(BadStructure());
   return Report(headwater::kernels::CudaAttention(FromC(c), workspace, workspace_bytes,
                                                   static_cast<cudaStream_t>(stream)));
+}
+
+int64_t hw_search_tiles(const hw_search_args* args) {
+  hw_search_args c;
+  return Read(args, &c) ? headwater::kernels::CudaSearchTiles(FromC(c)) : 0;
+}
+
+size_t hw_search_workspace_bytes(const hw_search_args* args) {
+  hw_search_args c;
+  return Read(args, &c) ? headwater::kernels::CudaSearchWorkspaceBytes(FromC(c)) : 0;
+}
+
+hw_status hw_select_blocks(const hw_search_args* args, void* workspace, size_t workspace_bytes,
+                           void* stream) {
+  hw_search_args c;
+  if (!Read(args, &c)) return Report(BadStructure());
+  return Report(headwater::kernels::CudaSelectBlocks(FromC(c), workspace, workspace_bytes,
+                                                     static_cast<cudaStream_t>(stream)));
 }
 
 }  // extern "C"

@@ -81,6 +81,14 @@ __device__ __forceinline__ void LoadTensor3(uint32_t shared, const CUtensorMap* 
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(policy)
       : "memory");
 }
+__device__ __forceinline__ void LoadTensor4(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int x,
+                                            int y, int z, int w, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "l"(policy)
+      : "memory");
+}
 __device__ __forceinline__ void LoadTensor5(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int x,
                                             int y, int z, int w, int v, uint64_t policy) {
   asm volatile(

@@ -1,0 +1,174 @@
+#include "kernels/cuda/pattern.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/sm90/attention_params.h"
+#include "kernels/cuda/sm90/search_launch.h"
+#include "kernels/cuda/tensor_map.h"
+
+namespace headwater::kernels {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr int64_t kProbeBytes = int64_t{64} << 20;
+
+bool Misaligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 != 0; }
+
+Status Validate(const CudaSearchArgs& a) {
+  if (a.total_q <= 0 || a.total_k <= 0 || a.total_q > INT32_MAX || a.total_k > INT32_MAX) {
+    return InvalidArgument("total_q is " + std::to_string(a.total_q) + " and total_k " +
+                           std::to_string(a.total_k) + "; 1 to 2147483647 is wanted");
+  }
+  if (a.num_q_heads <= 0 || a.num_kv_heads <= 0 || a.num_q_heads % a.num_kv_heads != 0) {
+    return InvalidArgument(std::to_string(a.num_q_heads) + " query heads are not a multiple of " +
+                           std::to_string(a.num_kv_heads) + " KV heads");
+  }
+  if (a.num_q_heads / a.num_kv_heads > 8 || (a.head_dim != 64 && a.head_dim != 128)) {
+    return {StatusCode::kUnimplemented, "head_dim " + std::to_string(a.head_dim) + " with " +
+                                            std::to_string(a.num_q_heads / a.num_kv_heads) +
+                                            " query heads per KV head; 64 or 128 with 1 to 8 is known"};
+  }
+  if (a.q == nullptr || a.k == nullptr || Misaligned(a.q) || Misaligned(a.k)) {
+    return InvalidArgument("q or k is null or not 16-byte aligned");
+  }
+  if (a.counts == nullptr || a.offsets == nullptr || a.blocks == nullptr || a.used == nullptr ||
+      a.overflows == nullptr || a.capacity <= 0) {
+    return InvalidArgument("an output is null, or capacity " + std::to_string(a.capacity) +
+                           " is not positive");
+  }
+  if (!(a.softmax_scale > 0) || !std::isfinite(a.softmax_scale)) {
+    return InvalidArgument("softmax_scale is " + std::to_string(a.softmax_scale) +
+                           "; a positive number is wanted");
+  }
+  if (!(a.threshold > 0 && a.threshold <= 1)) {
+    return InvalidArgument("threshold is " + std::to_string(a.threshold) +
+                           "; over 0 and at most 1 is wanted");
+  }
+  if (a.sink_blocks < 0 || a.window_blocks < 1 || a.dense_last_tokens < 0) {
+    return InvalidArgument("sink_blocks " + std::to_string(a.sink_blocks) + ", window_blocks " +
+                           std::to_string(a.window_blocks) + ", dense_last_tokens " +
+                           std::to_string(a.dense_last_tokens) + "; at least 0, 1 and 0 are wanted");
+  }
+  if (a.query_position == CudaAttentionArgs::kBottomRightAligned && a.total_k < a.total_q) {
+    return InvalidArgument("kv_len " + std::to_string(a.total_k) + " is less than q_len " +
+                           std::to_string(a.total_q));
+  }
+  return {};
+}
+
+struct Plan {
+  int32_t pack, tile_positions, tiles, tiles_per_cta, bitmap_words;
+  int32_t chunk_tiles;  // whose probes are in the workspace at once; whole CTAs
+  int64_t blocks;
+  size_t mean_bytes, probe_bytes;
+};
+
+Plan MakePlan(const CudaSearchArgs& a) {
+  Plan plan;
+  plan.pack = a.num_q_heads / a.num_kv_heads;
+  plan.tile_positions = sm90::kSearchRows / plan.pack;
+  plan.tiles = static_cast<int32_t>((a.total_q + plan.tile_positions - 1) / plan.tile_positions);
+  plan.blocks = (a.total_k + sm90::kBlockKeys - 1) / sm90::kBlockKeys;
+  plan.bitmap_words = static_cast<int32_t>((plan.blocks + 31) / 32);
+  plan.tiles_per_cta = std::min(sm90::kSearchRows / plan.pack, sm90::kSearchBitmapWords / plan.bitmap_words);
+  const int64_t tile_bytes = int64_t{a.num_q_heads} * a.head_dim * 2;
+  const int64_t most = std::max<int64_t>(1, kProbeBytes / tile_bytes / std::max(1, plan.tiles_per_cta)) *
+                       std::max(1, plan.tiles_per_cta);
+  plan.chunk_tiles = static_cast<int32_t>(std::min<int64_t>(plan.tiles, most));
+  plan.mean_bytes = static_cast<size_t>(plan.blocks * a.num_kv_heads * a.head_dim * 2);
+  plan.probe_bytes = static_cast<size_t>(plan.chunk_tiles * tile_bytes);
+  return plan;
+}
+
+// Rows of means as the search reads them, 128 a box.
+Status MeanMap(const void* means, int64_t rows, int32_t heads, int32_t head_dim, CUtensorMap* map) {
+  const int64_t panels = head_dim / 64, row = int64_t{head_dim} * 2;
+  // Panels of a head are 128 bytes apart, heads rows * row: one dimension cannot step through both.
+  return MakeTensorMap(
+      means,
+      {{64, 2, 64}, {rows, row, 128}, {panels, 128, static_cast<int32_t>(panels)}, {heads, rows * row, 1}},
+      map);
+}
+
+}  // namespace
+
+int64_t CudaSearchTiles(const CudaSearchArgs& args) { return Validate(args).ok() ? MakePlan(args).tiles : 0; }
+
+size_t CudaSearchWorkspaceBytes(const CudaSearchArgs& args) {
+  if (!Validate(args).ok()) return 0;
+  const Plan plan = MakePlan(args);
+  return plan.mean_bytes + plan.probe_bytes;
+}
+
+Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t workspace_bytes,
+                        cudaStream_t stream) {
+  HW_KERNELS_RETURN_IF_ERROR(Validate(args));
+  const Plan plan = MakePlan(args);
+  if (plan.tiles_per_cta == 0) {
+    return {StatusCode::kUnimplemented, "kv_len " + std::to_string(args.total_k) + " is over " +
+                                            std::to_string(int64_t{sm90::kSearchBitmapWords} * 32 * 128)};
+  }
+  if (workspace == nullptr || workspace_bytes < plan.mean_bytes + plan.probe_bytes || Misaligned(workspace)) {
+    return InvalidArgument("the workspace has " + std::to_string(workspace_bytes) + " bytes; " +
+                           std::to_string(plan.mean_bytes + plan.probe_bytes) +
+                           ", 16-byte aligned, are wanted");
+  }
+  int num_sms = 0;
+  HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
+  auto* const means = static_cast<char*>(workspace);
+  char* const probes = means + plan.mean_bytes;
+
+  sm90::SearchParams p{};
+  p.num_tiles = plan.tiles;
+  p.num_heads = args.num_kv_heads;
+  p.pack = plan.pack;
+  p.tiles_per_cta = plan.tiles_per_cta;
+  p.bitmap_words = plan.bitmap_words;
+  p.tile_positions = plan.tile_positions;
+  p.q_len = static_cast<int32_t>(args.total_q);
+  p.kv_len = static_cast<int32_t>(args.total_k);
+  p.q_position = args.query_position == CudaAttentionArgs::kBottomRightAligned ? p.kv_len - p.q_len
+                                                                               : args.query_position;
+  p.scale_log2 = static_cast<float>(args.softmax_scale * kLog2E);
+  p.threshold_log2 = std::log2(args.threshold);
+  p.sink_blocks = args.sink_blocks;
+  p.window_blocks = args.window_blocks;
+  p.first_dense_tile =
+      static_cast<int32_t>(std::max<int64_t>(0, args.total_q - args.dense_last_tokens) / plan.tile_positions);
+  if (args.dense_last_tokens == 0) p.first_dense_tile = plan.tiles;
+  p.counts = args.counts;
+  p.offsets = args.offsets;
+  p.blocks = args.blocks;
+  p.cursor = args.used;
+  p.capacity = static_cast<uint64_t>(args.capacity);
+  p.overflows = args.overflows;
+
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(args.used, 0, sizeof *args.used, stream));
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(args.overflows, 0, sizeof *args.overflows, stream));
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchWindowMeans(
+      {args.k, means, args.total_k, args.num_kv_heads, args.head_dim, sm90::kBlockKeys, 1}, stream));
+  CUtensorMap mean_map;
+  HW_KERNELS_RETURN_IF_ERROR(MeanMap(means, plan.blocks, args.num_kv_heads, args.head_dim, &mean_map));
+  // Last chunk first: its tiles see most.
+  for (int32_t end = plan.tiles; end > 0;) {
+    p.begin_tile = (end - 1) / plan.chunk_tiles * plan.chunk_tiles;
+    p.end_tile = end;
+    const int64_t first = int64_t{p.begin_tile} * plan.tile_positions;
+    const int64_t tokens = std::min<int64_t>(args.total_q, int64_t{end} * plan.tile_positions) - first;
+    const int64_t row_bytes = int64_t{args.num_q_heads} * args.head_dim * 2;
+    HW_KERNELS_RETURN_IF_CUDA_ERROR(
+        sm90::LaunchWindowMeans({static_cast<const char*>(args.q) + first * row_bytes, probes, tokens,
+                                 args.num_q_heads, args.head_dim, plan.tile_positions, plan.pack},
+                                stream));
+    CUtensorMap probe_map;
+    HW_KERNELS_RETURN_IF_ERROR(MeanMap(probes, int64_t{end - p.begin_tile} * plan.pack, args.num_kv_heads,
+                                       args.head_dim, &probe_map));
+    HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchSearch(probe_map, mean_map, p, args.head_dim, stream));
+    end = p.begin_tile;
+  }
+  return {};
+}
+
+}  // namespace headwater::kernels

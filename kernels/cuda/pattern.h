@@ -1,0 +1,59 @@
+// Pattern search on a Hopper GPU: block lists for CudaAttention() from means of Q and K. Its cost is linear
+// in the tokens but for one product of means with means, N^2 / (32 * 128) of a score each.
+#ifndef HW_KERNELS_CUDA_PATTERN_H_
+#define HW_KERNELS_CUDA_PATTERN_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/cuda/attention.h"
+#include "kernels/status.h"
+
+namespace headwater::kernels {
+
+// One sequence; q and k as in CudaAttentionArgs.
+struct CudaSearchArgs {
+  const void* q = nullptr;
+  const void* k = nullptr;
+  int64_t total_q = 0;
+  int64_t total_k = 0;
+  int32_t num_q_heads = 0;
+  int32_t num_kv_heads = 0;
+  int32_t head_dim = 0;
+  float softmax_scale = 0;
+  int32_t query_position = CudaAttentionArgs::kBottomRightAligned;
+  // A block is listed if it is worth `threshold` (over 0, at most 1) of the tile's best one.
+  float threshold = 0.18f;
+  int32_t sink_blocks = 2;         // always listed, 0 and more
+  int32_t window_blocks = 4;       // last ones of a tile, its own included, always listed; 1 and more
+  int32_t dense_last_tokens = 32;  // tiles that hold one of the last queries attend to everything
+  // Lists per KV head (num_lists = num_kv_heads); written. Segments as in CudaBlockLists, numbers of tiles as
+  // CudaSearchTiles().
+  int32_t* counts = nullptr;   // [num_kv_heads * tiles]
+  int64_t* offsets = nullptr;  // [num_kv_heads * tiles]
+  int32_t* blocks = nullptr;   // [capacity]
+  int64_t capacity = 0;        // 16 a tile is usual; a tile that finds no room goes dense
+  // Device memory, written: entries of `blocks` used, and tiles that went dense for
+  // want of room in it.
+  uint64_t* used = nullptr;
+  uint32_t* overflows = nullptr;
+};
+
+// Tiles of one head: query positions / (128 / (num_q_heads / num_kv_heads)), rounded up.
+int64_t CudaSearchTiles(const CudaSearchArgs& args);
+
+// Means of K, 2 bytes * head_dim a block and KV head, and at most 64 MiB of means of Q. 0: invalid arguments.
+size_t CudaSearchWorkspaceBytes(const CudaSearchArgs& args);
+
+// Finds the block lists: sm90/search_kernel.cuh has the rule. Enqueues on `stream`, no host synchronisation;
+// same lifetimes and errors as CudaAttention(). Deterministic but for the order of lists within `blocks`.
+//
+// Cost: one read of q and k, and 2 * head_dim FLOP per (probe, block).
+Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t workspace_bytes,
+                        cudaStream_t stream);
+
+}  // namespace headwater::kernels
+
+#endif  // HW_KERNELS_CUDA_PATTERN_H_
