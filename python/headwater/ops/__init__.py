@@ -1,0 +1,188 @@
+"""Headwater's GPU kernels on torch tensors: attention and pattern search, for use and for measuring beside others.
+
+    from headwater import ops
+
+    out, info = ops.prefill_attention(q, k, v)                      # dense, causal
+    out, info = ops.prefill_attention(q, k, v, policy="probe")      # block-sparse, patterns searched
+    index = ops.select_blocks(q, k, threshold=0.1)                  # the search alone
+    out, info = ops.prefill_attention(q, k, v, index=index)
+
+Tensors are bf16, CUDA, contiguous: q [tokens, query heads, head_dim], k and v [tokens, KV heads, head_dim], rotated. Work
+is enqueued on torch's current stream; nothing synchronises but what says so. Needs torch and a GPU of compute capability
+9.0; formulas, tolerances and costs: kernels/README.md.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Optional, Tuple
+
+import torch
+
+from headwater.ops import library
+
+BLOCK_KEYS = 128
+POLICIES = ("dense", "probe")
+# Below it dense attention is as fast as search and sparse attention together (bench/attention_bench.py).
+MIN_SPARSE_TOKENS = 4096
+
+
+@dataclass
+class BlockIndex:
+    """Key blocks of 128 per query tile. Segment (list, tile) is number list * tiles + tile; tiles of a sequence start at its
+    first query and hold 128 // (query heads / lists) positions. Held to be valid once validate() or select_blocks() made
+    it so."""
+
+    num_lists: int  # the number of KV heads or of query heads
+    tiles: int  # of one list
+    tile_positions: int
+    counts: torch.Tensor  # int32 [num_lists * tiles] blocks of a segment; -1: every causal block
+    offsets: torch.Tensor  # int64 [num_lists * tiles] its first entry in blocks
+    blocks: torch.Tensor  # int32, ascending within a segment
+    overflows: Optional[torch.Tensor] = None  # uint32 [1] tiles that went dense for want of room
+    validated: bool = field(default=False, repr=False)
+
+    def visible_blocks(self, q_len: int, kv_len: int) -> torch.Tensor:
+        """int64 [tiles]: blocks that the last query of each tile can see, bottom-right aligned. One sequence."""
+        tile = torch.arange(self.tiles, device=self.counts.device)
+        last = torch.clamp((tile + 1) * self.tile_positions, max=q_len) - 1 + kv_len - q_len
+        return torch.clamp(last, min=-1, max=kv_len - 1) // BLOCK_KEYS + 1
+
+    def listed(self, q_len: int, kv_len: int) -> torch.Tensor:
+        """int64 [num_lists * tiles]: blocks of each segment, dense ones counted."""
+        visible = self.visible_blocks(q_len, kv_len).repeat(self.num_lists)
+        return torch.where(self.counts < 0, visible, self.counts.long())
+
+    def density(self, q_len: int, kv_len: int) -> float:
+        """Listed over causally possible blocks. Synchronises."""
+        visible = self.visible_blocks(q_len, kv_len).sum() * self.num_lists
+        return float(self.listed(q_len, kv_len).sum() / visible)
+
+    def validate(self, q_len: int, kv_len: int) -> None:
+        """ValueError names the first segment whose list is not ascending or leaves the range. Synchronises."""
+        counts = self.counts.long().clamp(min=0)
+        if self.counts.numel() != self.num_lists * self.tiles or self.offsets.numel() != self.counts.numel():
+            raise ValueError(f"{self.counts.numel()} counts and {self.offsets.numel()} offsets for {self.num_lists} lists of "
+                             f"{self.tiles} tiles")
+        if bool((self.counts < -1).any()):
+            raise ValueError(f"segment {int((self.counts < -1).nonzero()[0])} has a count below -1")
+        ends = self.offsets + counts
+        if bool((self.offsets[counts > 0] < 0).any()) or (counts.any() and int(ends[counts > 0].max()) > self.blocks.numel()):
+            raise ValueError(f"a segment lies outside the {self.blocks.numel()} entries of blocks")
+        segment = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
+        first = torch.cumsum(counts, 0) - counts
+        place = torch.arange(segment.numel(), device=counts.device) - first[segment]
+        entries = self.blocks[(self.offsets[segment] + place)].long()
+        visible = self.visible_blocks(q_len, kv_len).repeat(self.num_lists)[segment]
+        wrong = (entries < 0) | (entries >= visible)
+        wrong[1:] |= (place[1:] > 0) & (entries[1:] <= entries[:-1])
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            raise ValueError(f"segment {int(segment[at])}: block {int(entries[at])} at place {int(place[at])} is not above the "
+                             f"one before it, or not below {int(visible[at])}")
+        self.validated = True
+
+
+@dataclass
+class AttentionInfo:
+    policy: str  # that ran: "dense" also where "probe" was asked for and dense is as fast
+    index: Optional[BlockIndex] = None
+    lse_ln: Optional[torch.Tensor] = None  # f32 [tokens, query heads], where asked for
+
+
+def _check(name: str, tensor: torch.Tensor, like: Optional[torch.Tensor] = None) -> None:
+    if tensor.dim() != 3 or tensor.dtype != torch.bfloat16 or not tensor.is_cuda or not tensor.is_contiguous():
+        raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; a contiguous bf16 CUDA tensor of "
+                         f"three dimensions is wanted")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, q on {like.device}")
+
+
+def _stream(tensor: torch.Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def select_blocks(q: torch.Tensor, k: torch.Tensor, *, threshold: float = 0.18, sink_blocks: int = 2,
+                  window_blocks: int = 4, dense_last_tokens: int = 32, softmax_scale: Optional[float] = None,
+                  blocks_per_tile: int = 64) -> BlockIndex:
+    """Searches the pattern of one sequence (k may be longer than q: bottom-right aligned). One list per KV head.
+
+    A block is listed if it is worth `threshold` of its tile's best one, or is among the first or last ones
+    (kernels/cuda/sm90/search_kernel.cuh). blocks_per_tile: mean room of a list; a tile that finds none left goes dense and
+    is counted in index.overflows.
+    """
+    _check("q", q)
+    _check("k", k, q)
+    lib = library.load()
+    device = q.device
+    args = library.SearchArgs(
+        q=q.data_ptr(), k=k.data_ptr(), total_q=q.shape[0], total_k=k.shape[0], num_q_heads=q.shape[1],
+        num_kv_heads=k.shape[1], head_dim=q.shape[2], softmax_scale=softmax_scale or 1 / math.sqrt(q.shape[2]),
+        query_position=library.BOTTOM_RIGHT, threshold=threshold, sink_blocks=sink_blocks, window_blocks=window_blocks,
+        dense_last_tokens=dense_last_tokens)
+    positions = 128 // max(1, q.shape[1] // max(1, k.shape[1]))
+    tiles = -(-q.shape[0] // positions)
+    segments = tiles * k.shape[1]
+    with torch.cuda.device(device):
+        counts = torch.empty(segments, dtype=torch.int32, device=device)
+        offsets = torch.empty(segments, dtype=torch.int64, device=device)
+        blocks = torch.empty(max(1, segments * blocks_per_tile), dtype=torch.int32, device=device)
+        used = torch.empty(1, dtype=torch.int64, device=device)
+        overflows = torch.empty(1, dtype=torch.int32, device=device)
+        args.counts, args.offsets, args.blocks = counts.data_ptr(), offsets.data_ptr(), blocks.data_ptr()
+        args.used, args.overflows, args.capacity = used.data_ptr(), overflows.data_ptr(), blocks.numel()
+        workspace = torch.empty(lib.search_workspace_bytes(args), dtype=torch.uint8, device=device)
+        lib.select_blocks(args, workspace.data_ptr(), workspace.numel(), _stream(q))
+    return BlockIndex(k.shape[1], tiles, positions, counts, offsets, blocks, overflows, validated=True)
+
+
+def prefill_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, policy: str = "dense",
+                      index: Optional[BlockIndex] = None, cu_seqlens: Optional[torch.Tensor] = None,
+                      cu_seqlens_k: Optional[torch.Tensor] = None, softmax_scale: Optional[float] = None,
+                      out: Optional[torch.Tensor] = None, return_lse: bool = False,
+                      **search) -> Tuple[torch.Tensor, AttentionInfo]:
+    """Causal attention, bottom-right aligned where k is longer than q. Returns (out, info).
+
+    cu_seqlens: int32 [sequences + 1] on the device, for several sequences laid one after the other; cu_seqlens_k: of the
+    keys, where they differ. index: block lists to use; checked once (which synchronises). policy "probe" searches them
+    (one sequence); `search` goes to select_blocks().
+    """
+    _check("q", q)
+    for name, tensor in (("k", k), ("v", v)):
+        _check(name, tensor, q)
+    if k.shape != v.shape or k.shape[2] != q.shape[2]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
+    if policy not in POLICIES:
+        raise ValueError(f"policy '{policy}' is not one of {', '.join(POLICIES)}")
+    if search and policy != "probe":
+        raise ValueError(f"{', '.join(search)}: only policy 'probe' takes them")
+    if policy == "probe" and index is None and k.shape[0] >= MIN_SPARSE_TOKENS:
+        if cu_seqlens is not None:
+            raise NotImplementedError("policy 'probe' takes one sequence")
+        index = select_blocks(q, k, softmax_scale=softmax_scale, **search)
+    if index is not None and not index.validated:
+        index.validate(q.shape[0], k.shape[0])
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens
+    lib = library.load()
+    if out is None:
+        out = torch.empty_like(q)
+    elif out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous():
+        raise ValueError(f"out is {tuple(out.shape)} {out.dtype}; as q is wanted")
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
+    args = library.AttentionArgs(
+        q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), lse_ln=lse.data_ptr() if return_lse else None,
+        total_q=q.shape[0], total_k=k.shape[0], num_q_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2],
+        softmax_scale=softmax_scale or 1 / math.sqrt(q.shape[2]), num_sequences=1, query_position=library.BOTTOM_RIGHT)
+    if cu_seqlens is not None:
+        for offsets in (cu_seqlens, cu_seqlens_k):
+            if offsets.dtype != torch.int32 or not offsets.is_cuda or offsets.numel() != cu_seqlens.numel():
+                raise ValueError(f"cu_seqlens is {tuple(offsets.shape)} {offsets.dtype}; int32 on the device is wanted")
+        args.num_sequences = cu_seqlens.numel() - 1
+        args.cu_seqlens_q, args.cu_seqlens_k = cu_seqlens.data_ptr(), cu_seqlens_k.data_ptr()
+    if index is not None:
+        args.lists = library.BlockLists(index.num_lists, index.counts.data_ptr(), index.offsets.data_ptr(),
+                                        index.blocks.data_ptr())
+    with torch.cuda.device(q.device):
+        workspace = torch.empty(max(16, lib.attention_workspace_bytes(args)), dtype=torch.uint8, device=q.device)
+        lib.attention(args, workspace.data_ptr(), workspace.numel(), _stream(q))
+    return out, AttentionInfo("dense" if index is None else policy if policy != "dense" else "index", index, lse)
