@@ -23,7 +23,7 @@ from headwater.ops import library
 BLOCK_KEYS = 128
 POLICIES = ("dense", "probe")
 # Below it dense attention is as fast as search and sparse attention together (bench/attention_bench.py).
-MIN_SPARSE_TOKENS = 4096
+MIN_SPARSE_TOKENS = 8192
 
 
 @dataclass
