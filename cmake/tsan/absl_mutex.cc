@@ -32,106 +32,118 @@ class IgnoreReads {
   ~IgnoreReads() { AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
 };
 
-}  // namespace
-
-// Defines a member that takes the lock, that gives it up, or that does both while it waits.
-#define HW_CALL(Result, mangled, Types, values) \
-  static std::atomic<void*> real{nullptr};      \
-  IgnoreReads ignore;                           \
-  return Real<Result(*) Types>(mangled, &real) values
-
-namespace absl {
-ABSL_NAMESPACE_BEGIN
-
-namespace {
-
 struct AcquireAtEnd {
   ~AcquireAtEnd() { __tsan_acquire(lock); }
   void* lock;
 };
 
+template <typename Result, typename... Types>
+Result Call(const char* member, std::atomic<void*>* cache, Types... values) {
+  const IgnoreReads ignore;
+  return Real<Result (*)(Types...)>(member, cache)(values...);
+}
+
 }  // namespace
 
+// Each member takes the lock, gives it up, or does both while it waits.
+namespace absl {
+ABSL_NAMESPACE_BEGIN
+
 void Mutex::Lock() {
-  AcquireAtEnd acquire{this};
-  HW_CALL(void, "5Mutex4LockEv", (Mutex*), (this));
+  const AcquireAtEnd acquire{this};
+  static std::atomic<void*> cache{nullptr};
+  Call<void, Mutex*>("5Mutex4LockEv", &cache, this);
 }
 
 void Mutex::ReaderLock() {
-  AcquireAtEnd acquire{this};
-  HW_CALL(void, "5Mutex10ReaderLockEv", (Mutex*), (this));
+  const AcquireAtEnd acquire{this};
+  static std::atomic<void*> cache{nullptr};
+  Call<void, Mutex*>("5Mutex10ReaderLockEv", &cache, this);
 }
 
 bool Mutex::TryLock() {
-  AcquireAtEnd acquire{this};
-  HW_CALL(bool, "5Mutex7TryLockEv", (Mutex*), (this));
+  static std::atomic<void*> cache{nullptr};
+  const bool locked = Call<bool, Mutex*>("5Mutex7TryLockEv", &cache, this);
+  if (locked) __tsan_acquire(this);
+  return locked;
 }
 
 void Mutex::Unlock() {
   __tsan_release(this);
-  HW_CALL(void, "5Mutex6UnlockEv", (Mutex*), (this));
+  static std::atomic<void*> cache{nullptr};
+  Call<void, Mutex*>("5Mutex6UnlockEv", &cache, this);
 }
 
 void Mutex::ReaderUnlock() {
   __tsan_release(this);
-  HW_CALL(void, "5Mutex12ReaderUnlockEv", (Mutex*), (this));
+  static std::atomic<void*> cache{nullptr};
+  Call<void, Mutex*>("5Mutex12ReaderUnlockEv", &cache, this);
 }
 
 void Mutex::LockWhen(const Condition& condition) {
-  AcquireAtEnd acquire{this};
-  HW_CALL(void, "5Mutex8LockWhenERKNS0_9ConditionE", (Mutex*, const Condition&), (this, condition));
+  const AcquireAtEnd acquire{this};
+  static std::atomic<void*> cache{nullptr};
+  Call<void, Mutex*, const Condition&>("5Mutex8LockWhenERKNS0_9ConditionE", &cache, this, condition);
 }
 
 bool Mutex::LockWhenWithTimeout(const Condition& condition, absl::Duration timeout) {
-  AcquireAtEnd acquire{this};
-  HW_CALL(bool, "5Mutex19LockWhenWithTimeoutERKNS0_9ConditionENS0_8DurationE",
-          (Mutex*, const Condition&, absl::Duration), (this, condition, timeout));
+  const AcquireAtEnd acquire{this};
+  static std::atomic<void*> cache{nullptr};
+  return Call<bool, Mutex*, const Condition&, absl::Duration>(
+      "5Mutex19LockWhenWithTimeoutERKNS0_9ConditionENS0_8DurationE", &cache, this, condition, timeout);
 }
 
 bool Mutex::LockWhenWithDeadline(const Condition& condition, absl::Time deadline) {
-  AcquireAtEnd acquire{this};
-  HW_CALL(bool, "5Mutex20LockWhenWithDeadlineERKNS0_9ConditionENS0_4TimeE",
-          (Mutex*, const Condition&, absl::Time), (this, condition, deadline));
+  const AcquireAtEnd acquire{this};
+  static std::atomic<void*> cache{nullptr};
+  return Call<bool, Mutex*, const Condition&, absl::Time>(
+      "5Mutex20LockWhenWithDeadlineERKNS0_9ConditionENS0_4TimeE", &cache, this, condition, deadline);
 }
 
 void Mutex::Await(const Condition& condition) {
   __tsan_release(this);
-  AcquireAtEnd acquire{this};
-  HW_CALL(void, "5Mutex5AwaitERKNS0_9ConditionE", (Mutex*, const Condition&), (this, condition));
+  const AcquireAtEnd acquire{this};
+  static std::atomic<void*> cache{nullptr};
+  Call<void, Mutex*, const Condition&>("5Mutex5AwaitERKNS0_9ConditionE", &cache, this, condition);
 }
 
 bool Mutex::AwaitWithTimeout(const Condition& condition, absl::Duration timeout) {
   __tsan_release(this);
-  AcquireAtEnd acquire{this};
-  HW_CALL(bool, "5Mutex16AwaitWithTimeoutERKNS0_9ConditionENS0_8DurationE",
-          (Mutex*, const Condition&, absl::Duration), (this, condition, timeout));
+  const AcquireAtEnd acquire{this};
+  static std::atomic<void*> cache{nullptr};
+  return Call<bool, Mutex*, const Condition&, absl::Duration>(
+      "5Mutex16AwaitWithTimeoutERKNS0_9ConditionENS0_8DurationE", &cache, this, condition, timeout);
 }
 
 bool Mutex::AwaitWithDeadline(const Condition& condition, absl::Time deadline) {
   __tsan_release(this);
-  AcquireAtEnd acquire{this};
-  HW_CALL(bool, "5Mutex17AwaitWithDeadlineERKNS0_9ConditionENS0_4TimeE",
-          (Mutex*, const Condition&, absl::Time), (this, condition, deadline));
+  const AcquireAtEnd acquire{this};
+  static std::atomic<void*> cache{nullptr};
+  return Call<bool, Mutex*, const Condition&, absl::Time>(
+      "5Mutex17AwaitWithDeadlineERKNS0_9ConditionENS0_4TimeE", &cache, this, condition, deadline);
 }
 
 void CondVar::Wait(Mutex* mutex) {
   __tsan_release(mutex);
-  AcquireAtEnd acquire{mutex};
-  HW_CALL(void, "7CondVar4WaitEPNS0_5MutexE", (CondVar*, Mutex*), (this, mutex));
+  const AcquireAtEnd acquire{mutex};
+  static std::atomic<void*> cache{nullptr};
+  Call<void, CondVar*, Mutex*>("7CondVar4WaitEPNS0_5MutexE", &cache, this, mutex);
 }
 
 bool CondVar::WaitWithTimeout(Mutex* mutex, absl::Duration timeout) {
   __tsan_release(mutex);
-  AcquireAtEnd acquire{mutex};
-  HW_CALL(bool, "7CondVar15WaitWithTimeoutEPNS0_5MutexENS0_8DurationE", (CondVar*, Mutex*, absl::Duration),
-          (this, mutex, timeout));
+  const AcquireAtEnd acquire{mutex};
+  static std::atomic<void*> cache{nullptr};
+  return Call<bool, CondVar*, Mutex*, absl::Duration>("7CondVar15WaitWithTimeoutEPNS0_5MutexENS0_8DurationE",
+                                                      &cache, this, mutex, timeout);
 }
 
 bool CondVar::WaitWithDeadline(Mutex* mutex, absl::Time deadline) {
   __tsan_release(mutex);
-  AcquireAtEnd acquire{mutex};
-  HW_CALL(bool, "7CondVar16WaitWithDeadlineEPNS0_5MutexENS0_4TimeE", (CondVar*, Mutex*, absl::Time),
-          (this, mutex, deadline));
+  const AcquireAtEnd acquire{mutex};
+  static std::atomic<void*> cache{nullptr};
+  return Call<bool, CondVar*, Mutex*, absl::Time>("7CondVar16WaitWithDeadlineEPNS0_5MutexENS0_4TimeE", &cache,
+                                                  this, mutex, deadline);
 }
 
 ABSL_NAMESPACE_END
