@@ -19,11 +19,13 @@
   } while (0)
 
 // Evaluates `expr` (a StatusOr); returns its status unless OK, else moves its value into `lhs`.
+// NOLINTBEGIN(bugprone-macro-parentheses): `var` and `lhs` may be declarations.
 #define HW_ASSIGN_OR_RETURN(lhs, expr) \
   HW_ASSIGN_OR_RETURN_IMPL_(HW_STATUS_CONCAT_(hw_statusor_, __LINE__), lhs, expr)
 #define HW_ASSIGN_OR_RETURN_IMPL_(var, lhs, expr) \
   auto var = (expr);                              \
   if (!var.ok()) return std::move(var).status();  \
   lhs = std::move(var).value()
+// NOLINTEND(bugprone-macro-parentheses)
 
 #endif  // HW_BASE_STATUS_MACROS_H_

@@ -83,7 +83,7 @@ def row(arguments, tokens: int, mine: list, theirs: dict) -> dict:
     return {
         "bench": "cpu_prefill",
         "device": device_name(),
-        "commit": commit(),
+        "commit": arguments.commit,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "params": {"model": arguments.model.name, "tokens": tokens, "threads": arguments.threads, "policy": "dense",
                    "compute": mine[0].get("compute", ""), "rounds": arguments.rounds},
@@ -123,6 +123,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         arguments.cache.mkdir(parents=True, exist_ok=True)
+        arguments.commit = commit()  # once: the rows written below change a tracked file
         for tokens in arguments.tokens:
             result = row(arguments, tokens, *measure(arguments, tokens))
             arguments.output.parent.mkdir(parents=True, exist_ok=True)

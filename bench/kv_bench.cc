@@ -106,6 +106,7 @@ absl::Status PumpTcp(const char* data, uint64_t size, uint64_t piece) {
 absl::StatusOr<double> TimeTcp(const std::vector<char>& data, int connections, uint64_t piece) {
   const absl::Time start = absl::Now();
   std::vector<std::thread> threads;
+  threads.reserve(static_cast<size_t>(connections));
   std::atomic<int> failed{0};
   const uint64_t share = data.size() / static_cast<uint64_t>(connections);
   for (int i = 0; i < connections; ++i) {

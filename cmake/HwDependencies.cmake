@@ -12,3 +12,8 @@ find_library(HW_ISAL_LIBRARY isal REQUIRED)
 find_path(HW_GOOGLEAPIS_DIR google/rpc/error_details.proto
   PATHS /usr/share/gocode/src/github.com/gogo/googleapis /usr/share/googleapis /usr/include
   REQUIRED NO_DEFAULT_PATH)
+
+if(TARGET hw_tsan_edges)
+  target_sources(hw_tsan_edges PRIVATE cmake/tsan/absl_mutex.cc cmake/tsan/grpc.cc)
+  target_link_libraries(hw_tsan_edges PUBLIC absl::synchronization gRPC::grpc++)
+endif()

@@ -12,12 +12,25 @@ function(hw_library name)
   target_link_libraries(${name} PUBLIC ${ARG_DEPS} PRIVATE hw_warnings ${ARG_PRIVATE_DEPS})
 endfunction()
 
+# What the thread sanitizer cannot see by itself: how packaged libraries, which are not instrumented, order accesses.
+if(HW_SANITIZE MATCHES thread)
+  add_library(hw_tsan_edges OBJECT cmake/tsan/openmp.cc)
+  target_include_directories(hw_tsan_edges PRIVATE ${PROJECT_SOURCE_DIR})
+  target_link_libraries(hw_tsan_edges PUBLIC ${CMAKE_DL_LIBS})
+endif()
+function(hw_instrument name)
+  if(TARGET hw_tsan_edges)
+    target_link_libraries(${name} PRIVATE hw_tsan_edges)
+  endif()
+endfunction()
+
 # hw_binary(NAME SOURCES ... DEPS ...): the executable is written to build/<preset>/bin.
 function(hw_binary name)
   cmake_parse_arguments(ARG "" "OUTPUT" "SOURCES;DEPS" ${ARGN})
   add_executable(${name} ${ARG_SOURCES})
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR})
   target_link_libraries(${name} PRIVATE ${ARG_DEPS} hw_warnings)
+  hw_instrument(${name})
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/bin)
 endfunction()
 
@@ -37,6 +50,7 @@ function(hw_test name)
   add_executable(${name} ${ARG_SOURCES})
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR})
   target_link_libraries(${name} PRIVATE ${ARG_DEPS} GTest::gmock GTest::gtest_main hw_warnings)
+  hw_instrument(${name})
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests)
   add_test(NAME ${name} COMMAND ${name})
   # Tests share the cores with other tests: idle OpenMP threads must not spin.

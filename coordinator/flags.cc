@@ -1,101 +1,83 @@
 #include "coordinator/flags.h"
 
 #include <cstdint>
-#include <vector>
 
-#include "absl/flags/flag.h"
-#include "absl/flags/parse.h"
-#include "absl/flags/usage.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 
+#include "base/flags.h"
 #include "base/status_macros.h"
 #include "coordinator/validation.h"
-
-ABSL_FLAG(std::string, listen, "127.0.0.1:7070", "Address of the gRPC services; port 0 takes a free one.");
-ABSL_FLAG(std::string, metrics, "127.0.0.1:9070", "Address of /metrics; empty: none.");
-ABSL_FLAG(std::string, log_format, "text", "Log lines as text or json.");
-ABSL_FLAG(uint64_t, max_prompt_tokens, uint64_t{1} << 22, "Longest prompt, whatever the model allows.");
-ABSL_FLAG(uint64_t, max_queue_requests, 1024, "Requests that may wait; more are refused.");
-ABSL_FLAG(uint64_t, max_queue_tokens, uint64_t{1} << 24, "Prompt tokens that may wait; more are refused.");
-ABSL_FLAG(absl::Duration, max_queue_wait, absl::Minutes(10), "Longest wait for free workers.");
-ABSL_FLAG(absl::Duration, worker_wait, absl::Seconds(30),
-          "Longest wait for workers that are not registered.");
-ABSL_FLAG(absl::Duration, reserve_wait, absl::Seconds(10),
-          "How long idle workers wait for busy ones to join them on a long prompt.");
-ABSL_FLAG(absl::Duration, decode_grace, absl::Seconds(30), "How long a decode node may be away.");
-ABSL_FLAG(uint32_t, max_epochs, 4, "Tries of a prompt whose workers are lost.");
-ABSL_FLAG(uint64_t, context_parallel_min_tokens, 2048, "Shorter prompts run on one worker.");
-ABSL_FLAG(absl::Duration, drain_timeout, absl::Seconds(45), "Time for accepted requests after SIGTERM.");
 
 namespace headwater {
 namespace {
 
 // Above it, sizes of caches would not fit 64 bits, and requests would not fit a message.
-constexpr uint64_t kMostPromptTokens = uint64_t{1} << 24;
-constexpr uint64_t kMostQueue = uint64_t{1} << 40;
+constexpr int64_t kMostPromptTokens = int64_t{1} << 24;
+constexpr int64_t kMostQueue = int64_t{1} << 40;
+constexpr int64_t kMostEpochs = 1000;
+constexpr absl::Duration kLongestWait = absl::Hours(24 * 30);
 
-absl::Status Wrong(absl::string_view flag, const std::string& value, const std::string& limit) {
-  return absl::InvalidArgumentError(absl::StrCat("--", flag, " is ", value, "; ", limit, " is wanted"));
+// A whole number from 1 to `most`.
+template <typename T>
+void Count(FlagSet* set, absl::string_view name, T* value, int64_t most, absl::string_view help) {
+  set->Custom(name, absl::StrCat(*value), help, [value, most](absl::string_view text) {
+    int64_t number = 0;
+    if (!absl::SimpleAtoi(text, &number) || number < 1 || number > most) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("'", Printable(text), "' is not a whole number from 1 to ", most));
+    }
+    *value = static_cast<T>(number);
+    return absl::OkStatus();
+  });
 }
 
-absl::Status CheckCount(absl::string_view flag, uint64_t value, uint64_t most) {
-  if (value >= 1 && value <= most) return absl::OkStatus();
-  return Wrong(flag, absl::StrCat(value), absl::StrCat("1 to ", most));
-}
-
-absl::Status CheckWait(absl::string_view flag, absl::Duration value) {
-  if (value >= absl::ZeroDuration() && value <= absl::Hours(24 * 30)) return absl::OkStatus();
-  return Wrong(flag, absl::FormatDuration(value), "0 to 30 days");
-}
-
-absl::Status Check(const CoordinatorFlags& flags) {
-  const CoordinatorOptions& options = flags.options;
-  if (flags.listen.rfind(':') == std::string::npos) {
-    return Wrong("listen", absl::StrCat("\"", Printable(flags.listen), "\""), "host:port");
-  }
-  HW_RETURN_IF_ERROR(CheckCount("max_prompt_tokens", options.max_prompt_tokens, kMostPromptTokens));
-  HW_RETURN_IF_ERROR(CheckCount("max_queue_requests", options.max_queue_requests, kMostQueue));
-  HW_RETURN_IF_ERROR(CheckCount("max_queue_tokens", options.max_queue_tokens, kMostQueue));
-  HW_RETURN_IF_ERROR(CheckCount("max_epochs", options.max_epochs, 1000));
-  HW_RETURN_IF_ERROR(
-      CheckCount("context_parallel_min_tokens", options.context_parallel_min_tokens, kMostQueue));
-  HW_RETURN_IF_ERROR(CheckWait("max_queue_wait", options.max_queue_wait));
-  HW_RETURN_IF_ERROR(CheckWait("worker_wait", options.worker_wait));
-  HW_RETURN_IF_ERROR(CheckWait("reserve_wait", options.reserve_wait));
-  HW_RETURN_IF_ERROR(CheckWait("decode_grace", options.decode_grace));
-  return CheckWait("drain_timeout", flags.drain_timeout);
+void Wait(FlagSet* set, absl::string_view name, absl::Duration* value, absl::string_view help) {
+  set->Duration(name, value, absl::ZeroDuration(), kLongestWait, help);
 }
 
 }  // namespace
 
-absl::StatusOr<CoordinatorFlags> ParseCoordinatorFlags(int argc, char** argv) {
-  absl::SetProgramUsageMessage(
-      "The front door of a Headwater cluster: takes prompts, plans and watches them.");
-  const std::vector<char*> rest = absl::ParseCommandLine(argc, argv);
-  if (rest.size() > 1) {
+absl::Status ParseCoordinatorFlags(absl::Span<const std::string> arguments, CoordinatorFlags* flags,
+                                   std::string* help) {
+  CoordinatorOptions& o = flags->options;
+  std::string log_format = "text";
+  FlagSet set(
+      "headwater-coordinator [flags]\n\nThe front door of a Headwater cluster: takes prompts, plans and "
+      "watches them.");
+  set.String("listen", &flags->listen, "HOST:PORT of the gRPC services; port 0 takes a free one");
+  set.String("metrics", &flags->metrics, "HOST:PORT of /metrics; empty: none");
+  set.Choice("log_format", &log_format, {"text", "json"}, "how log lines are written");
+  Count(&set, "max_prompt_tokens", &o.max_prompt_tokens, kMostPromptTokens,
+        "longest prompt, whatever the model allows");
+  Count(&set, "max_queue_requests", &o.max_queue_requests, kMostQueue,
+        "requests that may wait; more are refused");
+  Count(&set, "max_queue_tokens", &o.max_queue_tokens, kMostQueue,
+        "prompt tokens that may wait; more are refused");
+  Wait(&set, "max_queue_wait", &o.max_queue_wait, "longest wait for free workers");
+  Wait(&set, "worker_wait", &o.worker_wait, "longest wait for workers that are not registered");
+  Wait(&set, "reserve_wait", &o.reserve_wait,
+       "how long idle workers wait for busy ones to join them on a long prompt");
+  Wait(&set, "decode_grace", &o.decode_grace, "how long a decode node may be away");
+  Count(&set, "max_epochs", &o.max_epochs, kMostEpochs, "tries of a prompt whose workers are lost");
+  Count(&set, "context_parallel_min_tokens", &o.context_parallel_min_tokens, kMostQueue,
+        "shorter prompts run on one worker");
+  Wait(&set, "drain_timeout", &flags->drain_timeout, "time for accepted requests after SIGTERM");
+  HW_RETURN_IF_ERROR(set.Parse(arguments));
+  if (set.help_requested()) {
+    *help = set.Help();
+    return absl::OkStatus();
+  }
+  if (!set.positional().empty()) {
     return absl::InvalidArgumentError(
-        absl::StrCat("argument \"", Printable(rest[1]), "\" is not a flag; none is wanted"));
+        absl::StrCat("argument '", Printable(set.positional()[0]), "' is not a flag; none is wanted"));
   }
-  CoordinatorFlags flags;
-  flags.listen = absl::GetFlag(FLAGS_listen);
-  flags.metrics = absl::GetFlag(FLAGS_metrics);
-  const std::string log_format = absl::GetFlag(FLAGS_log_format);
-  if (!ParseLogFormat(log_format, &flags.log_format)) {
-    return Wrong("log_format", absl::StrCat("\"", Printable(log_format), "\""), "text or json");
+  if (flags->listen.rfind(':') == std::string::npos) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--listen: '", Printable(flags->listen), "' is not HOST:PORT"));
   }
-  flags.drain_timeout = absl::GetFlag(FLAGS_drain_timeout);
-  CoordinatorOptions& options = flags.options;
-  options.max_prompt_tokens = absl::GetFlag(FLAGS_max_prompt_tokens);
-  options.max_queue_requests = absl::GetFlag(FLAGS_max_queue_requests);
-  options.max_queue_tokens = absl::GetFlag(FLAGS_max_queue_tokens);
-  options.max_queue_wait = absl::GetFlag(FLAGS_max_queue_wait);
-  options.worker_wait = absl::GetFlag(FLAGS_worker_wait);
-  options.reserve_wait = absl::GetFlag(FLAGS_reserve_wait);
-  options.decode_grace = absl::GetFlag(FLAGS_decode_grace);
-  options.max_epochs = absl::GetFlag(FLAGS_max_epochs);
-  options.context_parallel_min_tokens = absl::GetFlag(FLAGS_context_parallel_min_tokens);
-  HW_RETURN_IF_ERROR(Check(flags));
-  return flags;
+  HW_CHECK(ParseLogFormat(log_format, &flags->log_format));
+  return absl::OkStatus();
 }
 
 }  // namespace headwater

@@ -3,9 +3,11 @@
 #define HW_COORDINATOR_FLAGS_H_
 
 #include <string>
+#include <vector>
 
-#include "absl/status/statusor.h"
+#include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 
 #include "base/log.h"
 #include "coordinator/options.h"
@@ -13,16 +15,17 @@
 namespace headwater {
 
 struct CoordinatorFlags {
-  std::string listen;
-  std::string metrics;
+  std::string listen = "127.0.0.1:7070";
+  std::string metrics = "127.0.0.1:9070";  // empty: none
   LogFormat log_format = LogFormat::kText;
-  absl::Duration drain_timeout;
+  absl::Duration drain_timeout = absl::Seconds(45);
   CoordinatorOptions options;
 };
 
-// Parses and checks. An unknown flag or a value of the wrong type ends the process with exit code 1 (Abseil
-// does that, naming the flag). INVALID_ARGUMENT: a value out of range or a stray argument.
-absl::StatusOr<CoordinatorFlags> ParseCoordinatorFlags(int argc, char** argv);
+// Takes the arguments after the program's name. Where --help is among them, `help` gets the text to print.
+// INVALID_ARGUMENT names the flag, its value and what is allowed.
+absl::Status ParseCoordinatorFlags(absl::Span<const std::string> arguments, CoordinatorFlags* flags,
+                                   std::string* help);
 
 }  // namespace headwater
 

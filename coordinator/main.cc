@@ -1,9 +1,13 @@
 // headwater-coordinator: the front door of a cluster.
 //
-// Exit codes: 0 every accepted request had ended; 75 requests were cut; 2 a flag is out of range or an
-// address cannot be bound; 1 an unknown flag.
+// Exit codes: 0 every accepted request had ended; 75 requests were cut; 2 a flag is unknown or out of range,
+// or an address cannot be bound.
+#include <cstdio>
 #include <memory>
+#include <string>
+#include <vector>
 
+#include "absl/strings/str_cat.h"
 #include <signal.h>
 
 #include "base/clock.h"
@@ -29,31 +33,39 @@ void Drain(CoordinatorServer* server, absl::Duration timeout, bool* hurry) {
   }
 }
 
+int Fail(const absl::Status& status) {
+  const std::string message = absl::StrCat("headwater-coordinator: ", status.message(), "\n");
+  std::fputs(message.c_str(), stderr);
+  return kExitUsage;
+}
+
 int Run(int argc, char** argv) {
   BlockTerminationSignals();
-  auto flags = ParseCoordinatorFlags(argc, argv);
-  if (!flags.ok()) {
-    HW_LOG(ERROR) << flags.status().message();
-    return kExitUsage;
+  CoordinatorFlags flags;
+  std::string help;
+  const std::vector<std::string> arguments(argv + 1, argv + argc);
+  if (const absl::Status status = ParseCoordinatorFlags(arguments, &flags, &help); !status.ok()) {
+    return Fail(status);
   }
-  InitLogging(flags->log_format, LogSeverity::kINFO, "coordinator");
-  auto server = CoordinatorServer::Start(flags->options, flags->listen, flags->metrics);
-  if (!server.ok()) {
-    HW_LOG(ERROR) << server.status().message();
-    return kExitUsage;
+  if (!help.empty()) {
+    std::fputs(help.c_str(), stdout);
+    return 0;
   }
-  HW_LOG(INFO).Field("address", (*server)->address()).Field("metrics", flags->metrics) << "serving";
+  InitLogging(flags.log_format, LogSeverity::kINFO, "coordinator");
+  auto server = CoordinatorServer::Start(flags.options, flags.listen, flags.metrics);
+  if (!server.ok()) return Fail(server.status());
+  HW_LOG(INFO).Field("address", (*server)->address()).Field("metrics", flags.metrics) << "serving";
 
   int signal_number = 0;
   while (signal_number == 0) signal_number = WaitForTerminationSignal(absl::Hours(1));
   bool hurry = signal_number == SIGINT;
   if (!hurry) {
-    HW_LOG(INFO).Field("timeout", absl::FormatDuration(flags->drain_timeout)) << "draining";
-    Drain(server->get(), flags->drain_timeout, &hurry);
+    HW_LOG(INFO).Field("timeout", absl::FormatDuration(flags.drain_timeout)) << "draining";
+    Drain(server->get(), flags.drain_timeout, &hurry);
   }
   // From here on the end is bounded, whatever the peers do.
   ExitOnSignalOrAfter(hurry ? absl::Seconds(4.5) : absl::Seconds(20), kExitCut);
-  const size_t cut = (*server)->Stop(hurry ? absl::Seconds(2) : flags->options.abort_wait);
+  const size_t cut = (*server)->Stop(hurry ? absl::Seconds(2) : flags.options.abort_wait);
   server->reset();
   HW_LOG(INFO).Field("cut", static_cast<int64_t>(cut)) << "ended";
   return cut == 0 ? 0 : kExitCut;

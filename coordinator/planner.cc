@@ -68,6 +68,7 @@ absl::Status TooLarge(const PlanSpec& spec, uint32_t world_size, const std::vect
       MaxLocalTokens(spec.num_tokens, world_size, PartitionOf(spec, world_size), spec.block_tokens);
   // The world_size roomiest workers would be taken; the least of them is the one that does not fit.
   std::vector<std::pair<uint64_t, uint64_t>> available_and_asked;
+  available_and_asked.reserve(workers.size());
   for (const PlanWorker& worker : workers) {
     available_and_asked.emplace_back(AvailableBytes(worker.memory), RankBytes(worker.memory, local_tokens));
   }

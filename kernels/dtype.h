@@ -17,14 +17,14 @@ constexpr const char* NameOf(DType dtype) {
 
 inline float BF16ToF32(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
+  float value = 0;
   std::memcpy(&value, &wide, sizeof(value));
   return value;
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
 inline uint16_t F32ToBF16(float value) {
-  uint32_t bits;
+  uint32_t bits = 0;
   std::memcpy(&bits, &value, sizeof(bits));
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x0040u);
   bits += 0x7fffu + ((bits >> 16) & 1u);

@@ -38,9 +38,9 @@ class KvGeometry {
   uint64_t element_bytes() const { return element_bytes_; }
   uint64_t token_bytes() const { return token_bytes_; }    // of one layer's K (or V) of one token
   uint64_t tensor_bytes() const { return tensor_bytes_; }  // of one layer's K (or V)
-  uint64_t total_bytes() const { return 2 * layout_.num_layers() * tensor_bytes_; }
+  uint64_t total_bytes() const { return uint64_t{2} * layout_.num_layers() * tensor_bytes_; }
   uint64_t blocks_per_tensor() const { return blocks_per_tensor_; }
-  uint64_t num_blocks() const { return 2 * layout_.num_layers() * blocks_per_tensor_; }
+  uint64_t num_blocks() const { return uint64_t{2} * layout_.num_layers() * blocks_per_tensor_; }
 
   // (layer * 2 + kind) * blocks_per_tensor + token_begin / block_tokens. `id` must be one of this cache's
   // blocks.

@@ -103,7 +103,7 @@ for part in "${parts[@]}"; do
     *) timed "make $part" "make $part" || failed=1 ;;
   esac
 done
-echo "== outcome for $(git -C "$root" rev-parse --short HEAD)"
+echo "== outcome for $(git -C "$dir/src/headwater" rev-parse --short HEAD)"
 printf '%s\n' "${outcomes[@]}"
 exit $failed
 }

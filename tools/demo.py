@@ -61,8 +61,9 @@ class ProgressBar:
         share = progress.layers_done / progress.num_layers
         filled = int(share * self.WIDTH)
         line = (f"    [{'#' * filled}{'.' * (self.WIDTH - filled)}] layer {progress.layers_done}/{progress.num_layers}  "
-                f"{progress.tokens_per_second:.0f} tokens/s  KV acknowledged {mib(progress.bytes_acked)} of "
-                f"{mib(progress.bytes_total)}  ETA {progress.eta_s:.0f} s")
+                f"KV acknowledged {mib(progress.bytes_acked)} of {mib(progress.bytes_total)}")
+        if progress.layers_done > 0:
+            line += f"  {progress.tokens_per_second:.0f} tokens/s  ETA {progress.eta_s:.0f} s"
         if self._live:
             print(f"\r{line}\033[K", end="", flush=True)
         elif int(share * 10) != self._last_tenth:

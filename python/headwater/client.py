@@ -132,9 +132,10 @@ class Client:
         request = decode_pb2.ReleaseRequest(session_id=result.session_id)
         return self._unary(stub.Release, request, timeout_s).bytes_reclaimed
 
-    def cancel(self, request_id: str, *, timeout_s: Optional[float] = None) -> bool:
-        """Cancels a request; True once compute has stopped and its blocks are reclaimed, False where it had ended."""
-        request = prefill_pb2.CancelPrefillRequest(request_id=request_id)
+    def cancel(self, request_id: str, *, tenant: str = "", timeout_s: Optional[float] = None) -> bool:
+        """Cancels a request (tenant as in the request: ids are names within a tenant); True once compute has stopped
+        and its blocks are reclaimed, False where it had ended."""
+        request = prefill_pb2.CancelPrefillRequest(request_id=request_id, tenant=tenant)
         return self._unary(self._prefill.CancelPrefill, request, timeout_s).cancelled
 
     def workers(self, *, timeout_s: Optional[float] = None) -> List[admin_pb2.WorkerSummary]:

@@ -25,13 +25,22 @@ namespace headwater::testing {
 namespace {
 
 TEST(CoordinatorBinaryTest, FlagsOutOfRangeAreNamedWithTheirLimits) {
-  for (const char* flag : {"--max_epochs=0", "--max_prompt_tokens=16777217", "--worker_wait=-1s",
-                           "--log_format=xml", "--listen=nowhere", "--max_queue_requests=0", "stray"}) {
-    Process process({BinaryPath("headwater-coordinator"), flag}, MakeTempDirectory() + "/log");
+  struct Case {
+    const char* flag;
+    const char* limit;
+  };
+  for (const Case& test : {Case{"--max_epochs=0", "from 1 to 1000"},
+                           {"--max_prompt_tokens=16777217", "from 1 to 16777216"},
+                           {"--worker_wait=-1s", "from 0 to 720h"},
+                           {"--log_format=xml", "json"},
+                           {"--listen=nowhere", "HOST:PORT"},
+                           {"--max_queue_requests=0", "from 1 to"},
+                           {"stray", "none is wanted"}}) {
+    Process process({BinaryPath("headwater-coordinator"), test.flag}, MakeTempDirectory() + "/log");
     const auto status = process.Wait(absl::Seconds(20));
-    ASSERT_TRUE(status.has_value()) << flag;
-    EXPECT_EQ(*status, 2) << flag << process.Log();
-    EXPECT_TRUE(absl::StrContains(process.Log(), "is wanted")) << process.Log();
+    ASSERT_TRUE(status.has_value()) << test.flag;
+    EXPECT_EQ(*status, 2) << test.flag << process.Log();
+    EXPECT_TRUE(absl::StrContains(process.Log(), test.limit)) << process.Log();
   }
 }
 

@@ -1,5 +1,6 @@
 #include "tests/integration/process.h"
 
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -10,6 +11,7 @@
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/strings/match.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include <arpa/inet.h>
@@ -86,7 +88,17 @@ Process::Process(std::vector<std::string> arguments, std::string log_path) : log
   RunOnSpawner([&] { pid_ = Spawn(argv, log_path_); });
 }
 
-Process::~Process() { Kill(); }
+Process::~Process() {
+  Kill();
+  // A killed process has no exit status that would tell of its sanitizer's reports.
+  const std::string log = Log();
+  for (const char* report : {"WARNING: ThreadSanitizer", "FATAL: ThreadSanitizer", "ERROR: AddressSanitizer",
+                             "ERROR: LeakSanitizer", "runtime error: "}) {
+    if (!absl::StrContains(log, report)) continue;
+    std::fputs(log.c_str(), stderr);
+    HW_CHECK(!"a sanitizer reported on a child process");
+  }
+}
 
 void Process::Signal(int signal_number) const {
   if (!status_.has_value()) kill(pid_, signal_number);

@@ -15,7 +15,7 @@ class Process {
  public:
   // Runs arguments[0] with stdout and stderr appended to `log_path`. The child dies with this process.
   Process(std::vector<std::string> arguments, std::string log_path);
-  // Kills it if it still runs.
+  // Kills it if it still runs. Ends the test program where the child's log holds a sanitizer's report.
   ~Process();
   Process(const Process&) = delete;
   Process& operator=(const Process&) = delete;

@@ -39,7 +39,7 @@ TEST(StartupTest, WrongFlagsAreNamed) {
     Process process({BinaryPath(binary), "--no_such_flag=1"}, log);
     const auto status = process.Wait(absl::Seconds(20));
     ASSERT_TRUE(status.has_value());
-    EXPECT_NE(*status, 0);
+    EXPECT_EQ(*status, 2);
     EXPECT_TRUE(absl::StrContains(process.Log(), "no_such_flag")) << process.Log();
   }
   ExpectEnds({BinaryPath("headwater"), "frobnicate"}, 2, "frobnicate");

@@ -87,7 +87,7 @@ class FakeService(prefill_pb2_grpc.PrefillServiceServicer, decode_pb2_grpc.Decod
     def CancelPrefill(self, request, context):
         if request.request_id == "gone":
             abort(context, grpc.StatusCode.NOT_FOUND, "UNKNOWN_REQUEST", "no request gone")
-        return prefill_pb2.CancelPrefillResponse(cancelled=request.request_id == "runs")
+        return prefill_pb2.CancelPrefillResponse(cancelled=(request.tenant, request.request_id) in (("", "runs"), ("acme", "theirs")))
 
     def Generate(self, request, context):
         self.requests.append(request)
@@ -255,6 +255,8 @@ class ClientTest(unittest.TestCase):
     def test_cancel_and_lists(self):
         self.assertTrue(self.client.cancel("runs"))
         self.assertFalse(self.client.cancel("ended"))
+        self.assertTrue(self.client.cancel("theirs", tenant="acme"))
+        self.assertFalse(self.client.cancel("theirs"))
         with self.assertRaises(HeadwaterError) as caught:
             self.client.cancel("gone")
         self.assertEqual(caught.exception.reason, "UNKNOWN_REQUEST")

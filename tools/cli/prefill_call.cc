@@ -73,8 +73,9 @@ absl::StatusOr<v1::PrefillCompleted> CallPrefill(
     SetDeadline(absl::Seconds(request.deadline().seconds()) + kDeadlineGrace, &context);
   }
   CancelCall cancel(stub.get(), request, &context);
-  const auto reader = stub->Prefill(&context, request);
+  // Before the call: from its start on there is something to cancel.
   const Interrupt::Scope scope(console.interrupt, [&cancel](int count) { cancel.OnInterrupt(count); });
+  const auto reader = stub->Prefill(&context, request);
   absl::StatusOr<v1::PrefillCompleted> result = absl::UnavailableError(
       absl::StrCat("the stream of request ", request.request_id(), " ended without a result"));
   bool has_result = false;
