@@ -57,7 +57,7 @@ class Scheduler {
   // Workers. The number that AddWorker returns names the stream in the other two calls; after WorkerClosed,
   // or once another stream has registered the same id, it means nothing and is ignored.
   absl::StatusOr<uint64_t> AddWorker(const v1::WorkerRegistration& registration,
-                                     std::shared_ptr<WorkerLink> link);
+                                     const std::shared_ptr<WorkerLink>& link);
   void OnWorkerMessage(uint64_t connection, const v1::ConnectRequest& message);
   void OnWorkerClosed(uint64_t connection);
 
@@ -138,7 +138,7 @@ class Scheduler {
   void CloseSession(Job& job, const absl::Status& status);
   void Complete(Job& job);
   void Fail(Job& job, const absl::Status& status);
-  void End(Job& job, std::shared_ptr<const v1::PrefillResponse> terminal, const absl::Status& status);
+  void End(Job& job, const std::shared_ptr<const v1::PrefillResponse>& terminal, const absl::Status& status);
   void ReleaseWorker(const std::string& worker_id, uint64_t serial);
   void LoseWorker(const std::string& worker_id, const absl::Status& why);
   void SetPhase(Job& job, JobPhase phase);

@@ -235,7 +235,7 @@ void Scheduler::Fail(Job& job, const absl::Status& status) {
   End(job, std::move(event), status);
 }
 
-void Scheduler::End(Job& job, std::shared_ptr<const v1::PrefillResponse> terminal,
+void Scheduler::End(Job& job, const std::shared_ptr<const v1::PrefillResponse>& terminal,
                     const absl::Status& status) {
   for (const Rank& rank : job.ranks) ReleaseWorker(rank.worker_id, job.serial);
   // Out of the queue, and out of the gauges.

@@ -19,7 +19,7 @@ double CountConnected(const ClusterState& cluster) {
 }  // namespace
 
 absl::StatusOr<uint64_t> Scheduler::AddWorker(const v1::WorkerRegistration& registration,
-                                              std::shared_ptr<WorkerLink> link) {
+                                              const std::shared_ptr<WorkerLink>& link) {
   HW_RETURN_IF_ERROR(CheckRegistration(registration));
   const std::string& id = registration.worker_id();
   if (const Worker* earlier = cluster_.FindWorker(id)) {

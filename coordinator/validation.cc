@@ -21,7 +21,7 @@ namespace {
 
 constexpr int32_t kMaxPriority = 100;
 constexpr uint32_t kMaxTopLogprobs = 20;
-constexpr int64_t kMaxDeadlineSeconds = 30 * 24 * 3600;
+constexpr int64_t kMaxDeadlineSeconds = int64_t{30} * 24 * 3600;
 constexpr int32_t kNanosPerSecond = 1'000'000'000;
 
 absl::Status Refuse(v1::ErrorReason reason, absl::string_view field, const std::string& value,

@@ -58,7 +58,7 @@ absl::Status CheckCache(const Model& model, const CommittedKv& kv) {
   HW_RETURN_IF_ERROR(check("num_layers", layout.num_layers(), config.num_layers));
   HW_RETURN_IF_ERROR(check("num_kv_heads", layout.num_kv_heads(), config.num_kv_heads));
   HW_RETURN_IF_ERROR(check("head_dim", layout.head_dim(), config.head_dim));
-  kernels::DType dtype;
+  kernels::DType dtype = kernels::DType::kF32;
   if (!ToDType(layout.dtype(), &dtype))
     return Mismatch("dtype", absl::StrCat(layout.dtype()), "f32, f16 or bf16");
   const auto num_tokens = static_cast<int64_t>(layout.num_tokens());
