@@ -4,7 +4,9 @@
     python3 tools/gen_wgmma.py > kernels/cuda/device/wgmma.cuh
 """
 
-HEAD = """// wgmma.mma_async m64nNk16, bf16 x bf16 -> f32 (PTX ISA 9.0, 9.7.15.5). Written by tools/gen_wgmma.py.
+HEAD = """// clang-format off
+//
+// wgmma.mma_async m64nNk16, bf16 x bf16 -> f32 (PTX ISA 9.0, 9.7.15.5). Written by tools/gen_wgmma.py.
 //
 // d: accumulators of this thread; `accumulate` 0 overwrites them. A: a matrix descriptor (K-major) or four registers.
 // B: a descriptor, K-major, or MN-major (the operand lies transposed in shared memory). Descriptors are given by their

@@ -1,3 +1,5 @@
+// clang-format off
+//
 // wgmma.mma_async m64nNk16, bf16 x bf16 -> f32 (PTX ISA 9.0, 9.7.15.5). Written by tools/gen_wgmma.py.
 //
 // d: accumulators of this thread; `accumulate` 0 overwrites them. A: a matrix descriptor (K-major) or four registers.
