@@ -2,7 +2,8 @@
 """Times Headwater's GPU attention and pattern search beside cuDNN, FlashAttention-3 and FlashPrefill V2, and checks all of
 them on the same inputs, in one process; appends rows to bench/results/attention.jsonl.
 
-    cmake --preset release -DHW_CUDA=ON -DHW_SERVICE=OFF && cmake --build --preset release --target headwater_kernels
+    cmake --preset release -DHW_CUDA=ON -DHW_SERVICE=OFF -DHW_CPU_KERNELS=OFF
+    cmake --build --preset release --target headwater_kernels
     PYTHONPATH=python python3 bench/attention_bench.py [--tokens 4096 16384 ...]
 
 cuDNN comes with torch. FA3 (flash_attn_3: Dao-AILab/flash-attention, hopper/) and V2 (flashprefill: qhfan/FlashPrefillv2,
