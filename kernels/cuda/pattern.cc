@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/cuda/check.h"
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/sm90/attention_params.h"
 #include "kernels/cuda/sm90/search_launch.h"
@@ -11,25 +12,10 @@
 namespace headwater::kernels {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kProbeBytes = int64_t{64} << 20;
 
-bool Misaligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 != 0; }
-
 Status Validate(const CudaSearchArgs& a) {
-  if (a.total_q <= 0 || a.total_k <= 0 || a.total_q > INT32_MAX || a.total_k > INT32_MAX) {
-    return InvalidArgument("total_q is " + std::to_string(a.total_q) + " and total_k " +
-                           std::to_string(a.total_k) + "; 1 to 2147483647 is wanted");
-  }
-  if (a.num_q_heads <= 0 || a.num_kv_heads <= 0 || a.num_q_heads % a.num_kv_heads != 0) {
-    return InvalidArgument(std::to_string(a.num_q_heads) + " query heads are not a multiple of " +
-                           std::to_string(a.num_kv_heads) + " KV heads");
-  }
-  if (a.num_q_heads / a.num_kv_heads > 8 || (a.head_dim != 64 && a.head_dim != 128)) {
-    return {StatusCode::kUnimplemented, "head_dim " + std::to_string(a.head_dim) + " with " +
-                                            std::to_string(a.num_q_heads / a.num_kv_heads) +
-                                            " query heads per KV head; 64 or 128 with 1 to 8 is known"};
-  }
+  HW_KERNELS_RETURN_IF_ERROR(CheckSizes(a.total_q, a.total_k, a.num_q_heads, a.num_kv_heads, a.head_dim));
   if (a.q == nullptr || a.k == nullptr || Misaligned(a.q) || Misaligned(a.k)) {
     return InvalidArgument("q or k is null or not 16-byte aligned");
   }

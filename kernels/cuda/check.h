@@ -1,0 +1,36 @@
+// Checks that the GPU operations share.
+#ifndef HW_KERNELS_CUDA_CHECK_H_
+#define HW_KERNELS_CUDA_CHECK_H_
+
+#include <cstdint>
+
+#include "kernels/status.h"
+
+namespace headwater::kernels {
+
+inline constexpr double kLog2E = 1.4426950408889634;
+
+inline bool Misaligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 != 0; }
+
+// Sizes of q [total_q, num_q_heads, head_dim] and k [total_k, num_kv_heads, head_dim].
+inline Status CheckSizes(int64_t total_q, int64_t total_k, int32_t num_q_heads, int32_t num_kv_heads,
+                         int32_t head_dim) {
+  if (total_q <= 0 || total_k <= 0 || total_q > INT32_MAX || total_k > INT32_MAX) {
+    return InvalidArgument("total_q is " + std::to_string(total_q) + " and total_k " +
+                           std::to_string(total_k) + "; 1 to 2147483647 is wanted");
+  }
+  if (num_q_heads <= 0 || num_kv_heads <= 0 || num_q_heads % num_kv_heads != 0) {
+    return InvalidArgument(std::to_string(num_q_heads) + " query heads are not a multiple of " +
+                           std::to_string(num_kv_heads) + " KV heads");
+  }
+  if (num_q_heads / num_kv_heads > 8 || (head_dim != 64 && head_dim != 128)) {
+    return {StatusCode::kUnimplemented, "head_dim " + std::to_string(head_dim) + " with " +
+                                            std::to_string(num_q_heads / num_kv_heads) +
+                                            " query heads per KV head; 64 or 128 with 1 to 8 is known"};
+  }
+  return {};
+}
+
+}  // namespace headwater::kernels
+
+#endif  // HW_KERNELS_CUDA_CHECK_H_
