@@ -16,6 +16,9 @@ constexpr int64_t kSectionBytes = int64_t{32} << 20;
 
 Status Validate(const CudaAttentionArgs& a) {
   HW_KERNELS_RETURN_IF_ERROR(CheckSizes(a.total_q, a.total_k, a.num_q_heads, a.num_kv_heads, a.head_dim));
+  if (a.query_position != CudaAttentionArgs::kBottomRightAligned) {
+    HW_KERNELS_RETURN_IF_ERROR(CheckPosition(a.query_position, a.total_q));
+  }
   if (a.q == nullptr || a.k == nullptr || a.v == nullptr || (a.out == nullptr && a.out_f32 == nullptr)) {
     return InvalidArgument("q, k, v or both outputs are null");
   }
@@ -98,9 +101,8 @@ int64_t MaxTiles(const CudaAttentionArgs& args, const Plan& plan) {
   return args.total_q / plan.tile_positions + args.num_sequences;
 }
 
-// Layout of the workspace in bytes.
+// Layout of the workspace in bytes; next_tile, long_tile_count and total_blocks come first.
 struct WorkspaceLayout {
-  size_t counters = 0;  // next_tile, long_tile_count, total_blocks
   size_t tile_begin = 16, single_q, single_k, long_tiles, end;
 
   WorkspaceLayout(const CudaAttentionArgs& args, const Plan& plan) {

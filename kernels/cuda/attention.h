@@ -21,8 +21,9 @@ struct CudaBlockLists {
   int32_t num_lists = 0;             // 0: no lists (dense); else num_kv_heads or num_q_heads
   const int32_t* counts = nullptr;   // [num_lists * tiles]; -1: every causal block
   const int64_t* offsets = nullptr;  // [num_lists * tiles] first entry in `blocks`
-  // Ascending, without repeats, none past the tile's last visible key: ValidateBlockLists() checks. Other
-  // entries are memory-safe, but what rows of that tile get is undefined.
+  // Ascending, without repeats, none past the tile's last visible key (headwater.ops.BlockIndex.validate()
+  // checks that). Other entries are memory-safe, but what rows of that tile get is undefined; offsets and
+  // counts that leave the arrays are not.
   const int32_t* blocks = nullptr;
 };
 

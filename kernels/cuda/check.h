@@ -31,6 +31,16 @@ inline Status CheckSizes(int64_t total_q, int64_t total_k, int32_t num_q_heads, 
   return {};
 }
 
+// Positions of queries among the keys, so that position + row stays in 32 bits, rows past the end of a tile
+// included.
+inline Status CheckPosition(int32_t query_position, int64_t total_q) {
+  constexpr int64_t kTileRows = 256;
+  const int64_t most = INT32_MAX - kTileRows - total_q;
+  if (query_position >= -INT32_MAX && query_position <= most) return {};
+  return InvalidArgument("query_position is " + std::to_string(query_position) + "; -2147483647 to " +
+                         std::to_string(most) + " is wanted");
+}
+
 }  // namespace headwater::kernels
 
 #endif  // HW_KERNELS_CUDA_CHECK_H_

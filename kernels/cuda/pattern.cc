@@ -16,6 +16,9 @@ constexpr int64_t kProbeBytes = int64_t{64} << 20;
 
 Status Validate(const CudaSearchArgs& a) {
   HW_KERNELS_RETURN_IF_ERROR(CheckSizes(a.total_q, a.total_k, a.num_q_heads, a.num_kv_heads, a.head_dim));
+  if (a.query_position != CudaAttentionArgs::kBottomRightAligned) {
+    HW_KERNELS_RETURN_IF_ERROR(CheckPosition(a.query_position, a.total_q));
+  }
   if (a.q == nullptr || a.k == nullptr || Misaligned(a.q) || Misaligned(a.k)) {
     return InvalidArgument("q or k is null or not 16-byte aligned");
   }

@@ -35,8 +35,8 @@ struct CudaSearchArgs {
   int64_t* offsets = nullptr;  // [num_kv_heads * tiles]
   int32_t* blocks = nullptr;   // [capacity]
   int64_t capacity = 0;        // 16 a tile is usual; a tile that finds no room goes dense
-  // Device memory, written: entries of `blocks` used, and tiles that went dense for
-  // want of room in it.
+  // Device memory, written: entries of `blocks` asked for (over capacity where some found no room), and tiles
+  // that went dense for want of room.
   uint64_t* used = nullptr;
   uint32_t* overflows = nullptr;
 };
@@ -48,7 +48,8 @@ int64_t CudaSearchTiles(const CudaSearchArgs& args);
 size_t CudaSearchWorkspaceBytes(const CudaSearchArgs& args);
 
 // Finds the block lists: sm90/search_kernel.cuh has the rule. Enqueues on `stream`, no host synchronisation;
-// same lifetimes and errors as CudaAttention(). Deterministic but for the order of lists within `blocks`.
+// same lifetimes and errors as CudaAttention(). Deterministic but for the order of lists within `blocks`,
+// and, where there is not room for all, for which tiles go dense.
 //
 // Cost: one read of q and k, and 2 * head_dim FLOP per (probe, block).
 Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t workspace_bytes,

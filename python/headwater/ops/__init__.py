@@ -29,8 +29,8 @@ MIN_SPARSE_TOKENS = 8192
 @dataclass
 class BlockIndex:
     """Key blocks of 128 per query tile. Segment (list, tile) is number list * tiles + tile; tiles of a sequence start at its
-    first query and hold 128 // (query heads / lists) positions. Held to be valid once validate() or select_blocks() made
-    it so."""
+    first query and hold 128 // (query heads / lists) positions. The kernel trusts an index: prefill_attention() takes one
+    only for the lengths that it was validated (or made by select_blocks()) for."""
 
     num_lists: int  # the number of KV heads or of query heads
     tiles: int  # of one list
@@ -39,7 +39,7 @@ class BlockIndex:
     offsets: torch.Tensor  # int64 [num_lists * tiles] its first entry in blocks
     blocks: torch.Tensor  # int32, ascending within a segment
     overflows: Optional[torch.Tensor] = None  # uint32 [1] tiles that went dense for want of room
-    validated: bool = field(default=False, repr=False)
+    validated: Optional[Tuple[int, int]] = field(default=None, repr=False)  # (q_len, kv_len) that it holds for
 
     def visible_blocks(self, q_len: int, kv_len: int) -> torch.Tensor:
         """int64 [tiles]: blocks that the last query of each tile can see, bottom-right aligned. One sequence."""
@@ -57,8 +57,23 @@ class BlockIndex:
         visible = self.visible_blocks(q_len, kv_len).sum() * self.num_lists
         return float(self.listed(q_len, kv_len).sum() / visible)
 
+    def check_shape(self, q_len: int, q_heads: int, kv_heads: int, device: torch.device) -> None:
+        """ValueError where the arrays are not those of q_len queries of so many heads on that device."""
+        if self.num_lists not in (kv_heads, q_heads) or q_heads % self.num_lists:
+            raise ValueError(f"num_lists is {self.num_lists}; {kv_heads} (KV heads) or {q_heads} (query heads) is wanted")
+        positions = 128 // (q_heads // self.num_lists)
+        tiles = -(-q_len // positions)
+        if (self.tile_positions, self.tiles) != (positions, tiles):
+            raise ValueError(f"the index has {self.tiles} tiles of {self.tile_positions} positions; {tiles} of {positions} are "
+                             f"wanted for {q_len} queries")
+        for name, dtype in (("counts", torch.int32), ("offsets", torch.int64), ("blocks", torch.int32)):
+            tensor = getattr(self, name)
+            if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+                raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; contiguous {dtype} on {device} is wanted")
+
     def validate(self, q_len: int, kv_len: int) -> None:
-        """ValueError names the first segment whose list is not ascending or leaves the range. Synchronises."""
+        """Of one sequence. ValueError names the first segment whose list is not ascending or leaves the range.
+        Synchronises."""
         counts = self.counts.long().clamp(min=0)
         if self.counts.numel() != self.num_lists * self.tiles or self.offsets.numel() != self.counts.numel():
             raise ValueError(f"{self.counts.numel()} counts and {self.offsets.numel()} offsets for {self.num_lists} lists of "
@@ -79,12 +94,12 @@ class BlockIndex:
             at = int(wrong.nonzero()[0])
             raise ValueError(f"segment {int(segment[at])}: block {int(entries[at])} at place {int(place[at])} is not above the "
                              f"one before it, or not below {int(visible[at])}")
-        self.validated = True
+        self.validated = (q_len, kv_len)
 
 
 @dataclass
 class AttentionInfo:
-    policy: str  # that ran: "dense" also where "probe" was asked for and dense is as fast
+    policy: str  # that ran: "dense" (also where "probe" was asked for and dense is as fast), "probe" or "index"
     index: Optional[BlockIndex] = None
     lse_ln: Optional[torch.Tensor] = None  # f32 [tokens, query heads], where asked for
 
@@ -95,6 +110,10 @@ def _check(name: str, tensor: torch.Tensor, like: Optional[torch.Tensor] = None)
                          f"three dimensions is wanted")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, q on {like.device}")
+
+
+def _scale(given: Optional[float], q: torch.Tensor) -> float:
+    return 1 / math.sqrt(q.shape[2]) if given is None else given
 
 
 def _stream(tensor: torch.Tensor) -> int:
@@ -116,9 +135,11 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, *, threshold: float = 0.18, 
     device = q.device
     args = library.SearchArgs(
         q=q.data_ptr(), k=k.data_ptr(), total_q=q.shape[0], total_k=k.shape[0], num_q_heads=q.shape[1],
-        num_kv_heads=k.shape[1], head_dim=q.shape[2], softmax_scale=softmax_scale or 1 / math.sqrt(q.shape[2]),
+        num_kv_heads=k.shape[1], head_dim=q.shape[2], softmax_scale=_scale(softmax_scale, q),
         query_position=library.BOTTOM_RIGHT, threshold=threshold, sink_blocks=sink_blocks, window_blocks=window_blocks,
         dense_last_tokens=dense_last_tokens)
+    if blocks_per_tile < 1:
+        raise ValueError(f"blocks_per_tile is {blocks_per_tile}; at least 1 is wanted")
     positions = 128 // max(1, q.shape[1] // max(1, k.shape[1]))
     tiles = -(-q.shape[0] // positions)
     segments = tiles * k.shape[1]
@@ -132,7 +153,8 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, *, threshold: float = 0.18, 
         args.used, args.overflows, args.capacity = used.data_ptr(), overflows.data_ptr(), blocks.numel()
         workspace = torch.empty(lib.search_workspace_bytes(args), dtype=torch.uint8, device=device)
         lib.select_blocks(args, workspace.data_ptr(), workspace.numel(), _stream(q))
-    return BlockIndex(k.shape[1], tiles, positions, counts, offsets, blocks, overflows, validated=True)
+    return BlockIndex(k.shape[1], tiles, positions, counts, offsets, blocks, overflows,
+                      validated=(q.shape[0], k.shape[0]))
 
 
 def prefill_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, policy: str = "dense",
@@ -143,8 +165,8 @@ def prefill_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, poli
     """Causal attention, bottom-right aligned where k is longer than q. Returns (out, info).
 
     cu_seqlens: int32 [sequences + 1] on the device, for several sequences laid one after the other; cu_seqlens_k: of the
-    keys, where they differ. index: block lists to use; checked once (which synchronises). policy "probe" searches them
-    (one sequence); `search` goes to select_blocks().
+    keys, where they differ. index: block lists to use instead of a policy's; checked once (which synchronises). policy
+    "probe" searches them, from MIN_SPARSE_TOKENS keys on (info.policy says what ran); `search` goes to select_blocks().
     """
     _check("q", q)
     for name, tensor in (("k", k), ("v", v)):
@@ -155,12 +177,17 @@ def prefill_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, poli
         raise ValueError(f"policy '{policy}' is not one of {', '.join(POLICIES)}")
     if search and policy != "probe":
         raise ValueError(f"{', '.join(search)}: only policy 'probe' takes them")
-    if policy == "probe" and index is None and k.shape[0] >= MIN_SPARSE_TOKENS:
-        if cu_seqlens is not None:
-            raise NotImplementedError("policy 'probe' takes one sequence")
-        index = select_blocks(q, k, softmax_scale=softmax_scale, **search)
-    if index is not None and not index.validated:
-        index.validate(q.shape[0], k.shape[0])
+    if index is not None and policy != "dense":
+        raise ValueError(f"an index is given and policy '{policy}' would search another")
+    if cu_seqlens is not None and (index is not None or policy != "dense"):
+        raise NotImplementedError("block lists of several sequences: only policy 'dense' without an index takes cu_seqlens")
+    ran = "dense" if index is None else "index"
+    if policy == "probe" and k.shape[0] >= MIN_SPARSE_TOKENS:
+        index, ran = select_blocks(q, k, softmax_scale=softmax_scale, **search), policy
+    if index is not None:
+        index.check_shape(q.shape[0], q.shape[1], k.shape[1], q.device)
+        if index.validated != (q.shape[0], k.shape[0]):
+            index.validate(q.shape[0], k.shape[0])
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens
     lib = library.load()
@@ -172,7 +199,7 @@ def prefill_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, poli
     args = library.AttentionArgs(
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), lse_ln=lse.data_ptr() if return_lse else None,
         total_q=q.shape[0], total_k=k.shape[0], num_q_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2],
-        softmax_scale=softmax_scale or 1 / math.sqrt(q.shape[2]), num_sequences=1, query_position=library.BOTTOM_RIGHT)
+        softmax_scale=_scale(softmax_scale, q), num_sequences=1, query_position=library.BOTTOM_RIGHT)
     if cu_seqlens is not None:
         for offsets in (cu_seqlens, cu_seqlens_k):
             if offsets.dtype != torch.int32 or not offsets.is_cuda or offsets.numel() != cu_seqlens.numel():
@@ -185,4 +212,4 @@ def prefill_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, poli
     with torch.cuda.device(q.device):
         workspace = torch.empty(max(16, lib.attention_workspace_bytes(args)), dtype=torch.uint8, device=q.device)
         lib.attention(args, workspace.data_ptr(), workspace.numel(), _stream(q))
-    return out, AttentionInfo("dense" if index is None else policy if policy != "dense" else "index", index, lse)
+    return out, AttentionInfo(ran, index, lse)

@@ -67,6 +67,8 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"scale_infinite", [](auto* a) { a->softmax_scale = std::numeric_limits<float>::infinity(); },
              kBad, "softmax_scale"},
         Case{"kv_shorter_than_q", [](auto* a) { a->total_k = 99; }, kBad, "kv_len 99 is less than q_len 100"},
+        Case{"position_overflows", [](auto* a) { a->query_position = INT32_MAX; }, kBad,
+             "to 2147483291 is wanted"},
         Case{"sequences_without_offsets", [](auto* a) { a->num_sequences = 2; }, kBad, "cu_seqlens"},
         Case{"one_offset_array", [](auto* a) { a->cu_seqlens_q = static_cast<int32_t*>(kAligned); }, kBad,
              "cu_seqlens"},

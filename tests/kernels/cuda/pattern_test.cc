@@ -66,6 +66,8 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"negative_sink", [](auto* a) { a->sink_blocks = -1; }, kBad, "sink_blocks -1"},
         Case{"scale", [](auto* a) { a->softmax_scale = -1; }, kBad, "softmax_scale"},
         Case{"kv_shorter_than_q", [](auto* a) { a->total_k = 99; }, kBad, "kv_len 99"},
+        Case{"position_overflows", [](auto* a) { a->query_position = INT32_MAX; }, kBad,
+             "to 2147483291 is wanted"},
         Case{"too_long", [](auto* a) { a->total_q = a->total_k = 100'000'000; }, StatusCode::kUnimplemented,
              "kv_len 100000000 is over 83886080"}),
     [](const auto& test) { return test.param.name; });
