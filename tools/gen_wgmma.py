@@ -53,9 +53,9 @@ def function(n: int, registers: bool, mn_major: bool) -> str:
 
 def main() -> None:
     print(HEAD)
-    for n in (64, 128):
+    for n in (64, 128, 160):
         print(f"template <>\nstruct Wgmma<{n}> {{")
-        print(function(n, False, False) + function(n, True, True), end="")
+        print(function(n, False, False) + (function(n, True, True) if n <= 128 else ""), end="")
         print("};\n")
     print("}  // namespace headwater::kernels::device")
 

@@ -53,15 +53,16 @@ Status Validate(const CudaAttentionArgs& a) {
 }
 
 struct Plan {
-  int32_t tile_rows, pack, tile_positions, num_heads, heads_per_kv_head, section_heads;
+  sm90::AttentionTile tile;
+  int32_t pack, tile_positions, num_heads, heads_per_kv_head, section_heads;
 };
 
 Plan MakePlan(const CudaAttentionArgs& a) {
   Plan plan;
   const bool has_lists = a.lists.num_lists != 0;
-  plan.tile_rows = sm90::AttentionTileRows(a.head_dim, has_lists);
+  plan.tile = sm90::TileFor(a.head_dim, has_lists, a.total_k / a.num_sequences);
   plan.pack = a.num_q_heads / (has_lists ? a.lists.num_lists : a.num_kv_heads);
-  plan.tile_positions = plan.tile_rows / plan.pack;
+  plan.tile_positions = plan.tile.rows / plan.pack;
   plan.num_heads = a.num_q_heads / plan.pack;
   plan.heads_per_kv_head = plan.num_heads / a.num_kv_heads;
   const int64_t head_bytes = a.total_k / a.num_sequences * a.head_dim * 4;
@@ -85,7 +86,7 @@ Status MakeMaps(const CudaAttentionArgs& a, const Plan& plan, sm90::AttentionMap
   const auto keys = [&](const void* base, CUtensorMap* map) {
     return MakeTensorMap(base,
                          {{64, 2, 64},
-                          {a.total_k, a.num_kv_heads * row, sm90::kBlockKeys},
+                          {a.total_k, a.num_kv_heads * row, plan.tile.keys},
                           {a.num_kv_heads * panels, 128, static_cast<int32_t>(panels)}},
                          map);
   };
@@ -140,6 +141,7 @@ Status CudaAttention(const CudaAttentionArgs& args, void* workspace, size_t work
   sm90::AttentionMaps maps;
   HW_KERNELS_RETURN_IF_ERROR(MakeMaps(args, plan, &maps));
 
+  const bool has_lists = args.lists.num_lists != 0;
   auto* const bytes = static_cast<char*>(workspace);
   const auto words = [&](size_t at) { return reinterpret_cast<int32_t*>(bytes + at); };
   sm90::AttentionParams p{};
@@ -169,7 +171,6 @@ Status CudaAttention(const CudaAttentionArgs& args, void* workspace, size_t work
     p.long_tile_count = words(4);
     p.total_blocks = reinterpret_cast<const int64_t*>(bytes + 8);
   }
-  const bool has_lists = args.lists.num_lists != 0;
   const sm90::TilePrefixParams prefix{args.cu_seqlens_q,
                                       args.num_sequences,
                                       plan.tile_positions,
@@ -185,8 +186,7 @@ Status CudaAttention(const CudaAttentionArgs& args, void* workspace, size_t work
   if (has_lists) {
     HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchLongTiles(p, MaxTiles(args, plan), stream));
   }
-  HW_KERNELS_RETURN_IF_CUDA_ERROR(
-      sm90::LaunchAttention(maps, p, args.head_dim, plan.tile_rows, num_sms, stream));
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchAttention(maps, p, args.head_dim, plan.tile, num_sms, stream));
   return {};
 }
 

@@ -43,6 +43,18 @@ __device__ __forceinline__ bool BarrierTryWait(uint32_t barrier, uint32_t parity
       : "memory");
   return done != 0;
 }
+// Whether the phase of that parity has completed; does not wait.
+__device__ __forceinline__ bool BarrierTestWait(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{.reg .pred p;\n"
+      " mbarrier.test_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
+      " selp.u32 %0, 1, 0, p;}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
 // Returns once the phase of that parity has completed; a fresh barrier counts as having completed parity 1.
 __device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
   while (!BarrierTryWait(barrier, parity)) {

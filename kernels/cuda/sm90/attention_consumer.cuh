@@ -18,6 +18,7 @@ __device__ __forceinline__ int Uniform(int value) { return __shfl_sync(~0u, valu
 template <class Traits>
 struct Consumer {
   static constexpr int kOut = Traits::kHeadDim / 2;  // output registers of a thread
+  static constexpr int kScores = Traits::kKeys / 2;  // and those of its scores
   using Shared = typename Traits::Shared;
 
   Shared& shared;
@@ -47,24 +48,24 @@ struct Consumer {
   }
 
   // Issues S = Q K^T for the K in `stage`.
-  __device__ __forceinline__ void IssueScores(float (&s)[64], uint32_t q, int stage) {
-    constexpr uint32_t kQPanel = Traits::kRows * 128 / 16, kKPanel = kBlockKeys * 128 / 16;
+  __device__ __forceinline__ void IssueScores(float (&s)[kScores], uint32_t q, int stage) {
+    constexpr uint32_t kQPanel = Traits::kRows * 128 / 16, kKPanel = Traits::kKeys * 128 / 16;
     WgmmaFence();
 #pragma unroll
     for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
-      Wgmma<128>::SsKMajor(s, q + (k >> 2) * kQPanel + (k & 3) * 2,
-                           k_descriptor + stage * (Traits::kKvBytes / 16) + (k >> 2) * kKPanel + (k & 3) * 2,
-                           k > 0);
+      Wgmma<Traits::kKeys>::SsKMajor(
+          s, q + (k >> 2) * kQPanel + (k & 3) * 2,
+          k_descriptor + stage * (Traits::kKvBytes / 16) + (k >> 2) * kKPanel + (k & 3) * 2, k > 0);
     }
     WgmmaCommit();
   }
 
   // Issues O (+)= P V for the V in `stage`.
-  __device__ __forceinline__ void IssueValues(float (&o)[kOut], const uint32_t (&weights)[32], int stage,
-                                              int accumulate) {
+  __device__ __forceinline__ void IssueValues(float (&o)[kOut], const uint32_t (&weights)[kScores / 2],
+                                              int stage, int accumulate) {
     WgmmaFence();
 #pragma unroll
-    for (int k = 0; k < kBlockKeys / 16; ++k) {
+    for (int k = 0; k < Traits::kKeys / 16; ++k) {
       Wgmma<Traits::kHeadDim>::RsMnMajor(
           o, weights + 4 * k, v_descriptor + stage * (Traits::kKvBytes / 16) + k * 128, k > 0 || accumulate);
     }
@@ -74,11 +75,11 @@ struct Consumer {
   // Only a tile's first block can reach past its sequence. What lies there is another sequence's: P is 0, but
   // 0 * NaN is not. Both consumers write the same zeros.
   __device__ __forceinline__ void ZeroTail(const TileInfo& info, int stage) {
-    const int rows = info.kv_len - info.masked_block[0] * kBlockKeys;
-    if (p.num_sequences == 1 || Uniform(rows >= kBlockKeys)) return;
-    for (int i = thread; i < (kBlockKeys - rows) * Traits::kPanels * 8; i += 128) {
+    const int rows = info.kv_len - info.masked_block[0] * Traits::kKeys;
+    if (p.num_sequences == 1 || Uniform(rows >= Traits::kKeys)) return;
+    for (int i = thread; i < (Traits::kKeys - rows) * Traits::kPanels * 8; i += 128) {
       const int row = rows + i / (Traits::kPanels * 8), chunk = i % (Traits::kPanels * 8);
-      *reinterpret_cast<uint4*>(shared.v[stage] + (chunk >> 3) * kBlockKeys * 128 + row * 128 +
+      *reinterpret_cast<uint4*>(shared.v[stage] + (chunk >> 3) * Traits::kKeys * 128 + row * 128 +
                                 (chunk & 7) * 16) = make_uint4(0, 0, 0, 0);
     }
     FenceAsync();
@@ -109,11 +110,14 @@ struct Consumer {
       }
     }
     const bool whole = info.position + p.tile_positions <= info.q_len;
-    if (p.store_by_map && whole) {
-      StoreByMap(info, o);
-    } else {
-      StoreRows(info, o);
+    if constexpr (Traits::kOutBytes > 0) {
+      if (p.store_by_map && whole) {
+        StoreByMap(info, o);
+        StoreLse(info, state);
+        return;
+      }
     }
+    StoreRows(info, o);
     StoreLse(info, state);
   }
 
@@ -203,23 +207,24 @@ struct Consumer {
 
   // What a thread carries through the stream of steps.
   struct Registers {
-    float s[64];           // scores, then weights in f32
-    uint32_t weights[32];  // in bf16, of the step whose values come next
+    float s[kScores];               // scores
+    uint32_t weights[kScores / 2];  // in bf16, of the step whose values come next
     float o[kOut];
     RowState state;
     RowLimits limits;  // of the tile in `slot`
     int slot;
-    uint32_t q;  // descriptor of its Q
+    uint32_t q;       // descriptor of its Q
+    bool key_landed;  // K of the next step has; asked early, since the answer takes its time
   };
 
-  __device__ __forceinline__ void MaskStep(Registers& t, int step) {
-    const int key = shared.tiles[t.slot].masked_block[step] * kBlockKeys;
-    if (Uniform(key + kBlockKeys - 1 > t.limits.first_row)) Mask(t.s, key, t.limits);
+  // Whether K of the step to come has landed.
+  __device__ __forceinline__ bool KeyLanded() const {
+    return BarrierTestWait(SharedAddress(&shared.k_full[keys % Traits::kStages]), keys / Traits::kStages & 1);
   }
 
-  __device__ __forceinline__ void PackWeights(Registers& t) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) t.weights[i] = PackBf16(t.s[2 * i], t.s[2 * i + 1]);
+  __device__ __forceinline__ void MaskStep(Registers& t, int step) {
+    const int key = shared.tiles[t.slot].masked_block[step] * Traits::kKeys;
+    if (Uniform(key + Traits::kKeys - 1 > t.limits.first_row)) Mask(t.s, key, t.limits);
   }
 
   // The stream's first scores have nothing to hide behind.
@@ -235,9 +240,8 @@ struct Consumer {
     MaskStep(t, 0);
     t.state.Reset();
     float factor[2];
-    ShiftScores(t.s, p.scale_log2, &t.state, factor);
-    Exponentiate(t.s, &t.state);
-    PackWeights(t);
+    MoveShift(t.s, p.scale_log2, &t.state, factor);
+    Weigh(t.s, p.scale_log2, &t.state, t.weights);
   }
 
   // Scores of the next step and values of this one. kBoundary: the scores begin the tile in `next_slot`, the
@@ -248,7 +252,7 @@ struct Consumer {
     const int values = keys - 1;  // V runs one behind K
     const int k_stage = keys % Traits::kStages, v_stage = values % Traits::kStages;
     const uint32_t q = Uniform(t.q);
-    BarrierWait(SharedAddress(&shared.k_full[k_stage]), keys / Traits::kStages & 1);
+    if (!t.key_landed) BarrierWait(SharedAddress(&shared.k_full[k_stage]), keys / Traits::kStages & 1);
     TakeTurn();
     IssueScores(t.s, q, k_stage);
     BarrierWait(SharedAddress(&shared.v_full[v_stage]), values / Traits::kStages & 1);
@@ -264,11 +268,11 @@ struct Consumer {
     }
     WgmmaWait<1>();
     Release(&shared.k_empty[k_stage]);
+    PassTurn();
     if constexpr (kMasked) MaskStep(t, step);
     float factor[2];
-    const bool moved = ShiftScores(t.s, p.scale_log2, &t.state, factor);
-    PassTurn();
-    Exponentiate(t.s, &t.state);
+    const bool moved = MoveShift(t.s, p.scale_log2, &t.state, factor);
+    t.key_landed = KeyLanded();
     WgmmaWait<0>();
     Release(&shared.v_empty[v_stage]);
     if constexpr (kBoundary) {
@@ -279,11 +283,12 @@ struct Consumer {
 #pragma unroll
       for (int i = 0; i < kOut; ++i) t.o[i] *= factor[i >> 1 & 1];
     }
-    PackWeights(t);
+    Weigh(t.s, p.scale_log2, &t.state, t.weights);
   }
 
   __device__ __forceinline__ void Run() {
     Registers t;
+    t.key_landed = false;
     t.slot = NextTile();
     if (t.slot == kNoMoreTiles) return;
     t.limits = Limits(shared.tiles[t.slot]);

@@ -90,7 +90,7 @@ struct Producer {
         for (int step = 0; step < steps; ++step) {
           const int next =
               step + 1 < steps ? info.Block(step + 1) : 0;  // in flight while stages are waited for
-          const int token = begin + block * kBlockKeys;
+          const int token = begin + block * Traits::kKeys;
           LoadKey(token, panel);
           if (keys > 1) LoadValue();
           value_token = token;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                               static_cast<int>(threadIdx.x & 127),
                               DescriptorLow(SharedAddress(shared.q[0]) + warpgroup * 8192, 16),
                               DescriptorLow(SharedAddress(shared.k[0]), 16),
-                              DescriptorLow(SharedAddress(shared.v[0]), kBlockKeys * 128)};
+                              DescriptorLow(SharedAddress(shared.v[0]), Traits::kKeys * 128)};
     // The first turn is consumer 0's.
     if (warpgroup == Traits::kConsumers - 1) consumer.PassTurn();
     consumer.Run();

@@ -4,6 +4,9 @@
 namespace headwater::kernels::sm90 {
 namespace {
 
+// From here on wide steps save more (fewer barriers and turns a key) than they lose on the diagonal.
+constexpr int64_t kLongKeys = 65536;
+
 template <class Traits>
 cudaError_t Launch(const AttentionMaps& maps, const AttentionParams& params, int num_sms,
                    cudaStream_t stream) {
@@ -59,7 +62,7 @@ __global__ void __launch_bounds__(1024) TilePrefixKernel(const TilePrefixParams 
 __device__ __forceinline__ int64_t BlocksOf(const AttentionParams& p, int64_t number, int tiles) {
   const TilePlace place = PlaceOf(p, number, tiles);
   const int count = p.list_counts[SegmentOf(p, place, tiles)];
-  return count != kDenseSegment ? count : DescribeTile(p, place, tiles, 1).num_blocks;
+  return count != kDenseSegment ? count : DescribeTile<kBlockKeys>(p, place, tiles, 1).num_blocks;
 }
 
 __global__ void __launch_bounds__(256) TotalBlocksKernel(const AttentionParams p) {
@@ -95,13 +98,18 @@ cudaError_t LaunchLongTiles(const AttentionParams& params, int64_t max_tiles, cu
   return cudaGetLastError();
 }
 
-int AttentionTileRows(int head_dim, bool has_lists) { return head_dim == 64 && !has_lists ? 192 : 128; }
+AttentionTile TileFor(int head_dim, bool has_lists, int64_t kv_len) {
+  if (has_lists) return {128, kBlockKeys};
+  if (head_dim == 64) return {192, 128};
+  return {128, kv_len >= kLongKeys ? 160 : 128};
+}
 
 cudaError_t LaunchAttention(const AttentionMaps& maps, const AttentionParams& params, int head_dim,
-                            int tile_rows, int num_sms, cudaStream_t stream) {
-  if (head_dim == 128) return Launch<AttentionTraits<128, 2>>(maps, params, num_sms, stream);
-  if (tile_rows == 192) return Launch<AttentionTraits<64, 3>>(maps, params, num_sms, stream);
-  return Launch<AttentionTraits<64, 2>>(maps, params, num_sms, stream);
+                            AttentionTile tile, int num_sms, cudaStream_t stream) {
+  if (tile.keys == 160) return Launch<AttentionTraits<128, 2, 160>>(maps, params, num_sms, stream);
+  if (head_dim == 128) return Launch<AttentionTraits<128, 2, 128>>(maps, params, num_sms, stream);
+  if (tile.rows == 192) return Launch<AttentionTraits<64, 3, 128>>(maps, params, num_sms, stream);
+  return Launch<AttentionTraits<64, 2, 128>>(maps, params, num_sms, stream);
 }
 
 cudaError_t LaunchTilePrefix(const TilePrefixParams& params, cudaStream_t stream) {

@@ -13,11 +13,13 @@ struct AttentionMaps {
   CUtensorMap q, k, v, out;
 };
 
-// Rows of a tile for a head size: 128 for lists (and d = 128), 192 for dense d = 64.
-int AttentionTileRows(int head_dim, bool has_lists);
+struct AttentionTile {
+  int32_t rows, keys;  // query rows of a tile, and keys of a step
+};
+AttentionTile TileFor(int head_dim, bool has_lists, int64_t kv_len);
 
 cudaError_t LaunchAttention(const AttentionMaps& maps, const AttentionParams& params, int head_dim,
-                            int tile_rows, int num_sms, cudaStream_t stream);
+                            AttentionTile tile, int num_sms, cudaStream_t stream);
 
 struct TilePrefixParams {
   const int32_t* cu_q;  // null: one sequence, of total_q and total_k tokens

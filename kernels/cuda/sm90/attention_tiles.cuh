@@ -35,6 +35,7 @@ __device__ __forceinline__ bool IsLong(int64_t blocks, int64_t total_blocks, int
   return blocks > 32 && blocks * segments > 8 * total_blocks;
 }
 
+template <int kKeys>
 __device__ inline TileInfo DescribeTile(const AttentionParams& p, const TilePlace& place, int tiles,
                                         int head_panels) {
   TileInfo info;
@@ -57,7 +58,7 @@ __device__ inline TileInfo DescribeTile(const AttentionParams& p, const TilePlac
   info.key_of_row = p.q_position == kBottomRight ? info.kv_len - info.q_len : p.q_position;
   const int last_row = min(info.position + p.tile_positions, info.q_len) - 1;
   const int visible = min(info.kv_len, last_row + info.key_of_row + 1);
-  info.num_blocks = visible <= 0 ? 0 : (visible + kBlockKeys - 1) / kBlockKeys;
+  info.num_blocks = visible <= 0 ? 0 : (visible + kKeys - 1) / kKeys;
   info.blocks = nullptr;
   if (p.list_counts != nullptr) {
     const int64_t segment = SegmentOf(p, place, tiles);
@@ -87,7 +88,7 @@ __device__ inline void Schedule(typename Traits::Shared& shared, const Attention
     TileInfo info;
     info.num_blocks = kNoMoreTiles;
     if (number < count) {
-      info = DescribeTile(p, PlaceOf(p, number, tiles), tiles, Traits::kPanels);
+      info = DescribeTile<Traits::kKeys>(p, PlaceOf(p, number, tiles), tiles, Traits::kPanels);
       if (long_tiles > 0 && !is_long && IsLong(info.num_blocks, *p.total_blocks, count))
         continue;  // done already
     }

@@ -33,29 +33,32 @@ struct TileInfo {
 };
 inline constexpr int32_t kNoMoreTiles = -1;
 
-// kHeadDim 64 or 128; kConsumers warpgroups of 64 rows each.
-template <int kHeadDim_, int kConsumers_>
+// kHeadDim 64 or 128; kConsumers warpgroups of 64 rows each; kKeys a step.
+template <int kHeadDim_, int kConsumers_, int kKeys_>
 struct AttentionTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = kConsumers_;
+  static constexpr int kKeys = kKeys_;
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kPanels = kHeadDim / 64;  // 128 bytes wide: what a swizzled copy can do
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kStages = 2;
   static constexpr int kTileSlots = 4;
   static constexpr uint32_t kQBytes = kRows * kHeadDim * 2;
-  static constexpr uint32_t kKvBytes = kBlockKeys * kHeadDim * 2;
+  static constexpr uint32_t kKvBytes = kKeys * kHeadDim * 2;
+  // Staging room for O; with 160 keys there is none left, and rows leave straight from registers.
+  static constexpr uint32_t kOutBytes = kKeys == 128 ? kQBytes : 0;
   // 168 (384 threads) or 128 (512 threads) registers at launch, dealt anew: sums stay within 64 Ki.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
 
   // Q has two buffers so that the next tile's scores start under this tile's last values; O has its own so
-  // that both Q buffers stay free. d = 128: 64 + 64 + 64 + 32 KiB of 227.
+  // that both Q buffers stay free. d = 128: 64 + 64 + 64 + 32 KiB of 227, or 64 + 80 + 80 with 160 keys.
   struct Shared {
     alignas(1024) uint8_t q[2][kQBytes];
     alignas(1024) uint8_t k[kStages][kKvBytes];
     alignas(1024) uint8_t v[kStages][kKvBytes];
-    alignas(1024) uint8_t out[kQBytes];
+    alignas(1024) uint8_t out[kOutBytes > 0 ? kOutBytes : 16];
     alignas(16) TileInfo tiles[kTileSlots];
     // "full": the copy has landed (or the slot is written); "empty": every consumer is done with it.
     uint64_t q_full[2], q_empty[2];

@@ -1,5 +1,6 @@
-// Masking and online softmax of a 64 x 128 tile of scores in wgmma's accumulator layout: thread l of a warp
-// holds rows l / 4 and l / 4 + 8 of the warp's 16; column j * 8 + 2 * (l % 4) + e of row r is s[4 * j + 2 * r
+// Masking and online softmax of a 64 x 128 (160) tile of scores in wgmma's accumulator layout: thread l of a
+// warp holds rows l / 4 and l / 4 + 8 of the warp's 16; column j * 8 + 2 * (l % 4) + e of row r is s[4 * j +
+// 2 * r
 // + e].
 #pragma once
 
@@ -36,11 +37,12 @@ struct RowLimits {
 
 // Scores past each row's last key become -infinity. Column j * 8 + 2 * (lane % 4) + e of row r is s[4 * j + 2
 // * r + e].
-__device__ __forceinline__ void Mask(float (&s)[64], int first_key, const RowLimits& limits) {
+template <int kScores>
+__device__ __forceinline__ void Mask(float (&s)[kScores], int first_key, const RowLimits& limits) {
   const int column = first_key + 2 * (threadIdx.x & 3);
   const int limit0 = limits.last_key[0] - column, limit1 = limits.last_key[1] - column;
 #pragma unroll
-  for (int j = 0; j < 16; ++j) {
+  for (int j = 0; j < kScores / 4; ++j) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       if (8 * j + e > limit0) s[4 * j + e] = -INFINITY;
@@ -49,22 +51,21 @@ __device__ __forceinline__ void Mask(float (&s)[64], int first_key, const RowLim
   }
 }
 
-// s -> s * scale - shift, after moving the shift where a score asks for it. True: it moved, for some row of
-// the warp; `factor` is then what earlier outputs are worth (1 for rows that did not move).
-__device__ __forceinline__ bool ShiftScores(float (&s)[64], float scale_log2, RowState* state,
-                                            float (&factor)[2]) {
-#pragma unroll
-  for (int i = 0; i < 64; ++i) s[i] = fmaf(s[i], scale_log2, -state->shift[i >> 1 & 1]);
+// Moves the shift where a score asks for it. True: it moved, for some row of the warp; `factor` is then what
+// earlier sums and outputs are worth (1 for rows that did not move).
+template <int kScores>
+__device__ __forceinline__ bool MoveShift(const float (&s)[kScores], float scale_log2, RowState* state,
+                                          float (&factor)[2]) {
   float top[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float a = fmaxf(s[2 * r], s[2 * r + 1]), b = fmaxf(s[4 + 2 * r], s[4 + 2 * r + 1]);
 #pragma unroll
-    for (int j = 2; j < 16; j += 2) {
+    for (int j = 2; j < kScores / 4; j += 2) {
       a = fmaxf(a, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
       b = fmaxf(b, fmaxf(s[4 * j + 4 + 2 * r], s[4 * j + 4 + 2 * r + 1]));
     }
-    top[r] = fmaxf(a, b);
+    top[r] = fmaf(fmaxf(a, b), scale_log2, -state->shift[r]);
   }
   if (!__any_sync(~0u, top[0] > state->limit[0] || top[1] > state->limit[1])) return false;
 #pragma unroll
@@ -78,23 +79,24 @@ __device__ __forceinline__ bool ShiftScores(float (&s)[64], float scale_log2, Ro
     state->shift[r] += move;
     state->sum[r] *= factor[r];
     if (moves) state->limit[r] = kSlack;
-#pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      s[4 * j + 2 * r] -= move;
-      s[4 * j + 2 * r + 1] -= move;
-    }
   }
   return true;
 }
 
-// s -> 2^s, and the sums. In two partial sums a row: the chains are short enough to run under the
-// exponentials.
-__device__ __forceinline__ void Exponentiate(float (&s)[64], RowState* state) {
+// weights = 2^(s * scale - shift) in bf16, and their sums (of the values before rounding). In two partial
+// sums a row: the chains are short enough to run under the exponentials.
+template <int kScores>
+__device__ __forceinline__ void Weigh(const float (&s)[kScores], float scale_log2, RowState* state,
+                                      uint32_t (&weights)[kScores / 2]) {
   float sum[2][2] = {{state->sum[0], 0}, {state->sum[1], 0}};
 #pragma unroll
-  for (int i = 0; i < 64; ++i) {
-    s[i] = Exp2(s[i]);
-    sum[i >> 1 & 1][i & 1] += s[i];
+  for (int i = 0; i < kScores; i += 2) {
+    const int r = i >> 1 & 1;
+    const float low = Exp2(fmaf(s[i], scale_log2, -state->shift[r])),
+                high = Exp2(fmaf(s[i + 1], scale_log2, -state->shift[r]));
+    sum[r][0] += low;
+    sum[r][1] += high;
+    weights[i / 2] = PackBf16(low, high);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) state->sum[r] = sum[r][0] + sum[r][1];
