@@ -18,6 +18,7 @@ int64_t TokensOf(int64_t block, int64_t tokens) {
   return std::min(kBlockTokens, tokens - block * kBlockTokens);
 }
 
+// A NaN on either side stays.
 double Smaller(double a, double b) { return std::isnan(a) || a < b ? a : b; }
 double Larger(double a, double b) { return std::isnan(a) || a > b ? a : b; }
 
@@ -50,13 +51,6 @@ BlockStats BlockStatistics(const float* x, int64_t tokens, int32_t num_heads, in
       stats.mean_square[row] += square / own;
       stats.max_norm[row] = Larger(std::sqrt(square), stats.max_norm[row]);
     }
-  }
-  // The comparisons keep a new NaN, not one that is there.
-  for (size_t i = 0; i < stats.mean.size(); ++i) {
-    if (std::isnan(stats.mean[i])) stats.min[i] = stats.max[i] = stats.mean[i];
-  }
-  for (size_t row = 0; row < rows; ++row) {
-    if (std::isnan(stats.mean_square[row])) stats.max_norm[row] = stats.mean_square[row];
   }
   return stats;
 }
