@@ -4,7 +4,8 @@
  * Every function that can fail returns an hw_status; hw_last_error() has the text, per thread. Functions that
  * take a stream (a cudaStream_t) enqueue on it and return; arrays and workspace must live until the stream
  * has passed. Structures begin with their size as the caller knows it: fields added later read as 0. What
- * fields mean, shapes, errors and cost: kernels/cuda/attention.h and kernels/cuda/pattern.h.
+ * fields mean, shapes, errors and cost: the headers of the same names in kernels/cuda/ (attention.h,
+ * pattern.h, block_stats.h, layer_ops.h, linear.h).
  */
 #ifndef HEADWATER_KERNELS_H_
 #define HEADWATER_KERNELS_H_
@@ -87,6 +88,151 @@ HW_EXPORT int64_t hw_search_tiles(const hw_search_args* args);
 HW_EXPORT size_t hw_search_workspace_bytes(const hw_search_args* args);
 HW_EXPORT hw_status hw_select_blocks(const hw_search_args* args, void* workspace, size_t workspace_bytes,
                                      void* stream);
+
+/* --- Block statistics (block_stats.h) --- */
+
+typedef struct {
+  float *k_mean, *v_mean; /* [blocks of 128 tokens, KV heads, head_dim]; null: not wanted, like all here */
+  float *k_min, *k_max;
+  float *k_mean_square, *v_mean_square; /* [blocks, KV heads] */
+  float *k_max_norm, *v_max_norm;
+} hw_block_stats;
+
+typedef struct {
+  uint32_t struct_size;
+  const void *k, *v; /* bf16 */
+  int64_t total_k;
+  int32_t num_kv_heads, head_dim;
+  int64_t first_token; /* only blocks from here on; a multiple of 128 */
+  hw_block_stats stats;
+} hw_block_statistics_args;
+HW_EXPORT hw_status hw_block_statistics(const hw_block_statistics_args* args, void* stream);
+
+typedef struct {
+  uint32_t struct_size;
+  const float *k_mean, *v_mean;
+  void *k_table, *v_table; /* bf16 [KV heads, hw_mean_table_rows(), head_dim] */
+  int64_t total_k;
+  int32_t num_kv_heads, head_dim;
+} hw_mean_tables_args;
+HW_EXPORT hw_status hw_mean_tables(const hw_mean_tables_args* args, void* stream);
+HW_EXPORT int64_t hw_mean_table_rows(int64_t total_k);
+HW_EXPORT int64_t hw_mean_table_coarse_row(int64_t total_k); /* the first one */
+
+/* --- Layer operations (layer_ops.h) --- */
+
+typedef enum { HW_F32 = 0, HW_F16 = 1, HW_BF16 = 2 } hw_dtype; /* passed as int32_t */
+
+typedef struct {
+  uint32_t struct_size;
+  const void* table; /* bf16 */
+  const int32_t* ids;
+  void* out;
+  int32_t out_dtype;
+  int64_t num_tokens, vocab, width;
+} hw_embed_tokens_args;
+HW_EXPORT hw_status hw_embed_tokens(const hw_embed_tokens_args* args, void* stream);
+
+typedef struct {
+  uint32_t struct_size;
+  void* x;
+  int32_t x_dtype;
+  const void* delta;
+  const void* weight;
+  int32_t weight_dtype;
+  void* out;
+  float epsilon;
+  int64_t num_tokens, width;
+} hw_rms_norm_args;
+HW_EXPORT hw_status hw_rms_norm(const hw_rms_norm_args* args, void* stream);
+
+typedef struct {
+  uint32_t struct_size;
+  const double* inverse;        /* [head_dim / 2] in host memory, read before the call returns; or null */
+  const double* inverse_device; /* [head_dim / 2] in device memory, if `inverse` is null */
+  double attention_factor;
+  int32_t head_dim;
+  int64_t num_tokens, begin;
+  const int32_t* positions_i32;
+  const int64_t* positions_i64;
+  float *cos, *sin;
+} hw_rope_table_args;
+HW_EXPORT hw_status hw_rope_table(const hw_rope_table_args* args, void* stream);
+
+typedef struct {
+  uint32_t struct_size;
+  const void* qkv;
+  int64_t num_tokens;
+  int32_t num_q_heads, num_kv_heads, head_dim;
+  const void *q_norm, *k_norm;
+  int32_t norm_dtype;
+  float epsilon;
+  const float *cos, *sin;
+  void *q, *k, *v;
+  hw_block_stats stats;
+  int64_t first_token;
+} hw_split_qkv_args;
+HW_EXPORT hw_status hw_split_qkv(const hw_split_qkv_args* args, void* stream);
+
+typedef struct {
+  uint32_t struct_size;
+  const void* gate_up;
+  void* out;
+  int64_t num_tokens, width;
+} hw_silu_mul_args;
+HW_EXPORT hw_status hw_silu_mul(const hw_silu_mul_args* args, void* stream);
+
+typedef struct {
+  uint32_t struct_size;
+  const void* x;
+  int32_t dtype;
+  int64_t num_tokens, width;
+  int64_t* row; /* device memory */
+} hw_first_nonfinite_row_args;
+HW_EXPORT hw_status hw_first_nonfinite_row(const hw_first_nonfinite_row_args* args, void* stream);
+
+typedef struct {
+  int64_t source_token, count, destination_offset;
+} hw_token_run;
+
+typedef struct {
+  uint32_t struct_size;
+  const void *k, *v;
+  int64_t num_tokens;
+  int32_t num_kv_heads, head_dim;
+  void *k_destination, *v_destination;
+  int64_t destination_bytes;
+  int32_t wire_dtype;
+  const hw_token_run* runs; /* device memory */
+  int32_t num_runs;
+  uint32_t* problems; /* device memory, or null; bit 0: a value was not representable, bit 1: a bad run */
+} hw_pack_kv_args;
+HW_EXPORT hw_status hw_pack_kv(const hw_pack_kv_args* args, void* stream);
+
+/* --- Linear layers (linear.h) --- */
+
+typedef struct hw_linear hw_linear;
+
+typedef struct {
+  uint32_t struct_size;
+  void* workspace; /* null: the object's own */
+  uint64_t workspace_bytes;
+  int32_t max_plans; /* 0: the default */
+} hw_linear_options;
+
+typedef struct {
+  uint32_t struct_size;
+  const void *x, *weight, *bias;
+  void* y;
+  int32_t y_dtype;
+  int32_t accumulate; /* 0 or 1 */
+  int64_t num_tokens, in_features, out_features;
+} hw_linear_args;
+
+/* Null options: the defaults. *linear is null where this fails. */
+HW_EXPORT hw_status hw_linear_create(const hw_linear_options* options, hw_linear** linear);
+HW_EXPORT hw_status hw_linear_run(hw_linear* linear, const hw_linear_args* args, void* stream);
+HW_EXPORT void hw_linear_destroy(hw_linear* linear); /* null: does nothing */
 
 #ifdef __cplusplus
 }

@@ -3,6 +3,7 @@
 #define HW_KERNELS_CUDA_CHECK_H_
 
 #include <cstdint>
+#include <string>
 
 #include "kernels/status.h"
 
@@ -11,6 +12,22 @@ namespace headwater::kernels {
 inline constexpr double kLog2E = 1.4426950408889634;
 
 inline bool Misaligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 != 0; }
+
+// An array that must be there, and one that may be null; the message calls it `name`.
+inline Status CheckOptionalArray(const char* name, const void* pointer) {
+  if (!Misaligned(pointer)) return {};
+  return InvalidArgument(std::string(name) + " is not 16-byte aligned");
+}
+inline Status CheckArray(const char* name, const void* pointer) {
+  if (pointer == nullptr) return InvalidArgument(std::string(name) + " is null");
+  return CheckOptionalArray(name, pointer);
+}
+
+inline Status CheckRange(const char* name, int64_t value, int64_t least, int64_t most) {
+  if (value >= least && value <= most) return {};
+  return InvalidArgument(std::string(name) + " is " + std::to_string(value) + "; " + std::to_string(least) +
+                         " to " + std::to_string(most) + " is wanted");
+}
 
 // Sizes of q [total_q, num_q_heads, head_dim] and k [total_k, num_kv_heads, head_dim].
 inline Status CheckSizes(int64_t total_q, int64_t total_k, int32_t num_q_heads, int32_t num_kv_heads,

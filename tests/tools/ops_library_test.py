@@ -53,6 +53,41 @@ class LibraryTest(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "workspace has 1 bytes"):
             self.lib.attention(attention(), ADDRESS, 1, 0)
 
+    def refused(self, function, args, says, error=ValueError):
+        with self.subTest(type(args).__name__), self.assertRaisesRegex(error, says):
+            function(args, 0)
+
+    def test_layer_operations_read_their_last_fields(self):
+        lib = self.lib
+        heads = dict(num_kv_heads=8, head_dim=128)
+        odd = library.BlockStats(v_max_norm=ADDRESS + 8)
+        self.refused(lib.block_statistics, library.BlockStatisticsArgs(total_k=100, **heads, stats=odd),
+                     "v_max_norm is not 16-byte")
+        self.refused(lib.mean_tables, library.MeanTablesArgs(total_k=100, num_kv_heads=8, head_dim=80), "head_dim is 80",
+                     NotImplementedError)
+        self.refused(lib.embed_tokens, library.EmbedTokensArgs(num_tokens=1, vocab=10, width=12), "width is 12")
+        self.refused(lib.rms_norm, library.RmsNormArgs(num_tokens=1, width=16392), "width is 16392")
+        frequencies = (ctypes.c_double * 64)()
+        self.refused(lib.rope_table, library.RopeTableArgs(inverse=ctypes.addressof(frequencies), head_dim=128, num_tokens=1,
+                                                           attention_factor=1, cos=ADDRESS), "sin is null")
+        split = library.SplitQkvArgs(num_tokens=1, num_q_heads=32, **heads, stats=library.BlockStats(k_mean=ADDRESS),
+                                     first_token=64)
+        self.refused(lib.split_qkv, split, "first_token is 64")
+        self.refused(lib.silu_mul, library.SiluMulArgs(num_tokens=1, width=4), "width is 4")
+        self.refused(lib.first_nonfinite_row, library.FirstNonFiniteRowArgs(num_tokens=1, width=8, row=4), "row is null or not")
+        pack = library.PackKvArgs(k=ADDRESS, k_destination=ADDRESS, num_tokens=1, **heads, destination_bytes=100,
+                                  runs=ADDRESS, num_runs=1, problems=2)
+        self.refused(lib.pack_kv, pack, "problems is not 4-byte")
+        linear = lambda args, stream: lib.linear_run(None, args, stream)  # noqa: E731
+        self.refused(linear, library.LinearArgs(num_tokens=0, in_features=8, out_features=12), "out_features is 12")
+        self.refused(linear, library.LinearArgs(num_tokens=0, in_features=8, out_features=8), "linear is null")
+        self.refused(lambda options, _: lib.linear_create(options), library.LinearOptions(max_plans=-1), "max_plans is -1")
+        self.refused(lib.rms_norm, library.RmsNormArgs(x_dtype=3, num_tokens=1, width=8), "x_dtype is 3")
+
+    def test_mean_table_rows(self):
+        self.assertEqual(self.lib.mean_table_rows(8193), 72 + 16)
+        self.assertEqual(self.lib.mean_table_coarse_row(8193), 72)
+
     def test_an_older_caller_gets_zeros_and_a_newer_one_is_refused(self):
         older = attention()
         older.struct_size = library.AttentionArgs.lists.offset

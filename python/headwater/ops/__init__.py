@@ -1,4 +1,5 @@
-"""Headwater's GPU kernels on torch tensors: attention and pattern search, for use and for measuring beside others.
+"""Headwater's GPU kernels on torch tensors: attention, pattern search and the other operations of a transformer layer, for
+use and for measuring beside others.
 
     from headwater import ops
 
@@ -6,6 +7,9 @@
     out, info = ops.prefill_attention(q, k, v, policy="probe")      # block-sparse, patterns searched
     index = ops.select_blocks(q, k, threshold=0.1)                  # the search alone
     out, info = ops.prefill_attention(q, k, v, index=index)
+
+The other operations (headwater.ops.layers): embed_tokens, rms_norm, rope_table, split_qkv, silu_mul, first_nonfinite_row,
+block_statistics, mean_tables, mean_table_coarse_row, pack_kv, and the classes BlockStats and Linear.
 
 Tensors are bf16, CUDA, contiguous: q [tokens, query heads, head_dim], k and v [tokens, KV heads, head_dim], rotated. Work
 is enqueued on torch's current stream; nothing synchronises but what says so. Needs torch and a GPU of compute capability
@@ -19,6 +23,8 @@ from typing import Optional, Tuple
 import torch
 
 from headwater.ops import library
+from headwater.ops.layers import (BlockStats, Linear, block_statistics, embed_tokens, first_nonfinite_row,  # noqa: F401
+                                  mean_table_coarse_row, mean_tables, pack_kv, rms_norm, rope_table, silu_mul, split_qkv)
 
 BLOCK_KEYS = 128
 POLICIES = ("dense", "probe")

@@ -44,6 +44,58 @@ SearchArgs = _sized("SearchArgs", [
     *_pointers("counts", "offsets", "blocks"), ("capacity", ctypes.c_int64), *_pointers("used", "overflows")])
 
 
+def _longs(*names: str) -> list:
+    return [(name, ctypes.c_int64) for name in names]
+
+
+F32, F16, BF16 = 0, 1, 2  # hw_dtype
+
+
+class BlockStats(ctypes.Structure):
+    _fields_ = _pointers("k_mean", "v_mean", "k_min", "k_max", "k_mean_square", "v_mean_square", "k_max_norm",
+                         "v_max_norm")
+
+
+BlockStatisticsArgs = _sized("BlockStatisticsArgs", [
+    *_pointers("k", "v"), *_longs("total_k"), *_ints("num_kv_heads", "head_dim"), *_longs("first_token"),
+    ("stats", BlockStats)])
+
+MeanTablesArgs = _sized("MeanTablesArgs", [
+    *_pointers("k_mean", "v_mean", "k_table", "v_table"), *_longs("total_k"), *_ints("num_kv_heads", "head_dim")])
+
+EmbedTokensArgs = _sized("EmbedTokensArgs", [
+    *_pointers("table", "ids", "out"), *_ints("out_dtype"), *_longs("num_tokens", "vocab", "width")])
+
+RmsNormArgs = _sized("RmsNormArgs", [
+    *_pointers("x"), *_ints("x_dtype"), *_pointers("delta", "weight"), *_ints("weight_dtype"), *_pointers("out"),
+    ("epsilon", ctypes.c_float), *_longs("num_tokens", "width")])
+
+RopeTableArgs = _sized("RopeTableArgs", [
+    *_pointers("inverse", "inverse_device"), ("attention_factor", ctypes.c_double), *_ints("head_dim"),
+    *_longs("num_tokens", "begin"), *_pointers("positions_i32", "positions_i64", "cos", "sin")])
+
+SplitQkvArgs = _sized("SplitQkvArgs", [
+    *_pointers("qkv"), *_longs("num_tokens"), *_ints("num_q_heads", "num_kv_heads", "head_dim"),
+    *_pointers("q_norm", "k_norm"), *_ints("norm_dtype"), ("epsilon", ctypes.c_float), *_pointers("cos", "sin", "q", "k", "v"),
+    ("stats", BlockStats), *_longs("first_token")])
+
+SiluMulArgs = _sized("SiluMulArgs", [*_pointers("gate_up", "out"), *_longs("num_tokens", "width")])
+
+FirstNonFiniteRowArgs = _sized("FirstNonFiniteRowArgs", [
+    *_pointers("x"), *_ints("dtype"), *_longs("num_tokens", "width"), *_pointers("row")])
+
+PackKvArgs = _sized("PackKvArgs", [
+    *_pointers("k", "v"), *_longs("num_tokens"), *_ints("num_kv_heads", "head_dim"),
+    *_pointers("k_destination", "v_destination"), *_longs("destination_bytes"), *_ints("wire_dtype"), *_pointers("runs"),
+    *_ints("num_runs"), *_pointers("problems")])
+
+LinearOptions = _sized("LinearOptions", [*_pointers("workspace"), ("workspace_bytes", ctypes.c_uint64), *_ints("max_plans")])
+
+LinearArgs = _sized("LinearArgs", [
+    *_pointers("x", "weight", "bias", "y"), *_ints("y_dtype", "accumulate"),
+    *_longs("num_tokens", "in_features", "out_features")])
+
+
 def candidates() -> list:
     """Where the library is looked for: $HEADWATER_KERNELS, beside this file, then build folders of a checkout."""
     if given := os.environ.get("HEADWATER_KERNELS"):
@@ -62,7 +114,8 @@ class Library:
         self._lib.hw_last_error.restype = ctypes.c_char_p
         for name in ("hw_attention_workspace_bytes", "hw_search_workspace_bytes"):
             getattr(self._lib, name).restype = ctypes.c_size_t
-        self._lib.hw_search_tiles.restype = ctypes.c_int64
+        for name in ("hw_search_tiles", "hw_mean_table_rows", "hw_mean_table_coarse_row"):
+            getattr(self._lib, name).restype = ctypes.c_int64
         version = self._lib.hw_kernels_abi_version()
         if version != ABI_VERSION:
             raise RuntimeError(f"{path} has ABI version {version}; this package wants {ABI_VERSION}")
@@ -87,6 +140,54 @@ class Library:
     def select_blocks(self, args, workspace: int, size: int, stream: int) -> None:
         self._check(self._lib.hw_select_blocks(ctypes.byref(args), ctypes.c_void_p(workspace), ctypes.c_size_t(size),
                                                ctypes.c_void_p(stream)))
+
+    def block_statistics(self, args, stream: int) -> None:
+        self._call(self._lib.hw_block_statistics, args, stream)
+
+    def mean_tables(self, args, stream: int) -> None:
+        self._call(self._lib.hw_mean_tables, args, stream)
+
+    def mean_table_rows(self, total_k: int) -> int:
+        return self._lib.hw_mean_table_rows(ctypes.c_int64(total_k))
+
+    def mean_table_coarse_row(self, total_k: int) -> int:
+        return self._lib.hw_mean_table_coarse_row(ctypes.c_int64(total_k))
+
+    def embed_tokens(self, args, stream: int) -> None:
+        self._call(self._lib.hw_embed_tokens, args, stream)
+
+    def rms_norm(self, args, stream: int) -> None:
+        self._call(self._lib.hw_rms_norm, args, stream)
+
+    def rope_table(self, args, stream: int) -> None:
+        self._call(self._lib.hw_rope_table, args, stream)
+
+    def split_qkv(self, args, stream: int) -> None:
+        self._call(self._lib.hw_split_qkv, args, stream)
+
+    def silu_mul(self, args, stream: int) -> None:
+        self._call(self._lib.hw_silu_mul, args, stream)
+
+    def first_nonfinite_row(self, args, stream: int) -> None:
+        self._call(self._lib.hw_first_nonfinite_row, args, stream)
+
+    def pack_kv(self, args, stream: int) -> None:
+        self._call(self._lib.hw_pack_kv, args, stream)
+
+    def linear_create(self, options) -> int:
+        """A handle for linear_run(); linear_destroy() ends it."""
+        handle = ctypes.c_void_p()
+        self._check(self._lib.hw_linear_create(ctypes.byref(options), ctypes.byref(handle)))
+        return handle.value
+
+    def linear_run(self, handle: int, args, stream: int) -> None:
+        self._check(self._lib.hw_linear_run(ctypes.c_void_p(handle), ctypes.byref(args), ctypes.c_void_p(stream)))
+
+    def linear_destroy(self, handle: int) -> None:
+        self._lib.hw_linear_destroy(ctypes.c_void_p(handle))
+
+    def _call(self, function, args, stream: int) -> None:
+        self._check(function(ctypes.byref(args), ctypes.c_void_p(stream)))
 
 
 _loaded = None
