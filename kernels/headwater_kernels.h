@@ -5,7 +5,7 @@
  * take a stream (a cudaStream_t) enqueue on it and return; arrays and workspace must live until the stream
  * has passed. Structures begin with their size as the caller knows it: fields added later read as 0. What
  * fields mean, shapes, errors and cost: the headers of the same names in kernels/cuda/ (attention.h,
- * pattern.h, block_stats.h, layer_ops.h, linear.h).
+ * pattern.h, merge.h, block_stats.h, layer_ops.h, linear.h).
  */
 #ifndef HEADWATER_KERNELS_H_
 #define HEADWATER_KERNELS_H_
@@ -60,6 +60,7 @@ typedef struct {
   const int32_t *cu_seqlens_q, *cu_seqlens_k; /* device memory, or both null for one sequence */
   int32_t query_position; /* HW_BOTTOM_RIGHT, or the position of query 0 counted from key 0 */
   hw_block_lists lists;
+  const void *k_means, *v_means; /* tables of hw_mean_tables(): mean correction; both or neither */
 } hw_attention_args;
 
 HW_EXPORT size_t hw_attention_workspace_bytes(const hw_attention_args* args);
@@ -81,6 +82,7 @@ typedef struct {
   int64_t capacity;
   uint64_t* used;
   uint32_t* overflows;
+  const void* k_means; /* table of hw_mean_tables(), or null: means are taken from k */
 } hw_search_args;
 
 /* Both 0 for invalid arguments (outputs must be non-null). */
@@ -88,6 +90,19 @@ HW_EXPORT int64_t hw_search_tiles(const hw_search_args* args);
 HW_EXPORT size_t hw_search_workspace_bytes(const hw_search_args* args);
 HW_EXPORT hw_status hw_select_blocks(const hw_search_args* args, void* workspace, size_t workspace_bytes,
                                      void* stream);
+
+/* --- Merging (merge.h) --- */
+
+typedef struct {
+  uint32_t struct_size;
+  const float *a, *a_lse_ln, *b, *b_lse_ln;
+  float* out_f32;
+  void* out; /* bf16 */
+  float* lse_ln;
+  int64_t num_rows;
+  int32_t head_dim;
+} hw_merge_args;
+HW_EXPORT hw_status hw_merge_partials(const hw_merge_args* args, void* stream);
 
 /* --- Block statistics (block_stats.h) --- */
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/cuda/block_stats.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/sm90/attention_launch.h"
@@ -13,6 +14,27 @@ namespace {
 
 // K and V of the heads in flight together; the L2 of a Hopper GPU is 50 MiB or more.
 constexpr int64_t kSectionBytes = int64_t{32} << 20;
+
+constexpr int64_t kMaxCorrectedKeys =
+    int64_t{sm90::kMaxSuperblockBytes} * 8 * sm90::kSuperblock * sm90::kBlockKeys;
+
+Status ValidateCorrection(const CudaAttentionArgs& a) {
+  const CudaMeanCorrection& correction = a.correction;
+  if (correction.k_means == nullptr && correction.v_means == nullptr) return {};
+  if (correction.k_means == nullptr || correction.v_means == nullptr || Misaligned(correction.k_means) ||
+      Misaligned(correction.v_means)) {
+    return InvalidArgument("one of k_means and v_means is null or not 16-byte aligned");
+  }
+  if (a.lists.num_lists == 0) return InvalidArgument("mean correction without block lists");
+  if (a.cu_seqlens_q != nullptr) {
+    return {StatusCode::kUnimplemented, "mean correction with cu_seqlens"};
+  }
+  if (a.total_k > kMaxCorrectedKeys) {
+    return {StatusCode::kUnimplemented, "mean correction of " + std::to_string(a.total_k) +
+                                            " keys; at most " + std::to_string(kMaxCorrectedKeys)};
+  }
+  return {};
+}
 
 Status Validate(const CudaAttentionArgs& a) {
   HW_KERNELS_RETURN_IF_ERROR(CheckSizes(a.total_q, a.total_k, a.num_q_heads, a.num_kv_heads, a.head_dim));
@@ -49,7 +71,7 @@ Status Validate(const CudaAttentionArgs& a) {
       return InvalidArgument("block lists with null arrays");
     }
   }
-  return {};
+  return ValidateCorrection(a);
 }
 
 struct Plan {
@@ -93,6 +115,17 @@ Status MakeMaps(const CudaAttentionArgs& a, const Plan& plan, sm90::AttentionMap
   HW_KERNELS_RETURN_IF_ERROR(queries(a.q, plan.tile_positions, &maps->q));
   HW_KERNELS_RETURN_IF_ERROR(keys(a.k, &maps->k));
   HW_KERNELS_RETURN_IF_ERROR(keys(a.v, &maps->v));
+  if (a.correction.k_means == nullptr) {
+    maps->k_means = maps->v_means = maps->k;  // not used
+  } else {
+    const int64_t rows = CudaMeanTableRows(a.total_k);
+    const auto means = [&](const void* base, CUtensorMap* map) {
+      return MakeTensorMap(
+          base, {{64, 2, 64}, {rows, row, 8}, {panels, 128, 1}, {a.num_kv_heads, rows * row, 1}}, map);
+    };
+    HW_KERNELS_RETURN_IF_ERROR(means(a.correction.k_means, &maps->k_means));
+    HW_KERNELS_RETURN_IF_ERROR(means(a.correction.v_means, &maps->v_means));
+  }
   // Not used where tiles are stored by rows; then any valid map will do.
   return queries(a.out != nullptr ? a.out : a.q, std::max(1, 64 / plan.pack), &maps->out);
 }
@@ -167,6 +200,9 @@ Status CudaAttention(const CudaAttentionArgs& args, void* workspace, size_t work
     p.list_offsets = args.lists.offsets;
     p.list_blocks = args.lists.blocks;
     p.heads_per_list = plan.num_heads / args.lists.num_lists;
+    p.coarse_group = static_cast<int32_t>(CudaMeanTableCoarseRow(args.total_k) / 8);
+    p.block_gain = std::log2(static_cast<float>(sm90::kBlockKeys)) / p.scale_log2;
+    p.superblock_gain = std::log2(static_cast<float>(sm90::kBlockKeys * sm90::kSuperblock)) / p.scale_log2;
     p.long_tiles = words(layout.long_tiles);
     p.long_tile_count = words(4);
     p.total_blocks = reinterpret_cast<const int64_t*>(bytes + 8);
@@ -186,7 +222,8 @@ Status CudaAttention(const CudaAttentionArgs& args, void* workspace, size_t work
   if (has_lists) {
     HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchLongTiles(p, MaxTiles(args, plan), stream));
   }
-  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchAttention(maps, p, args.head_dim, plan.tile, num_sms, stream));
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchAttention(maps, p, args.head_dim, plan.tile,
+                                                        args.correction.k_means != nullptr, num_sms, stream));
   return {};
 }
 

@@ -27,6 +27,17 @@ struct CudaBlockLists {
   const int32_t* blocks = nullptr;
 };
 
+// Means of K and V that stand for the keys a tile does not list (FlashPrefill V2's correction,
+// arXiv:2603.06199, with one mean a superblock where none of its blocks is listed, so that the cost is N^2 /
+// 1024 of a score in place of N^2 / 128). CudaMeanTables() of cuda/block_stats.h makes them; tables of
+// total_k tokens, device memory, 16-byte aligned. For each block J that all rows of a tile see whole and the
+// tile does not list, one key of logit softmax_scale * q . kmean_J + ln |J| and value vmean_J enters softmax;
+// for a superblock of which nothing is listed, and which all rows see whole, one key does.
+struct CudaMeanCorrection {
+  const void* k_means = nullptr;  // bf16 [num_kv_heads, CudaMeanTableRows(total_k), head_dim]; null: none
+  const void* v_means = nullptr;
+};
+
 // bf16 arrays in device memory, 16-byte aligned, contiguous.
 struct CudaAttentionArgs {
   const void* q = nullptr;   // [total_q, num_q_heads, head_dim], rotated
@@ -51,6 +62,7 @@ struct CudaAttentionArgs {
   static constexpr int32_t kBottomRightAligned = INT32_MIN;
   int32_t query_position = kBottomRightAligned;
   CudaBlockLists lists;
+  CudaMeanCorrection correction;  // with lists, for one sequence
 };
 
 // Device memory that CudaAttention() needs, 16-byte aligned: a few bytes a sequence.
@@ -62,11 +74,12 @@ size_t CudaAttentionWorkspaceBytes(const CudaAttentionArgs& args);
 //
 // Enqueues on `stream` (the current device's); arrays and workspace must live until the stream has passed. A
 // NaN or infinity in a row of Q or K spoils the rows that see it; one in V may also spoil rows that see other
-// keys of the same 128, never another sequence's.
+// keys of the same 128 (with correction 8,192), never another sequence's.
 //
 // INVALID_ARGUMENT: null or misaligned arrays, sizes that contradict each other, one sequence with kv_len <
 // q_len and bottom-right alignment, a workspace too small. UNIMPLEMENTED: head_dim, GQA ratio, or a device
-// that is not sm_90. INTERNAL: a CUDA call failed. Cost: 4 * head_dim FLOP per listed (row, key).
+// that is not sm_90; correction of several sequences or over 16,777,216 keys. INTERNAL: a CUDA call failed.
+// Cost: 4 * head_dim FLOP per listed (row, key).
 Status CudaAttention(const CudaAttentionArgs& args, void* workspace, size_t workspace_bytes,
                      cudaStream_t stream);
 

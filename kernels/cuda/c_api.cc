@@ -1,5 +1,6 @@
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/c_api_support.h"
+#include "kernels/cuda/merge.h"
 #include "kernels/cuda/pattern.h"
 #include "kernels/headwater_kernels.h"
 
@@ -29,6 +30,7 @@ headwater::kernels::CudaAttentionArgs FromC(const hw_attention_args& c) {
   args.cu_seqlens_k = c.cu_seqlens_k;
   args.query_position = c.query_position;
   args.lists = {c.lists.num_lists, c.lists.counts, c.lists.offsets, c.lists.blocks};
+  args.correction = {c.k_means, c.v_means};
   return args;
 }
 
@@ -53,6 +55,7 @@ headwater::kernels::CudaSearchArgs FromC(const hw_search_args& c) {
   args.capacity = c.capacity;
   args.used = c.used;
   args.overflows = c.overflows;
+  args.k_means = c.k_means;
   return args;
 }
 
@@ -92,6 +95,14 @@ hw_status hw_select_blocks(const hw_search_args* args, void* workspace, size_t w
   if (!Read(args, &c)) return Report(BadStructure());
   return Report(headwater::kernels::CudaSelectBlocks(FromC(c), workspace, workspace_bytes,
                                                      static_cast<cudaStream_t>(stream)));
+}
+
+hw_status hw_merge_partials(const hw_merge_args* args, void* stream) {
+  hw_merge_args c;
+  if (!Read(args, &c)) return Report(BadStructure());
+  return Report(headwater::kernels::CudaMergePartials(
+      {c.a, c.a_lse_ln, c.b, c.b_lse_ln, c.out_f32, c.out, c.lse_ln, c.num_rows, c.head_dim},
+      static_cast<cudaStream_t>(stream)));
 }
 
 }  // extern "C"

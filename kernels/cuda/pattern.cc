@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/cuda/block_stats.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/sm90/attention_params.h"
@@ -19,8 +20,9 @@ Status Validate(const CudaSearchArgs& a) {
   if (a.query_position != CudaAttentionArgs::kBottomRightAligned) {
     HW_KERNELS_RETURN_IF_ERROR(CheckPosition(a.query_position, a.total_q));
   }
-  if (a.q == nullptr || a.k == nullptr || Misaligned(a.q) || Misaligned(a.k)) {
-    return InvalidArgument("q or k is null or not 16-byte aligned");
+  if (a.q == nullptr || (a.k == nullptr && a.k_means == nullptr) || Misaligned(a.q) || Misaligned(a.k) ||
+      Misaligned(a.k_means)) {
+    return InvalidArgument("q, k or k_means is null or not 16-byte aligned");
   }
   if (a.counts == nullptr || a.offsets == nullptr || a.blocks == nullptr || a.used == nullptr ||
       a.overflows == nullptr || a.capacity <= 0) {
@@ -66,7 +68,8 @@ Plan MakePlan(const CudaSearchArgs& a) {
   const int64_t most = std::max<int64_t>(1, kProbeBytes / tile_bytes / std::max(1, plan.tiles_per_cta)) *
                        std::max(1, plan.tiles_per_cta);
   plan.chunk_tiles = static_cast<int32_t>(std::min<int64_t>(plan.tiles, most));
-  plan.mean_bytes = static_cast<size_t>(plan.blocks * a.num_kv_heads * a.head_dim * 2);
+  plan.mean_bytes =
+      a.k_means != nullptr ? 0 : static_cast<size_t>(plan.blocks * a.num_kv_heads * a.head_dim * 2);
   plan.probe_bytes = static_cast<size_t>(plan.chunk_tiles * tile_bytes);
   return plan;
 }
@@ -106,8 +109,7 @@ Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t work
   }
   int num_sms = 0;
   HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
-  auto* const means = static_cast<char*>(workspace);
-  char* const probes = means + plan.mean_bytes;
+  char* const probes = static_cast<char*>(workspace) + plan.mean_bytes;
 
   sm90::SearchParams p{};
   p.num_tiles = plan.tiles;
@@ -136,10 +138,16 @@ Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t work
 
   HW_KERNELS_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(args.used, 0, sizeof *args.used, stream));
   HW_KERNELS_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(args.overflows, 0, sizeof *args.overflows, stream));
-  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchWindowMeans(
-      {args.k, means, args.total_k, args.num_kv_heads, args.head_dim, sm90::kBlockKeys, 1}, stream));
   CUtensorMap mean_map;
-  HW_KERNELS_RETURN_IF_ERROR(MeanMap(means, plan.blocks, args.num_kv_heads, args.head_dim, &mean_map));
+  if (args.k_means != nullptr) {
+    // Coarse rows follow the blocks' and count as blocks that no tile sees.
+    HW_KERNELS_RETURN_IF_ERROR(
+        MeanMap(args.k_means, CudaMeanTableRows(args.total_k), args.num_kv_heads, args.head_dim, &mean_map));
+  } else {
+    HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchWindowMeans(
+        {args.k, workspace, args.total_k, args.num_kv_heads, args.head_dim, sm90::kBlockKeys, 1}, stream));
+    HW_KERNELS_RETURN_IF_ERROR(MeanMap(workspace, plan.blocks, args.num_kv_heads, args.head_dim, &mean_map));
+  }
   // Last chunk first: its tiles see most.
   for (int32_t end = plan.tiles; end > 0;) {
     p.begin_tile = (end - 1) / plan.chunk_tiles * plan.chunk_tiles;

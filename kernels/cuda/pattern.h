@@ -16,7 +16,10 @@ namespace headwater::kernels {
 // One sequence; q and k as in CudaAttentionArgs.
 struct CudaSearchArgs {
   const void* q = nullptr;
-  const void* k = nullptr;
+  const void* k = nullptr;  // may be null where k_means is given
+  // bf16 table of K that CudaMeanTables() of cuda/block_stats.h made. Null: means are taken from k, which
+  // costs a read of it.
+  const void* k_means = nullptr;
   int64_t total_q = 0;
   int64_t total_k = 0;
   int32_t num_q_heads = 0;
@@ -44,14 +47,15 @@ struct CudaSearchArgs {
 // Tiles of one head: query positions / (128 / (num_q_heads / num_kv_heads)), rounded up.
 int64_t CudaSearchTiles(const CudaSearchArgs& args);
 
-// Means of K, 2 bytes * head_dim a block and KV head, and at most 64 MiB of means of Q. 0: invalid arguments.
+// Means of K (unless given), 2 bytes * head_dim a block and KV head, and at most 64 MiB of means of Q. 0:
+// invalid arguments.
 size_t CudaSearchWorkspaceBytes(const CudaSearchArgs& args);
 
 // Finds the block lists: sm90/search_kernel.cuh has the rule. Enqueues on `stream`, no host synchronisation;
 // same lifetimes and errors as CudaAttention(). Deterministic but for the order of lists within `blocks`,
 // and, where there is not room for all, for which tiles go dense.
 //
-// Cost: one read of q and k, and 2 * head_dim FLOP per (probe, block).
+// Cost: one read of q and k (or k_means), and 2 * head_dim FLOP per (probe, block).
 Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t workspace_bytes,
                         cudaStream_t stream);
 

@@ -38,6 +38,13 @@ class LibraryTest(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "output is null"):
             self.lib.select_blocks(search(overflows=None), ADDRESS, 1 << 20, 0)
 
+        with self.assertRaisesRegex(ValueError, "v_means is null"):
+            self.lib.attention(attention(k_means=ADDRESS), ADDRESS, 1 << 20, 0)
+        with self.assertRaisesRegex(ValueError, "k or k_means"):
+            self.lib.select_blocks(search(k_means=ADDRESS + 8), ADDRESS, 1 << 20, 0)
+        with self.assertRaisesRegex(NotImplementedError, "head_dim 96"):
+            self.lib.merge_partials(library.MergeArgs(num_rows=1, head_dim=96), 0)
+
     def test_invalid_arguments_name_the_value(self):
         with self.assertRaisesRegex(ValueError, "kv_len 99 is less than q_len 100"):
             self.lib.attention(attention(total_k=99), ADDRESS, 1 << 20, 0)

@@ -227,6 +227,22 @@ struct Consumer {
     if (Uniform(key + Traits::kKeys - 1 > t.limits.first_row)) Mask(t.s, key, t.limits);
   }
 
+  // Scores of means: each counts for the tokens it stands for, or not at all.
+  __device__ __forceinline__ void WeighMeans(float (&s)[kScores], const MeanGroup* groups) const {
+    const int column = 2 * (thread & 3);
+#pragma unroll
+    for (int j = 0; j < kScores / 4; ++j) {
+      const MeanGroup group = groups[j];
+      const float gain = group.coarse ? p.superblock_gain : p.block_gain;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const bool live = group.live >> (column + e) & 1;
+        s[4 * j + e] = live ? s[4 * j + e] + gain : -INFINITY;
+        s[4 * j + 2 + e] = live ? s[4 * j + 2 + e] + gain : -INFINITY;
+      }
+    }
+  }
+
   // The stream's first scores have nothing to hide behind.
   __device__ __forceinline__ void FirstScores(Registers& t) {
     BarrierWait(SharedAddress(&shared.q_full[0]), 0);
@@ -247,7 +263,8 @@ struct Consumer {
   // Scores of the next step and values of this one. kBoundary: the scores begin the tile in `next_slot`, the
   // values end the one in t.slot, which is then written. `step`: of the scores; `accumulate`: the values are
   // not their tile's first.
-  template <bool kBoundary, bool kMasked>
+  // kMeans: the scores are those of means.
+  template <bool kBoundary, bool kMasked, bool kMeans = false>
   __device__ __forceinline__ void Step(Registers& t, int step, int accumulate, int next_slot) {
     const int values = keys - 1;  // V runs one behind K
     const int k_stage = keys % Traits::kStages, v_stage = values % Traits::kStages;
@@ -270,6 +287,7 @@ struct Consumer {
     Release(&shared.k_empty[k_stage]);
     PassTurn();
     if constexpr (kMasked) MaskStep(t, step);
+    if constexpr (kMeans) WeighMeans(t.s, shared.groups[(values + 1) % Traits::kGroupSlots]);
     float factor[2];
     const bool moved = MoveShift(t.s, p.scale_log2, &t.state, factor);
     t.key_landed = KeyLanded();
@@ -299,16 +317,20 @@ struct Consumer {
       int step = 1;
       for (; step < masked; ++step) Step<false, true>(t, step, step > 1, 0);
       for (; step < steps; ++step) Step<false, false>(t, step, 1, 0);
+      if constexpr (Traits::kCorrected) {
+        const int end = step + Uniform(shared.tiles[t.slot].corrections);
+        for (; step < end; ++step) Step<false, false, true>(t, step, step > 1, 0);
+      }
       Release(&shared.q_empty[(queries - 1) & 1]);
       const int next_slot = NextTile();
       if (next_slot == kNoMoreTiles) {
-        LastValues(t, steps > 1);
+        LastValues(t, step > 1);
         return;
       }
       BarrierWait(SharedAddress(&shared.q_full[queries & 1]), queries >> 1 & 1);
       ++queries;
       t.q = QueryDescriptor();
-      Step<true, true>(t, 0, steps > 1, next_slot);
+      Step<true, true>(t, 0, step > 1, next_slot);
     }
   }
 

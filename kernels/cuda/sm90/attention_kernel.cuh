@@ -36,9 +36,13 @@ struct Producer {
   const CUtensorMap* q_map;
   const CUtensorMap* k_map;
   const CUtensorMap* v_map;
+  const CUtensorMap* k_mean_map;
+  const CUtensorMap* v_mean_map;
   uint64_t q_policy, kv_policy;
-  int queries = 0, keys = 0, values = 0;  // uses of each ring so far
-  int value_token = 0, value_panel = 0;   // V that follows the next K
+  int queries = 0, keys = 0, values = 0;    // uses of each ring so far
+  int value_token = 0, value_panel = 0;     // V that follows the next K
+  const MeanGroup* value_groups = nullptr;  // or the means that do
+  int filled = 0;                           // groups of the step over means in the making
 
   __device__ __forceinline__ void LoadKey(int token, int panel) {
     const int stage = keys % Traits::kStages;
@@ -59,8 +63,80 @@ struct Producer {
     }
     const uint32_t full = SharedAddress(&shared.v_full[stage]);
     BarrierExpect(full, Traits::kKvBytes);
-    LoadTensor3(SharedAddress(shared.v[stage]), v_map, full, 0, value_token, value_panel, kv_policy);
+    if (Traits::kCorrected && value_groups != nullptr) {
+      for (int i = 0; i < Traits::kGroups; ++i) {
+        LoadMeans(shared.v[stage], v_mean_map, full, i, value_groups[i].group, value_panel);
+      }
+    } else {
+      LoadTensor3(SharedAddress(shared.v[stage]), v_map, full, 0, value_token, value_panel, kv_policy);
+    }
     ++values;
+  }
+
+  // Eight means into rows 8 * at and on of a stage.
+  __device__ __forceinline__ void LoadMeans(const uint8_t* stage, const CUtensorMap* map, uint32_t full,
+                                            int at, int group, int kv_panel) {
+#pragma unroll
+    for (int panel = 0; panel < Traits::kPanels; ++panel) {
+      LoadTensor4(SharedAddress(stage) + panel * Traits::kKeys * 128 + at * 1024, map, full, 0, 8 * group,
+                  panel, kv_panel / Traits::kPanels, kv_policy);
+    }
+  }
+
+  // One group more of the step over means. The last one completes it: consumers see the groups written.
+  __device__ __forceinline__ void AddGroup(int kv_panel, MeanGroup group) {
+    const int stage = keys % Traits::kStages;
+    MeanGroup* const groups = shared.groups[keys % Traits::kGroupSlots];
+    const uint32_t full = SharedAddress(&shared.k_full[stage]);
+    if (filled == 0 && keys >= Traits::kStages) {
+      BarrierWait(SharedAddress(&shared.k_empty[stage]), (keys / Traits::kStages & 1) ^ 1);
+    }
+    groups[filled] = group;
+    LoadMeans(shared.k[stage], k_mean_map, full, filled, group.group, kv_panel);
+    if (++filled < Traits::kGroups) return;
+    filled = 0;
+    BarrierExpect(full, Traits::kKvBytes);
+    ++keys;
+    LoadValue();
+    value_groups = groups;
+    value_panel = kv_panel;
+  }
+
+  // The blocks of one superblock that are not listed, as far as every row sees them.
+  __device__ __forceinline__ void AddBlocks(const TileInfo& info, int superblock, uint32_t live) {
+    const int visible = info.complete - superblock * kSuperblock;
+    if (visible < kSuperblock) {
+      live &= (1u << visible) - 1;
+    } else {
+      shared.expanded[superblock >> 3] |= 1u << (superblock & 7);
+    }
+    AddGroup(info.kv_panel, {live, 0, static_cast<uint32_t>(superblock)});
+  }
+
+  // The steps over means of a tile: the groups that CountMeanGroups() counts, then empty ones.
+  __device__ __forceinline__ void Correct(const TileInfo& info) {
+    const int superblocks = info.complete / kSuperblock, count = info.num_blocks;
+    int last = -1;
+    uint32_t live = 0;
+    for (int i = 0; i < count; ++i) {
+      const int block = __ldg(info.blocks + i);
+      if (static_cast<uint32_t>(block) >= static_cast<uint32_t>(info.complete)) break;
+      if (block / kSuperblock != last) {
+        if (last >= 0) AddBlocks(info, last, live);
+        last = block / kSuperblock;
+        live = 0xFF;
+      }
+      live &= ~(1u << block % kSuperblock);
+    }
+    if (last >= 0) AddBlocks(info, last, live);
+    if (info.complete % kSuperblock != 0 && last != superblocks) AddBlocks(info, superblocks, 0xFF);
+    for (int first = 0; first < superblocks; first += 8) {
+      const uint32_t whole = superblocks - first < 8 ? (1u << (superblocks - first)) - 1 : 0xFF;
+      const uint32_t far = whole & ~static_cast<uint32_t>(shared.expanded[first >> 3]);
+      shared.expanded[first >> 3] = 0;
+      AddGroup(info.kv_panel, {far, 1, static_cast<uint32_t>(p.coarse_group + (first >> 3))});
+    }
+    while (filled > 0) AddGroup(info.kv_panel, {0, 0, 0});
   }
 
   __device__ __forceinline__ void LoadQuery(const TileInfo& info) {
@@ -95,7 +171,11 @@ struct Producer {
           if (keys > 1) LoadValue();
           value_token = token;
           value_panel = panel;
+          value_groups = nullptr;
           block = next;
+        }
+        if constexpr (Traits::kCorrected) {
+          if (info.corrections > 0) Correct(info);
         }
       }
       BarrierArrive(SharedAddress(&shared.tile_empty[slot]));
@@ -129,6 +209,8 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     AttentionKernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                     const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap out_map,
+                    const __grid_constant__ CUtensorMap k_mean_map,
+                    const __grid_constant__ CUtensorMap v_mean_map,
                     const __grid_constant__ AttentionParams params) {
   extern __shared__ __align__(1024) uint8_t storage[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(storage);
@@ -142,7 +224,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x < 128) {
     RegistersDecrease<Traits::kProducerRegisters>();
     if (threadIdx.x == 0) {
-      Producer<Traits> producer{shared,           params, &q_map, &k_map, &v_map, PolicyEvictFirst(),
+      if constexpr (Traits::kCorrected) {
+        for (int i = 0; i < kMaxSuperblockBytes; ++i) shared.expanded[i] = 0;
+      }
+      Producer<Traits> producer{shared,           params,      &q_map,      &k_map,
+                                &v_map,           &k_mean_map, &v_mean_map, PolicyEvictFirst(),
                                 PolicyEvictLast()};
       producer.Run();
     } else if (threadIdx.x == 32) {

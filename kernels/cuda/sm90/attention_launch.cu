@@ -14,7 +14,8 @@ cudaError_t Launch(const AttentionMaps& maps, const AttentionParams& params, int
   auto* const kernel = AttentionKernel<Traits>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<num_sms, Traits::kThreads, kBytes, stream>>>(maps.q, maps.k, maps.v, maps.out, params);
+  kernel<<<num_sms, Traits::kThreads, kBytes, stream>>>(maps.q, maps.k, maps.v, maps.out, maps.k_means,
+                                                        maps.v_means, params);
   return cudaGetLastError();
 }
 
@@ -105,7 +106,11 @@ AttentionTile TileFor(int head_dim, bool has_lists, int64_t kv_len) {
 }
 
 cudaError_t LaunchAttention(const AttentionMaps& maps, const AttentionParams& params, int head_dim,
-                            AttentionTile tile, int num_sms, cudaStream_t stream) {
+                            AttentionTile tile, bool corrected, int num_sms, cudaStream_t stream) {
+  if (corrected && head_dim == 128) {
+    return Launch<AttentionTraits<128, 2, 128, true>>(maps, params, num_sms, stream);
+  }
+  if (corrected) return Launch<AttentionTraits<64, 2, 128, true>>(maps, params, num_sms, stream);
   if (tile.keys == 160) return Launch<AttentionTraits<128, 2, 160>>(maps, params, num_sms, stream);
   if (head_dim == 128) return Launch<AttentionTraits<128, 2, 128>>(maps, params, num_sms, stream);
   if (tile.rows == 192) return Launch<AttentionTraits<64, 3, 128>>(maps, params, num_sms, stream);

@@ -11,6 +11,7 @@ namespace headwater::kernels::sm90 {
 
 struct AttentionMaps {
   CUtensorMap q, k, v, out;
+  CUtensorMap k_means, v_means;  // 8 rows a box; used with mean correction
 };
 
 struct AttentionTile {
@@ -19,7 +20,7 @@ struct AttentionTile {
 AttentionTile TileFor(int head_dim, bool has_lists, int64_t kv_len);
 
 cudaError_t LaunchAttention(const AttentionMaps& maps, const AttentionParams& params, int head_dim,
-                            AttentionTile tile, int num_sms, cudaStream_t stream);
+                            AttentionTile tile, bool corrected, int num_sms, cudaStream_t stream);
 
 struct TilePrefixParams {
   const int32_t* cu_q;  // null: one sequence, of total_q and total_k tokens

@@ -34,6 +34,11 @@ struct AttentionParams {
   const int64_t* list_offsets;  // first entry of each segment
   const int32_t* list_blocks;   // ascending within a segment
   int32_t heads_per_list;
+  // Mean correction: table row of the first superblock's mean / 8, and what a mean's raw score gains: log2 of
+  // the tokens it stands for / scale_log2.
+  int32_t coarse_group;
+  float block_gain;
+  float superblock_gain;
   // Segments of uncommon length go first: one of them drawn last would outlast everything else. null: none.
   const int32_t* long_tiles;       // their tile numbers
   const int32_t* long_tile_count;  // [1]
@@ -43,6 +48,8 @@ static_assert(std::is_trivially_copyable_v<AttentionParams>);
 
 inline constexpr int32_t kBottomRight = INT32_MIN;
 inline constexpr int32_t kDenseSegment = -1;
+inline constexpr int kSuperblock = 8;             // blocks
+inline constexpr int kMaxSuperblockBytes = 2048;  // of a bitmap of superblocks: 16 Mi tokens
 
 }  // namespace headwater::kernels::sm90
 

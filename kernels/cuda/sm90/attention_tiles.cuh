@@ -59,6 +59,8 @@ __device__ inline TileInfo DescribeTile(const AttentionParams& p, const TilePlac
   const int last_row = min(info.position + p.tile_positions, info.q_len) - 1;
   const int visible = min(info.kv_len, last_row + info.key_of_row + 1);
   info.num_blocks = visible <= 0 ? 0 : (visible + kKeys - 1) / kKeys;
+  info.complete = max(0, min(info.kv_len, info.position + info.key_of_row + 1)) / kBlockKeys;
+  info.corrections = 0;
   info.blocks = nullptr;
   if (p.list_counts != nullptr) {
     const int64_t segment = SegmentOf(p, place, tiles);
@@ -73,6 +75,22 @@ __device__ inline TileInfo DescribeTile(const AttentionParams& p, const TilePlac
     info.masked_block[i] = i < info.num_blocks ? info.Block(i) : 0;
   }
   return info;
+}
+
+// Groups of eight means that stand for what a tile does not list: of every superblock that is listed in part
+// or visible in part, its blocks; of the others, eight superblocks at a time. Producer::Correct() writes
+// them.
+__device__ inline int CountMeanGroups(const TileInfo& info) {
+  if (info.blocks == nullptr || info.num_blocks <= 0) return 0;
+  const int superblocks = info.complete / kSuperblock;
+  int groups = (superblocks + 7) / 8, last = -1;
+  for (int i = 0; i < info.num_blocks; ++i) {
+    const int block = __ldg(info.blocks + i);
+    if (static_cast<uint32_t>(block) >= static_cast<uint32_t>(info.complete)) break;
+    groups += block / kSuperblock != last;
+    last = block / kSuperblock;
+  }
+  return groups + (info.complete % kSuperblock != 0 && last != superblocks);
 }
 
 // Draws tiles and describes them, up to kTileSlots ahead, so that nobody waits for the lists' latency.
@@ -91,6 +109,9 @@ __device__ inline void Schedule(typename Traits::Shared& shared, const Attention
       info = DescribeTile<Traits::kKeys>(p, PlaceOf(p, number, tiles), tiles, Traits::kPanels);
       if (long_tiles > 0 && !is_long && IsLong(info.num_blocks, *p.total_blocks, count))
         continue;  // done already
+      if constexpr (Traits::kCorrected) {
+        info.corrections = (CountMeanGroups(info) + Traits::kGroups - 1) / Traits::kGroups;
+      }
     }
     const int slot = n % Traits::kTileSlots;
     if (n >= Traits::kTileSlots) {

@@ -7,6 +7,8 @@ use and for measuring beside others.
     out, info = ops.prefill_attention(q, k, v, policy="probe")      # block-sparse, patterns searched
     index = ops.select_blocks(q, k, threshold=0.1)                  # the search alone
     out, info = ops.prefill_attention(q, k, v, index=index)
+    means = ops.mean_tables(ops.block_statistics(k, v), len(k))     # for what is not listed
+    out, info = ops.prefill_attention(q, k, v, policy="probe", means=means)
 
 The other operations (headwater.ops.layers): embed_tokens, rms_norm, rope_table, split_qkv, silu_mul, first_nonfinite_row,
 block_statistics, mean_tables, mean_table_coarse_row, pack_kv, and the classes BlockStats and Linear.
@@ -118,6 +120,13 @@ def _check(name: str, tensor: torch.Tensor, like: Optional[torch.Tensor] = None)
         raise ValueError(f"{name} is on {tensor.device}, q on {like.device}")
 
 
+def _check_table(name: str, table: torch.Tensor, k: torch.Tensor, lib) -> None:
+    shape = (k.shape[1], lib.mean_table_rows(k.shape[0]), k.shape[2])
+    if table.shape != shape or table.dtype != torch.bfloat16 or table.device != k.device or not table.is_contiguous():
+        raise ValueError(f"{name} is {tuple(table.shape)} {table.dtype} on {table.device}; contiguous {shape} bf16 on {k.device} "
+                         f"is wanted")
+
+
 def _scale(given: Optional[float], q: torch.Tensor) -> float:
     return 1 / math.sqrt(q.shape[2]) if given is None else given
 
@@ -128,22 +137,24 @@ def _stream(tensor: torch.Tensor) -> int:
 
 def select_blocks(q: torch.Tensor, k: torch.Tensor, *, threshold: float = 0.18, sink_blocks: int = 2,
                   window_blocks: int = 4, dense_last_tokens: int = 32, softmax_scale: Optional[float] = None,
-                  blocks_per_tile: int = 64) -> BlockIndex:
+                  blocks_per_tile: int = 64, k_means: Optional[torch.Tensor] = None) -> BlockIndex:
     """Searches the pattern of one sequence (k may be longer than q: bottom-right aligned). One list per KV head.
 
     A block is listed if it is worth `threshold` of its tile's best one, or is among the first or last ones
     (kernels/cuda/sm90/search_kernel.cuh). blocks_per_tile: mean room of a list; a tile that finds none left goes dense and
-    is counted in index.overflows.
+    is counted in index.overflows. k_means: K's table of mean_tables(), where there is one; saves a read of k.
     """
     _check("q", q)
     _check("k", k, q)
     lib = library.load()
+    if k_means is not None:
+        _check_table("k_means", k_means, k, lib)
     device = q.device
     args = library.SearchArgs(
         q=q.data_ptr(), k=k.data_ptr(), total_q=q.shape[0], total_k=k.shape[0], num_q_heads=q.shape[1],
         num_kv_heads=k.shape[1], head_dim=q.shape[2], softmax_scale=_scale(softmax_scale, q),
         query_position=library.BOTTOM_RIGHT, threshold=threshold, sink_blocks=sink_blocks, window_blocks=window_blocks,
-        dense_last_tokens=dense_last_tokens)
+        dense_last_tokens=dense_last_tokens, k_means=None if k_means is None else k_means.data_ptr())
     if blocks_per_tile < 1:
         raise ValueError(f"blocks_per_tile is {blocks_per_tile}; at least 1 is wanted")
     positions = 128 // max(1, q.shape[1] // max(1, k.shape[1]))
@@ -166,6 +177,7 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, *, threshold: float = 0.18, 
 def prefill_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, policy: str = "dense",
                       index: Optional[BlockIndex] = None, cu_seqlens: Optional[torch.Tensor] = None,
                       cu_seqlens_k: Optional[torch.Tensor] = None, softmax_scale: Optional[float] = None,
+                      means: Optional[Tuple[torch.Tensor, torch.Tensor]] = None,
                       out: Optional[torch.Tensor] = None, return_lse: bool = False,
                       **search) -> Tuple[torch.Tensor, AttentionInfo]:
     """Causal attention, bottom-right aligned where k is longer than q. Returns (out, info).
@@ -173,6 +185,8 @@ def prefill_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, poli
     cu_seqlens: int32 [sequences + 1] on the device, for several sequences laid one after the other; cu_seqlens_k: of the
     keys, where they differ. index: block lists to use instead of a policy's; checked once (which synchronises). policy
     "probe" searches them, from MIN_SPARSE_TOKENS keys on (info.policy says what ran); `search` goes to select_blocks().
+    means: tables of mean_tables(); they stand for the blocks that are not listed (CudaMeanCorrection of
+    kernels/cuda/attention.h), at a few per cent of the attention's cost. Unused where dense attention runs.
     """
     _check("q", q)
     for name, tensor in (("k", k), ("v", v)):
@@ -187,6 +201,11 @@ def prefill_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, poli
         raise ValueError(f"an index is given and policy '{policy}' would search another")
     if cu_seqlens is not None and (index is not None or policy != "dense"):
         raise NotImplementedError("block lists of several sequences: only policy 'dense' without an index takes cu_seqlens")
+    lib = library.load()
+    if means is not None:
+        for name, table in zip(("means[0]", "means[1]"), means):
+            _check_table(name, table, k, lib)
+        search.setdefault("k_means", means[0])
     ran = "dense" if index is None else "index"
     if policy == "probe" and k.shape[0] >= MIN_SPARSE_TOKENS:
         index, ran = select_blocks(q, k, softmax_scale=softmax_scale, **search), policy
@@ -196,7 +215,6 @@ def prefill_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, poli
             index.validate(q.shape[0], k.shape[0])
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens
-    lib = library.load()
     if out is None:
         out = torch.empty_like(q)
     elif out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous():
@@ -215,7 +233,26 @@ def prefill_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, poli
     if index is not None:
         args.lists = library.BlockLists(index.num_lists, index.counts.data_ptr(), index.offsets.data_ptr(),
                                         index.blocks.data_ptr())
+        if means is not None:
+            args.k_means, args.v_means = means[0].data_ptr(), means[1].data_ptr()
     with torch.cuda.device(q.device):
         workspace = torch.empty(max(16, lib.attention_workspace_bytes(args)), dtype=torch.uint8, device=q.device)
         lib.attention(args, workspace.data_ptr(), workspace.numel(), _stream(q))
     return out, AttentionInfo(ran, index, lse)
+
+
+def merge_partials(a: torch.Tensor, a_lse_ln: torch.Tensor, b: torch.Tensor,
+                   b_lse_ln: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse_ln) of two partial results of the same queries over disjoint keys: f32 [tokens, heads, head_dim] and
+    [tokens, heads]. Rows without keys (-infinity) count for nothing."""
+    for name, tensor, shape in (("a", a, b.shape), ("a_lse_ln", a_lse_ln, a.shape[:-1]), ("b", b, a.shape),
+                                ("b_lse_ln", b_lse_ln, a.shape[:-1])):
+        if tensor.shape != shape or tensor.dtype != torch.float32 or tensor.device != a.device or not tensor.is_contiguous():
+            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; contiguous {tuple(shape)} f32 on "
+                             f"{a.device} is wanted")
+    out, lse = torch.empty_like(a), torch.empty_like(a_lse_ln)
+    args = library.MergeArgs(a=a.data_ptr(), a_lse_ln=a_lse_ln.data_ptr(), b=b.data_ptr(), b_lse_ln=b_lse_ln.data_ptr(),
+                             out_f32=out.data_ptr(), lse_ln=lse.data_ptr(), num_rows=a_lse_ln.numel(), head_dim=a.shape[-1])
+    with torch.cuda.device(a.device):
+        library.load().merge_partials(args, _stream(a))
+    return out, lse

@@ -35,18 +35,22 @@ def _ints(*names: str) -> list:
 AttentionArgs = _sized("AttentionArgs", [
     *_pointers("q", "k", "v", "out", "out_f32", "lse_ln"), ("total_q", ctypes.c_int64), ("total_k", ctypes.c_int64),
     *_ints("num_q_heads", "num_kv_heads", "head_dim"), ("softmax_scale", ctypes.c_float), *_ints("num_sequences"),
-    *_pointers("cu_seqlens_q", "cu_seqlens_k"), *_ints("query_position"), ("lists", BlockLists)])
+    *_pointers("cu_seqlens_q", "cu_seqlens_k"), *_ints("query_position"), ("lists", BlockLists),
+    *_pointers("k_means", "v_means")])
 
 SearchArgs = _sized("SearchArgs", [
     *_pointers("q", "k"), ("total_q", ctypes.c_int64), ("total_k", ctypes.c_int64),
     *_ints("num_q_heads", "num_kv_heads", "head_dim"), ("softmax_scale", ctypes.c_float), *_ints("query_position"),
     ("threshold", ctypes.c_float), *_ints("sink_blocks", "window_blocks", "dense_last_tokens"),
-    *_pointers("counts", "offsets", "blocks"), ("capacity", ctypes.c_int64), *_pointers("used", "overflows")])
+    *_pointers("counts", "offsets", "blocks"), ("capacity", ctypes.c_int64), *_pointers("used", "overflows", "k_means")])
 
 
 def _longs(*names: str) -> list:
     return [(name, ctypes.c_int64) for name in names]
 
+
+MergeArgs = _sized("MergeArgs", [
+    *_pointers("a", "a_lse_ln", "b", "b_lse_ln", "out_f32", "out", "lse_ln"), *_longs("num_rows"), *_ints("head_dim")])
 
 F32, F16, BF16 = 0, 1, 2  # hw_dtype
 
@@ -140,6 +144,9 @@ class Library:
     def select_blocks(self, args, workspace: int, size: int, stream: int) -> None:
         self._check(self._lib.hw_select_blocks(ctypes.byref(args), ctypes.c_void_p(workspace), ctypes.c_size_t(size),
                                                ctypes.c_void_p(stream)))
+
+    def merge_partials(self, args, stream: int) -> None:
+        self._call(self._lib.hw_merge_partials, args, stream)
 
     def block_statistics(self, args, stream: int) -> None:
         self._call(self._lib.hw_block_statistics, args, stream)

@@ -1,184 +1,33 @@
 // The sm_90a attention kernel against the double-precision reference.
-#include "kernels/attention/attention.h"
+#include "kernels/cuda/attention.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <string>
 
 #include "gtest/gtest.h"
 
-#include "kernels/cuda/attention.h"
-#include "tests/kernels/cuda/gpu.h"
+#include "tests/kernels/cuda/attention_problem.h"
 
 namespace headwater::kernels {
 namespace {
-
-// bf16 rounding of P and of the output: 2.2e-3 seen, 4e-3 stated.
-constexpr double kRelativeError = 4e-3;
-constexpr double kLseError = 1e-4;
-
-enum class Lists { kNone, kPerKvHead, kPerQueryHead };
-
-struct Case {
-  const char* name;
-  int q_heads, kv_heads, head_dim, q_len, kv_len;
-  int q_position = CudaAttentionArgs::kBottomRightAligned;
-  Lists lists = Lists::kNone;
-  bool f32 = false;
-};
-
-std::ostream& operator<<(std::ostream& out, const Case& c) { return out << c.name; }
-
-// Inputs, outputs and reference of one sequence.
-struct Problem {
-  Case c;
-  int position, pack;
-  std::vector<float> q, k, v;
-  BlockIndex index;
-  std::vector<int32_t> counts, blocks;
-  std::vector<int64_t> offsets;
-
-  Problem(const Case& test_case, uint32_t seed) : c(test_case) {
-    position = c.q_position == CudaAttentionArgs::kBottomRightAligned ? c.kv_len - c.q_len : c.q_position;
-    q = RandomBf16(static_cast<size_t>(c.q_len) * c.q_heads * c.head_dim, seed);
-    k = RandomBf16(static_cast<size_t>(c.kv_len) * c.kv_heads * c.head_dim, seed + 1);
-    v = RandomBf16(k.size(), seed + 2);
-    pack = c.lists == Lists::kPerQueryHead ? 1 : c.q_heads / c.kv_heads;
-    if (c.lists != Lists::kNone) MakeLists(seed + 3);
-  }
-
-  int NumLists() const { return c.lists == Lists::kNone ? 0 : c.q_heads / pack; }
-  int TilePositions() const { return 128 / pack; }
-
-  // Random lists; among them dense and empty ones, and the longest possible.
-  void MakeLists(uint32_t seed) {
-    std::mt19937 generator(seed);
-    const int tiles = (c.q_len + TilePositions() - 1) / TilePositions();
-    for (int list = 0; list < NumLists(); ++list) {
-      for (int tile = 0; tile < tiles; ++tile) {
-        const int last_row = std::min((tile + 1) * TilePositions(), c.q_len) - 1;
-        const int visible = (std::min(c.kv_len, last_row + position + 1) + 127) / 128;
-        offsets.push_back(static_cast<int64_t>(blocks.size()));
-        const uint32_t kind = generator() % 8;
-        if (kind == 0) {
-          counts.push_back(-1);
-          continue;
-        }
-        int count = 0;
-        for (int block = 0; block < visible && kind != 1; ++block) {
-          if (kind == 2 || generator() % 3 == 0) {
-            blocks.push_back(block);
-            ++count;
-          }
-        }
-        counts.push_back(count);
-      }
-    }
-    blocks.push_back(0);  // never empty
-  }
-
-  bool Selected(int head, int row, int key) const {
-    if (c.lists == Lists::kNone) return true;
-    const int tiles = (c.q_len + TilePositions() - 1) / TilePositions();
-    const size_t segment = static_cast<size_t>(head / pack) * tiles + row / TilePositions();
-    if (counts[segment] == -1) return true;
-    const auto begin = blocks.begin() + offsets[segment];
-    return std::binary_search(begin, begin + counts[segment], key / 128);
-  }
-
-  // out and lse in double; a row without keys: 0 and -infinity.
-  void Reference(std::vector<double>* out, std::vector<double>* lse) const {
-    const int d = c.head_dim, group = c.q_heads / c.kv_heads;
-    out->assign(q.size(), 0);
-    lse->assign(static_cast<size_t>(c.q_len) * c.q_heads, -std::numeric_limits<double>::infinity());
-    std::vector<double> score(c.kv_len);
-#pragma omp parallel for firstprivate(score)
-    for (int row = 0; row < c.q_len; ++row) {
-      for (int head = 0; head < c.q_heads; ++head) {
-        const float* query = &q[(static_cast<size_t>(row) * c.q_heads + head) * d];
-        const int visible = std::max(0, std::min(c.kv_len, row + position + 1));
-        double top = -std::numeric_limits<double>::infinity(), sum = 0;
-        for (int key = 0; key < visible; ++key) {
-          const float* other = &k[(static_cast<size_t>(key) * c.kv_heads + head / group) * d];
-          double dot = 0;
-          for (int i = 0; i < d; ++i) dot += static_cast<double>(query[i]) * other[i];
-          score[key] =
-              Selected(head, row, key) ? dot / std::sqrt(d) : -std::numeric_limits<double>::infinity();
-          top = std::max(top, score[key]);
-        }
-        if (std::isinf(top)) continue;
-        double* result = &(*out)[(static_cast<size_t>(row) * c.q_heads + head) * d];
-        for (int key = 0; key < visible; ++key) {
-          const double weight = std::exp(score[key] - top);
-          if (weight == 0) continue;
-          sum += weight;
-          const float* value = &v[(static_cast<size_t>(key) * c.kv_heads + head / group) * d];
-          for (int i = 0; i < d; ++i) result[i] += weight * value[i];
-        }
-        for (int i = 0; i < d; ++i) result[i] /= sum;
-        (*lse)[static_cast<size_t>(row) * c.q_heads + head] = top + std::log(sum);
-      }
-    }
-  }
-};
-
-double RelativeError(const std::vector<float>& out, const std::vector<double>& wanted) {
-  double error = 0, size = 0;
-  for (size_t i = 0; i < out.size(); ++i) {
-    const double difference = out[i] - wanted[i];
-    error += difference * difference;
-    size += wanted[i] * wanted[i];
-  }
-  // All zero: every element must be.
-  return size == 0 ? error : std::sqrt(error / size);
-}
 
 class CudaAttentionGpuTest : public ::testing::TestWithParam<Case> {};
 
 TEST_P(CudaAttentionGpuTest, MatchesReference) {
   HW_REQUIRE_SM90();
   const Problem problem(GetParam(), 20261122);
-  const Case& c = problem.c;
-  DeviceArray<uint16_t> q(ToBf16(problem.q)), k(ToBf16(problem.k)), v(ToBf16(problem.v)),
-      out(problem.q.size());
-  DeviceArray<float> out_f32(problem.q.size()), lse(static_cast<size_t>(c.q_len) * c.q_heads);
-  DeviceArray<int32_t> counts(problem.counts), blocks(problem.blocks);
-  DeviceArray<int64_t> offsets(problem.offsets);
-  CudaAttentionArgs args;
-  args.q = q.data();
-  args.k = k.data();
-  args.v = v.data();
-  args.out = c.f32 ? nullptr : out.data();
-  args.out_f32 = c.f32 ? out_f32.data() : nullptr;
-  args.lse_ln = lse.data();
-  args.total_q = c.q_len;
-  args.total_k = c.kv_len;
-  args.num_q_heads = c.q_heads;
-  args.num_kv_heads = c.kv_heads;
-  args.head_dim = c.head_dim;
-  args.softmax_scale = static_cast<float>(1 / std::sqrt(c.head_dim));
-  args.query_position = c.q_position;
-  args.lists = {problem.NumLists(), counts.data(), offsets.data(), blocks.data()};
-  DeviceArray<unsigned char> workspace(CudaAttentionWorkspaceBytes(args));
+  const DeviceProblem device(problem);
 
-  const Status status = CudaAttention(args, workspace.data(), workspace.size(), nullptr);
+  const Status status = device.Run();
 
   ASSERT_TRUE(status.ok()) << status.message();
-  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
   std::vector<double> wanted, wanted_lse;
   problem.Reference(&wanted, &wanted_lse);
-  EXPECT_LE(RelativeError(c.f32 ? out_f32.Host() : ToFloat(out.Host()), wanted), kRelativeError);
-  const std::vector<float> got_lse = lse.Host();
-  for (size_t i = 0; i < got_lse.size(); ++i) {
-    if (std::isinf(wanted_lse[i])) {
-      ASSERT_EQ(got_lse[i], -std::numeric_limits<float>::infinity()) << "row " << i;
-    } else {
-      ASSERT_NEAR(got_lse[i], wanted_lse[i], kLseError) << "row " << i;
-    }
-  }
-  EXPECT_TRUE(out.Intact() && out_f32.Intact() && lse.Intact() && workspace.Intact());
+  EXPECT_LE(RelativeError(device.Out(), wanted), kRelativeError);
+  ExpectLse(device.lse.Host(), wanted_lse);
+  EXPECT_TRUE(device.Intact());
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -204,7 +53,6 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"d64_unaligned", 6, 2, 64, 300, 260, 37, Lists::kNone, true}),
     [](const auto& test) { return test.param.name; });
 
-constexpr int kAligned = CudaAttentionArgs::kBottomRightAligned;
 INSTANTIATE_TEST_SUITE_P(
     Lists, CudaAttentionGpuTest,
     ::testing::Values(Case{"kv_heads", 8, 2, 128, 1500, 1500, kAligned, Lists::kPerKvHead},
@@ -214,6 +62,30 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"gqa3_kv_heads", 9, 3, 128, 700, 1900, kAligned, Lists::kPerKvHead},
                       Case{"d64_kv_heads", 8, 2, 64, 700, 1900, kAligned, Lists::kPerKvHead},
                       Case{"d64_query_heads", 8, 2, 64, 700, 1900, kAligned, Lists::kPerQueryHead}),
+    [](const auto& test) { return test.param.name; });
+
+// From 65,536 keys on dense steps are 160 keys wide.
+INSTANTIATE_TEST_SUITE_P(
+    WideSteps, CudaAttentionGpuTest,
+    ::testing::Values(Case{"long", 4, 1, 128, 100, 65536}, Case{"long_ragged", 4, 1, 128, 130, 65671},
+                      Case{"long_unaligned", 4, 1, 128, 65, 65536, 37},
+                      Case{"long_f32", 4, 1, 128, 129, 65537, kAligned, Lists::kNone, true}),
+    [](const auto& test) { return test.param.name; });
+
+// Means stand for what is not listed. 1,024 keys are a superblock, 8,192 a group of them; 20,000 keys take
+// two steps over means.
+INSTANTIATE_TEST_SUITE_P(
+    Correction, CudaAttentionGpuTest,
+    ::testing::Values(
+        Case{"corrected_one_block", 8, 2, 128, 200, 200, kAligned, Lists::kPerKvHead, false, true},
+        Case{"corrected", 8, 2, 128, 1500, 1500, kAligned, Lists::kPerKvHead, false, true},
+        Case{"corrected_f32", 8, 2, 128, 700, 2900, kAligned, Lists::kPerKvHead, true, true},
+        Case{"corrected_query_heads", 8, 2, 128, 700, 3001, kAligned, Lists::kPerQueryHead, false, true},
+        Case{"corrected_position", 8, 2, 128, 300, 4000, 1029, Lists::kPerKvHead, false, true},
+        Case{"corrected_gqa3", 9, 3, 128, 333, 9000, kAligned, Lists::kPerKvHead, false, true},
+        Case{"corrected_two_steps", 8, 2, 128, 300, 20000, kAligned, Lists::kPerKvHead, false, true},
+        Case{"corrected_d64", 8, 2, 64, 700, 9001, kAligned, Lists::kPerKvHead, false, true},
+        Case{"corrected_d64_query_heads", 4, 2, 64, 300, 20000, kAligned, Lists::kPerQueryHead, false, true}),
     [](const auto& test) { return test.param.name; });
 
 // Several sequences in one call; the last key row of sequence `poisoned` holds NaN.
@@ -279,24 +151,11 @@ TEST(CudaAttentionGpuTest, NanInAQueryStaysInItsRow) {
   std::vector<double> wanted, lse;
   problem.Reference(&wanted, &lse);
   std::fill_n(problem.q.begin() + kRow * 128, 128, std::numeric_limits<float>::quiet_NaN());
-  DeviceArray<uint16_t> q(ToBf16(problem.q)), k(ToBf16(problem.k)), v(ToBf16(problem.v)),
-      out(problem.q.size());
-  CudaAttentionArgs args;
-  args.q = q.data();
-  args.k = k.data();
-  args.v = v.data();
-  args.out = out.data();
-  args.total_q = args.total_k = 200;
-  args.num_q_heads = 8;
-  args.num_kv_heads = 2;
-  args.head_dim = 128;
-  args.softmax_scale = static_cast<float>(1 / std::sqrt(128));
-  DeviceArray<unsigned char> workspace(CudaAttentionWorkspaceBytes(args));
+  const DeviceProblem device(problem);
 
-  ASSERT_TRUE(CudaAttention(args, workspace.data(), workspace.size(), nullptr).ok());
+  ASSERT_TRUE(device.Run().ok());
 
-  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-  std::vector<float> got = ToFloat(out.Host());
+  std::vector<float> got = device.Out();
   for (size_t i = 0; i < 128; ++i) {
     EXPECT_TRUE(std::isnan(got[kRow * 128 + i]));
     got[kRow * 128 + i] = 0;
@@ -307,29 +166,16 @@ TEST(CudaAttentionGpuTest, NanInAQueryStaysInItsRow) {
 
 TEST(CudaAttentionGpuTest, EqualCallsGiveEqualBits) {
   HW_REQUIRE_SM90();
-  const Problem problem({"", 8, 2, 128, 3000, 3000, kAligned, Lists::kPerKvHead}, 9);
-  DeviceArray<uint16_t> q(ToBf16(problem.q)), k(ToBf16(problem.k)), v(ToBf16(problem.v)),
-      out(problem.q.size());
-  DeviceArray<int32_t> counts(problem.counts), blocks(problem.blocks);
-  DeviceArray<int64_t> offsets(problem.offsets);
-  CudaAttentionArgs args;
-  args.q = q.data();
-  args.k = k.data();
-  args.v = v.data();
-  args.out = out.data();
-  args.total_q = args.total_k = 3000;
-  args.num_q_heads = 8;
-  args.num_kv_heads = 2;
-  args.head_dim = 128;
-  args.softmax_scale = static_cast<float>(1 / std::sqrt(128));
-  args.lists = {2, counts.data(), offsets.data(), blocks.data()};
-  DeviceArray<unsigned char> workspace(CudaAttentionWorkspaceBytes(args));
-  std::vector<uint16_t> first;
-  for (int i = 0; i < 200; ++i) {
-    ASSERT_TRUE(CudaAttention(args, workspace.data(), workspace.size(), nullptr).ok());
-    const std::vector<uint16_t> now = out.Host();
-    if (i == 0) first = now;
-    ASSERT_EQ(now, first) << "run " << i;
+  for (const bool corrected : {false, true}) {
+    const Problem problem({"", 8, 2, 128, 3000, 3000, kAligned, Lists::kPerKvHead, false, corrected}, 9);
+    const DeviceProblem device(problem);
+    std::vector<uint16_t> first;
+    for (int i = 0; i < 200; ++i) {
+      ASSERT_TRUE(device.Run().ok());
+      const std::vector<uint16_t> now = device.out.Host();
+      if (i == 0) first = now;
+      ASSERT_EQ(now, first) << "run " << i;
+    }
   }
 }
 

@@ -28,6 +28,11 @@ CudaAttentionArgs ValidArgs() {
   return args;
 }
 
+CudaBlockLists Lists() {
+  return {2, static_cast<int32_t*>(kAligned), static_cast<int64_t*>(kAligned),
+          static_cast<int32_t*>(kAligned)};
+}
+
 struct Case {
   const char* name;
   std::function<void(CudaAttentionArgs*)> change;
@@ -73,7 +78,32 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"one_offset_array", [](auto* a) { a->cu_seqlens_q = static_cast<int32_t*>(kAligned); }, kBad,
              "cu_seqlens"},
         Case{"list_count", [](auto* a) { a->lists.num_lists = 4; }, kBad, "num_lists is 4"},
-        Case{"null_lists", [](auto* a) { a->lists.num_lists = 2; }, kBad, "null arrays"}),
+        Case{"null_lists", [](auto* a) { a->lists.num_lists = 2; }, kBad, "null arrays"},
+        Case{"one_mean_table", [](auto* a) { a->correction.k_means = kAligned; }, kBad, "v_means is null"},
+        Case{"misaligned_means",
+             [](auto* a) {
+               a->correction = {kAligned, kMisaligned};
+             },
+             kBad, "16-byte"},
+        Case{"correction_without_lists",
+             [](auto* a) {
+               a->correction = {kAligned, kAligned};
+             },
+             kBad, "without block lists"},
+        Case{"correction_of_sequences",
+             [](auto* a) {
+               a->lists = Lists();
+               a->correction = {kAligned, kAligned};
+               a->cu_seqlens_q = a->cu_seqlens_k = static_cast<int32_t*>(kAligned);
+             },
+             StatusCode::kUnimplemented, "cu_seqlens"},
+        Case{"correction_of_too_many",
+             [](auto* a) {
+               a->lists = Lists();
+               a->correction = {kAligned, kAligned};
+               a->total_k = (1 << 24) + 1;
+             },
+             StatusCode::kUnimplemented, "16777217 keys; at most 16777216"}),
     [](const auto& test) { return test.param.name; });
 
 TEST(CudaAttentionWorkspaceTest, TooSmallOrMisalignedIsRefused) {
@@ -93,8 +123,7 @@ TEST(CudaAttentionWorkspaceTest, ListsNeedFourBytesATile) {
   CudaAttentionArgs args = ValidArgs();
   args.total_q = args.total_k = 1 << 20;
   const size_t dense = CudaAttentionWorkspaceBytes(args);
-  args.lists = {2, static_cast<int32_t*>(kAligned), static_cast<int64_t*>(kAligned),
-                static_cast<int32_t*>(kAligned)};
+  args.lists = Lists();
 
   const size_t tiles = 2 * ((size_t{1} << 20) / 32);
 

@@ -7,6 +7,7 @@
 
 #include "gtest/gtest.h"
 
+#include "kernels/cuda/block_stats.h"
 #include "kernels/reference/select_blocks.h"
 #include "tests/kernels/cuda/gpu.h"
 
@@ -22,6 +23,7 @@ struct Case {
   int q_position = CudaAttentionArgs::kBottomRightAligned;
   int dense_last_tokens = 32;
   int capacity_per_tile = 64;
+  bool given_means = false;
 };
 
 std::ostream& operator<<(std::ostream& out, const Case& c) { return out << c.name; }
@@ -46,11 +48,24 @@ std::vector<float> Topics(int tokens, int heads, int dim, float strength, uint32
   return ToFloat(ToBf16(x));
 }
 
-Status Select(const Case& c, const std::vector<float>& q, const std::vector<float>& k, Result* result) {
+// given_means: K's means come from a table in place of K itself.
+Status Select(const Case& c, const std::vector<float>& q, const std::vector<float>& k, Result* result,
+              bool given_means = false) {
   DeviceArray<uint16_t> dq(ToBf16(q)), dk(ToBf16(k));
+  DeviceArray<float> mean(static_cast<size_t>(CudaStatsBlocks(c.kv_len)) * c.kv_heads * c.head_dim);
+  DeviceArray<uint16_t> table(static_cast<size_t>(CudaMeanTableRows(c.kv_len)) * c.kv_heads * c.head_dim);
+  if (given_means) {
+    CudaBlockStats stats;
+    stats.k_mean = mean.data();
+    HW_KERNELS_RETURN_IF_ERROR(
+        CudaBlockStatistics({dk.data(), nullptr, c.kv_len, c.kv_heads, c.head_dim, 0, stats}, nullptr));
+    HW_KERNELS_RETURN_IF_ERROR(CudaMeanTables(
+        {mean.data(), nullptr, table.data(), nullptr, c.kv_len, c.kv_heads, c.head_dim}, nullptr));
+  }
   CudaSearchArgs args;
   args.q = dq.data();
-  args.k = dk.data();
+  args.k = given_means ? nullptr : dk.data();
+  args.k_means = given_means ? table.data() : nullptr;
   args.total_q = c.q_len;
   args.total_k = c.kv_len;
   args.num_q_heads = c.q_heads;
@@ -104,7 +119,7 @@ TEST_P(CudaSelectBlocksGpuTest, MatchesReference) {
   args.dense_last_tokens = c.dense_last_tokens;
   Result got;
 
-  const Status status = Select(c, q, k, &got);
+  const Status status = Select(c, q, k, &got, c.given_means);
 
   ASSERT_TRUE(status.ok()) << status.message();
   const std::vector<reference::SelectedBlocks> wanted = reference::SelectBlocks(args, kNear);
@@ -143,7 +158,9 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"some_rows_see_nothing", 8, 2, 128, 1000, 700, -100},
                       Case{"nobody_sees_anything", 8, 2, 128, 100, 200, -100},
                       Case{"nothing_dense", 8, 2, 128, 2000, 2000, kAligned, 0},
-                      Case{"everything_dense", 8, 2, 128, 2000, 2000, kAligned, 5000}),
+                      Case{"everything_dense", 8, 2, 128, 2000, 2000, kAligned, 5000},
+                      Case{"given_means", 8, 2, 128, 700, 5003, kAligned, 32, 64, true},
+                      Case{"given_means_d64", 9, 3, 64, 3001, 3001, kAligned, 32, 64, true}),
     [](const auto& test) { return test.param.name; });
 
 TEST(CudaSelectBlocksGpuTest, TilesWithoutRoomGoDenseAndAreCounted) {
