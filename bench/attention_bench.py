@@ -171,7 +171,7 @@ class Bench:
             output.write(json.dumps(row) + "\n")
         beside = "  ".join(f"{name} {values['ms']:.3f} ms ({values['ms'] / metrics['ms']:.2f}x)" for name, values in peers.items())
         extra = "  ".join(f"{key} {metrics[key]:.4g}" for key in metrics if key != "ms")
-        print(f"{n:8d} {policy:7s} {stage:6s} {metrics['ms']:9.3f} ms  {extra}  | {beside}", flush=True)
+        print(f"{n:8d} {policy:11s} {stage:6s} {metrics['ms']:9.3f} ms  {extra}  | {beside}", flush=True)
 
     def dense(self, n: int, q, k, v) -> dict:
         """Dense rows; returns the outputs' reference rows and the peers' times."""
@@ -243,6 +243,19 @@ class Bench:
         for stage in metrics:
             self.row(n, "probe", stage, metrics[stage], others[stage])
 
+    def corrected(self, n: int, q, k, v, dense: dict) -> None:
+        """With mean correction. The means come with K and V in prefill (split_qkv makes them); their cost alone is told."""
+        out = torch.empty_like(q)
+        tables = lambda: ops.mean_tables(ops.block_statistics(k, v, bounds=False), n)  # noqa: E731
+        means = tables()
+        times = in_turn({"statistics": tables,
+                         "total": lambda: ops.prefill_attention(q, k, v, policy="probe", means=means, out=out)}, n)
+        metrics, others = {"ms": times["total"], "statistics_ms": times["statistics"]}, {}
+        if dense:
+            metrics["rel_error"] = dense["rows"].error(out)
+            others["cudnn"] = dense["cudnn"]
+        self.row(n, "probe+means", "total", metrics, others)
+
     def all(self, n: int) -> None:
         a = self.arguments
         torch.cuda.empty_cache()
@@ -251,6 +264,8 @@ class Bench:
         if dense and self.peers.v2 and a.head_dim == 128:
             self.given_index(n, q, k, v)
         self.probe(n, q, k, v, dense if a.head_dim == 128 else {})
+        if n >= ops.MIN_SPARSE_TOKENS:
+            self.corrected(n, q, k, v, dense if a.head_dim == 128 else {})
 
 
 def main() -> int:

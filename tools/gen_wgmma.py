@@ -10,15 +10,17 @@ HEAD = """// clang-format off
 //
 // d: accumulators of this thread; `accumulate` 0 overwrites them. A: a matrix descriptor (K-major) or four registers.
 // B: a descriptor, K-major, or MN-major (the operand lies transposed in shared memory). Descriptors are given by their
-// low words (DescriptorLow() of ptx.cuh); the high word is the same for all: 128-byte swizzle, 8-row groups 1024 bytes
-// apart.
+// low words (DescriptorLow() of ptx.cuh). High words: 128-byte swizzle, and the distance of 8-row groups; 1024 bytes for A,
+// and for B unless said.
 #pragma once
 
 #include <cstdint>
 
 namespace headwater::kernels::device {
 
-inline constexpr uint32_t kDescriptorHigh = 1u << 30 | 1024 >> 4;
+template <uint32_t kGroupBytes>
+inline constexpr uint32_t kDescriptorHighFor = 1u << 30 | kGroupBytes >> 4;
+inline constexpr uint32_t kDescriptorHigh = kDescriptorHighFor<1024>;
 
 template <int kN>
 struct Wgmma;
@@ -32,16 +34,16 @@ def function(n: int, registers: bool, mn_major: bool) -> str:
         name, signature = "Rs", "const uint32_t* a"
         operand, predicate = "{%s}, db" % ", ".join(f"%{count + i}" for i in range(4)), count + 5
         moves = f"mov.b64 db, {{%{count + 4}, %{count + 6}}}; "
-        inputs = '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate), "r"(kDescriptorHigh)'
+        inputs = '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate), "r"(b_high)'
         immediates = f"p, 1, 1, {int(mn_major)}"
     else:
         name, signature = "Ss", "uint32_t a"
         operand, predicate = "da, db", count + 2
-        moves = f"mov.b64 da, {{%{count}, %{count + 3}}}; mov.b64 db, {{%{count + 1}, %{count + 3}}}; "
-        inputs = '"r"(a), "r"(b), "r"(accumulate), "r"(kDescriptorHigh)'
+        moves = f"mov.b64 da, {{%{count}, %{count + 3}}}; mov.b64 db, {{%{count + 1}, %{count + 4}}}; "
+        inputs = '"r"(a), "r"(b), "r"(accumulate), "r"(kDescriptorHigh), "r"(b_high)'
         immediates = f"p, 1, 1, 0, {int(mn_major)}"
     bound = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    return f"""  static __device__ __forceinline__ void {name}{"MnMajor" if mn_major else "KMajor"}(float (&d)[{count}], {signature}, uint32_t b, int accumulate) {{
+    return f"""  static __device__ __forceinline__ void {name}{"MnMajor" if mn_major else "KMajor"}(float (&d)[{count}], {signature}, uint32_t b, int accumulate, uint32_t b_high = kDescriptorHigh) {{
     asm volatile(
         "{{.reg .pred p; .reg .b64 da, db; setp.ne.b32 p, %{predicate}, 0; {moves}\\n"
         "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{outs}}}, {operand}, {immediates};}}\\n"

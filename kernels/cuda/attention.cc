@@ -116,15 +116,22 @@ Status MakeMaps(const CudaAttentionArgs& a, const Plan& plan, sm90::AttentionMap
   HW_KERNELS_RETURN_IF_ERROR(keys(a.k, &maps->k));
   HW_KERNELS_RETURN_IF_ERROR(keys(a.v, &maps->v));
   if (a.correction.k_means == nullptr) {
-    maps->k_means = maps->v_means = maps->k;  // not used
+    maps->k_means = maps->v_means = maps->k_mean_steps = maps->v_mean_steps = maps->k;  // not used
   } else {
     const int64_t rows = CudaMeanTableRows(a.total_k);
-    const auto means = [&](const void* base, CUtensorMap* map) {
-      return MakeTensorMap(
-          base, {{64, 2, 64}, {rows, row, 8}, {panels, 128, 1}, {a.num_kv_heads, rows * row, 1}}, map);
+    const auto means = [&](const void* base, int32_t groups, CUtensorMap* map) {
+      return MakeTensorMap(base,
+                           {{64, 2, 64},
+                            {8, row, 8},
+                            {panels, 128, static_cast<int32_t>(panels)},
+                            {rows / 8, 8 * row, groups},
+                            {a.num_kv_heads, rows * row, 1}},
+                           map);
     };
-    HW_KERNELS_RETURN_IF_ERROR(means(a.correction.k_means, &maps->k_means));
-    HW_KERNELS_RETURN_IF_ERROR(means(a.correction.v_means, &maps->v_means));
+    HW_KERNELS_RETURN_IF_ERROR(means(a.correction.k_means, 1, &maps->k_means));
+    HW_KERNELS_RETURN_IF_ERROR(means(a.correction.v_means, 1, &maps->v_means));
+    HW_KERNELS_RETURN_IF_ERROR(means(a.correction.k_means, 16, &maps->k_mean_steps));
+    HW_KERNELS_RETURN_IF_ERROR(means(a.correction.v_means, 16, &maps->v_mean_steps));
   }
   // Not used where tiles are stored by rows; then any valid map will do.
   return queries(a.out != nullptr ? a.out : a.q, std::max(1, 64 / plan.pack), &maps->out);

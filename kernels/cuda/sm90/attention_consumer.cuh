@@ -48,26 +48,33 @@ struct Consumer {
   }
 
   // Issues S = Q K^T for the K in `stage`.
+  template <bool kMeans = false>
   __device__ __forceinline__ void IssueScores(float (&s)[kScores], uint32_t q, int stage) {
-    constexpr uint32_t kQPanel = Traits::kRows * 128 / 16, kKPanel = Traits::kKeys * 128 / 16;
+    constexpr uint32_t kQPanel = Traits::kRows * 128 / 16, kKPanel = (kMeans ? 8 : Traits::kKeys) * 128 / 16,
+                       kHigh = kDescriptorHighFor < kMeans ? Traits::kGroupBytes : 1024 > ;
     WgmmaFence();
 #pragma unroll
     for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
       Wgmma<Traits::kKeys>::SsKMajor(
           s, q + (k >> 2) * kQPanel + (k & 3) * 2,
-          k_descriptor + stage * (Traits::kKvBytes / 16) + (k >> 2) * kKPanel + (k & 3) * 2, k > 0);
+          k_descriptor + stage * (Traits::kKvBytes / 16) + (k >> 2) * kKPanel + (k & 3) * 2, k > 0, kHigh);
     }
     WgmmaCommit();
   }
 
-  // Issues O (+)= P V for the V in `stage`.
+  // Issues O (+)= P V for the V in `stage`. means: that is what it holds.
   __device__ __forceinline__ void IssueValues(float (&o)[kOut], const uint32_t (&weights)[kScores / 2],
-                                              int stage, int accumulate) {
+                                              int stage, int accumulate, bool means) {
+    // Panels of a group are adjacent.
+    constexpr uint32_t kLeading = (1024u / 16 << 16) - (Traits::kKeys * 128u / 16 << 16);
+    const bool grouped = Traits::kCorrected && means;
+    const uint32_t v = v_descriptor + (grouped ? kLeading : 0) + stage * (Traits::kKvBytes / 16),
+                   step = grouped ? 2 * Traits::kGroupBytes / 16 : 128,
+                   high = grouped ? kDescriptorHighFor<Traits::kGroupBytes> : kDescriptorHigh;
     WgmmaFence();
 #pragma unroll
     for (int k = 0; k < Traits::kKeys / 16; ++k) {
-      Wgmma<Traits::kHeadDim>::RsMnMajor(
-          o, weights + 4 * k, v_descriptor + stage * (Traits::kKvBytes / 16) + k * 128, k > 0 || accumulate);
+      Wgmma<Traits::kHeadDim>::RsMnMajor(o, weights + 4 * k, v + k * step, k > 0 || accumulate, high);
     }
     WgmmaCommit();
   }
@@ -214,6 +221,7 @@ struct Consumer {
     RowLimits limits;  // of the tile in `slot`
     int slot;
     uint32_t q;       // descriptor of its Q
+    bool means;       // what the weights are of
     bool key_landed;  // K of the next step has; asked early, since the answer takes its time
   };
 
@@ -271,10 +279,10 @@ struct Consumer {
     const uint32_t q = Uniform(t.q);
     if (!t.key_landed) BarrierWait(SharedAddress(&shared.k_full[k_stage]), keys / Traits::kStages & 1);
     TakeTurn();
-    IssueScores(t.s, q, k_stage);
+    IssueScores<kMeans>(t.s, q, k_stage);
     BarrierWait(SharedAddress(&shared.v_full[v_stage]), values / Traits::kStages & 1);
     if (!accumulate) ZeroTail(shared.tiles[t.slot], v_stage);
-    IssueValues(t.o, t.weights, v_stage, accumulate);
+    IssueValues(t.o, t.weights, v_stage, accumulate, t.means);
     ++keys;
     const RowState finished = t.state;
     const int finished_slot = t.slot;
@@ -302,11 +310,12 @@ struct Consumer {
       for (int i = 0; i < kOut; ++i) t.o[i] *= factor[i >> 1 & 1];
     }
     Weigh(t.s, p.scale_log2, &t.state, t.weights);
+    t.means = kMeans;
   }
 
   __device__ __forceinline__ void Run() {
     Registers t;
-    t.key_landed = false;
+    t.key_landed = t.means = false;
     t.slot = NextTile();
     if (t.slot == kNoMoreTiles) return;
     t.limits = Limits(shared.tiles[t.slot]);
@@ -338,7 +347,7 @@ struct Consumer {
     const int values = keys - 1, v_stage = values % Traits::kStages;
     BarrierWait(SharedAddress(&shared.v_full[v_stage]), values / Traits::kStages & 1);
     if (!accumulate) ZeroTail(shared.tiles[t.slot], v_stage);
-    IssueValues(t.o, t.weights, v_stage, accumulate);
+    IssueValues(t.o, t.weights, v_stage, accumulate, t.means);
     WgmmaWait<0>();
     Finish(shared.tiles[t.slot], t.o, t.state);
   }

@@ -36,12 +36,12 @@ struct Producer {
   const CUtensorMap* q_map;
   const CUtensorMap* k_map;
   const CUtensorMap* v_map;
-  const CUtensorMap* k_mean_map;
-  const CUtensorMap* v_mean_map;
+  const CUtensorMap *k_mean_map, *v_mean_map, *k_mean_step_map, *v_mean_step_map;
   uint64_t q_policy, kv_policy;
   int queries = 0, keys = 0, values = 0;    // uses of each ring so far
   int value_token = 0, value_panel = 0;     // V that follows the next K
-  const MeanGroup* value_groups = nullptr;  // or the means that do
+  const MeanGroup* value_groups = nullptr;  // or the means that do,
+  bool value_groups_adjoin = false;         // which lie one after the other in the table
   int filled = 0;                           // groups of the step over means in the making
 
   __device__ __forceinline__ void LoadKey(int token, int panel) {
@@ -64,42 +64,64 @@ struct Producer {
     const uint32_t full = SharedAddress(&shared.v_full[stage]);
     BarrierExpect(full, Traits::kKvBytes);
     if (Traits::kCorrected && value_groups != nullptr) {
-      for (int i = 0; i < Traits::kGroups; ++i) {
-        LoadMeans(shared.v[stage], v_mean_map, full, i, value_groups[i].group, value_panel);
-      }
+      LoadMeanValues(stage, full);
     } else {
       LoadTensor3(SharedAddress(shared.v[stage]), v_map, full, 0, value_token, value_panel, kv_policy);
     }
     ++values;
   }
 
-  // Eight means into rows 8 * at and on of a stage.
-  __device__ __forceinline__ void LoadMeans(const uint8_t* stage, const CUtensorMap* map, uint32_t full,
-                                            int at, int group, int kv_panel) {
-#pragma unroll
-    for (int panel = 0; panel < Traits::kPanels; ++panel) {
-      LoadTensor4(SharedAddress(stage) + panel * Traits::kKeys * 128 + at * 1024, map, full, 0, 8 * group,
-                  panel, kv_panel / Traits::kPanels, kv_policy);
+  __device__ __forceinline__ void LoadMeans(const uint8_t* to, const CUtensorMap* map, uint32_t full,
+                                            int group, int kv_panel) {
+    LoadTensor5(SharedAddress(to), map, full, 0, 0, 0, group, kv_panel / Traits::kPanels, kv_policy);
+  }
+
+  __device__ __forceinline__ void LoadMeanValues(int stage, uint32_t full) {
+    if (value_groups_adjoin) {
+      LoadMeans(shared.v[stage], v_mean_step_map, full, value_groups[0].group, value_panel);
+      return;
+    }
+    for (int i = 0; i < Traits::kGroups; ++i) {
+      LoadMeans(shared.v[stage] + i * Traits::kGroupBytes, v_mean_map, full, value_groups[i].group,
+                value_panel);
     }
   }
 
-  // One group more of the step over means. The last one completes it: consumers see the groups written.
-  __device__ __forceinline__ void AddGroup(int kv_panel, MeanGroup group) {
-    const int stage = keys % Traits::kStages;
-    MeanGroup* const groups = shared.groups[keys % Traits::kGroupSlots];
-    const uint32_t full = SharedAddress(&shared.k_full[stage]);
-    if (filled == 0 && keys >= Traits::kStages) {
+  __device__ __forceinline__ void AwaitKeyStage(int stage) {
+    if (keys >= Traits::kStages) {
       BarrierWait(SharedAddress(&shared.k_empty[stage]), (keys / Traits::kStages & 1) ^ 1);
     }
-    groups[filled] = group;
-    LoadMeans(shared.k[stage], k_mean_map, full, filled, group.group, kv_panel);
-    if (++filled < Traits::kGroups) return;
-    filled = 0;
-    BarrierExpect(full, Traits::kKvBytes);
+  }
+
+  // After a step over means has been written and its K asked for.
+  __device__ __forceinline__ void EndMeanStep(int kv_panel, uint32_t bytes, bool adjoin) {
+    MeanGroup* const groups = shared.groups[keys % Traits::kGroupSlots];
+    BarrierExpect(SharedAddress(&shared.k_full[keys % Traits::kStages]), bytes);
     ++keys;
     LoadValue();
     value_groups = groups;
+    value_groups_adjoin = adjoin;
     value_panel = kv_panel;
+  }
+
+  // One group more of the step over means in the making.
+  __device__ __forceinline__ void AddGroup(int kv_panel, MeanGroup group) {
+    const int stage = keys % Traits::kStages;
+    if (filled == 0) AwaitKeyStage(stage);
+    shared.groups[keys % Traits::kGroupSlots][filled] = group;
+    LoadMeans(shared.k[stage] + filled * Traits::kGroupBytes, k_mean_map,
+              SharedAddress(&shared.k_full[stage]), group.group, kv_panel);
+    if (++filled == Traits::kGroups) FlushGroups(kv_panel);
+  }
+
+  // Groups that are missing count for nothing; their K may be anything, but their V must be numbers.
+  __device__ __forceinline__ void FlushGroups(int kv_panel) {
+    const int count = filled;
+    if (count == 0) return;
+    MeanGroup* const groups = shared.groups[keys % Traits::kGroupSlots];
+    for (int i = count; i < Traits::kGroups; ++i) groups[i] = {0, 0, 0};
+    filled = 0;
+    EndMeanStep(kv_panel, count * Traits::kGroupBytes, false);
   }
 
   // The blocks of one superblock that are not listed, as far as every row sees them.
@@ -113,7 +135,16 @@ struct Producer {
     AddGroup(info.kv_panel, {live, 0, static_cast<uint32_t>(superblock)});
   }
 
-  // The steps over means of a tile: the groups that CountMeanGroups() counts, then empty ones.
+  // Eight superblocks from 8 * at on, as far as nothing of them is listed.
+  __device__ __forceinline__ MeanGroup Superblocks(const TileInfo& info, int at) {
+    const int whole = info.complete / kSuperblock - 8 * at;
+    const uint32_t seen = whole < 8 ? (1u << whole) - 1 : 0xFF;
+    const uint32_t live = seen & ~static_cast<uint32_t>(shared.expanded[at]);
+    shared.expanded[at] = 0;
+    return {live, 1, static_cast<uint32_t>(p.coarse_group + at)};
+  }
+
+  // The steps over means of a tile, as CountMeanSteps() counts them.
   __device__ __forceinline__ void Correct(const TileInfo& info) {
     const int superblocks = info.complete / kSuperblock, count = info.num_blocks;
     int last = -1;
@@ -130,13 +161,19 @@ struct Producer {
     }
     if (last >= 0) AddBlocks(info, last, live);
     if (info.complete % kSuperblock != 0 && last != superblocks) AddBlocks(info, superblocks, 0xFF);
-    for (int first = 0; first < superblocks; first += 8) {
-      const uint32_t whole = superblocks - first < 8 ? (1u << (superblocks - first)) - 1 : 0xFF;
-      const uint32_t far = whole & ~static_cast<uint32_t>(shared.expanded[first >> 3]);
-      shared.expanded[first >> 3] = 0;
-      AddGroup(info.kv_panel, {far, 1, static_cast<uint32_t>(p.coarse_group + (first >> 3))});
+    const int coarse = (superblocks + 7) / 8, adjoining = coarse / Traits::kGroups * Traits::kGroups;
+    for (int at = adjoining; at < coarse; ++at) AddGroup(info.kv_panel, Superblocks(info, at));
+    FlushGroups(info.kv_panel);
+    for (int at = 0; at < adjoining; at += Traits::kGroups) {
+      const int stage = keys % Traits::kStages;
+      AwaitKeyStage(stage);
+      LoadMeans(shared.k[stage], k_mean_step_map, SharedAddress(&shared.k_full[stage]), p.coarse_group + at,
+                info.kv_panel);
+      for (int i = 0; i < Traits::kGroups; ++i) {
+        shared.groups[keys % Traits::kGroupSlots][i] = Superblocks(info, at + i);
+      }
+      EndMeanStep(info.kv_panel, Traits::kKvBytes, true);
     }
-    while (filled > 0) AddGroup(info.kv_panel, {0, 0, 0});
   }
 
   __device__ __forceinline__ void LoadQuery(const TileInfo& info) {
@@ -211,6 +248,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                     const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap out_map,
                     const __grid_constant__ CUtensorMap k_mean_map,
                     const __grid_constant__ CUtensorMap v_mean_map,
+                    const __grid_constant__ CUtensorMap k_mean_step_map,
+                    const __grid_constant__ CUtensorMap v_mean_step_map,
                     const __grid_constant__ AttentionParams params) {
   extern __shared__ __align__(1024) uint8_t storage[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(storage);
@@ -227,9 +266,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       if constexpr (Traits::kCorrected) {
         for (int i = 0; i < kMaxSuperblockBytes; ++i) shared.expanded[i] = 0;
       }
-      Producer<Traits> producer{shared,           params,      &q_map,      &k_map,
-                                &v_map,           &k_mean_map, &v_mean_map, PolicyEvictFirst(),
-                                PolicyEvictLast()};
+      Producer<Traits> producer{
+          shared,           params,      &q_map,           &k_map,           &v_map,
+          &k_mean_map,      &v_mean_map, &k_mean_step_map, &v_mean_step_map, PolicyEvictFirst(),
+          PolicyEvictLast()};
       producer.Run();
     } else if (threadIdx.x == 32) {
       Schedule<Traits>(shared, params);

@@ -15,7 +15,8 @@ cudaError_t Launch(const AttentionMaps& maps, const AttentionParams& params, int
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   kernel<<<num_sms, Traits::kThreads, kBytes, stream>>>(maps.q, maps.k, maps.v, maps.out, maps.k_means,
-                                                        maps.v_means, params);
+                                                        maps.v_means, maps.k_mean_steps, maps.v_mean_steps,
+                                                        params);
   return cudaGetLastError();
 }
 

@@ -11,7 +11,8 @@ namespace headwater::kernels::sm90 {
 
 struct AttentionMaps {
   CUtensorMap q, k, v, out;
-  CUtensorMap k_means, v_means;  // 8 rows a box; used with mean correction
+  CUtensorMap k_means, v_means;            // with correction: one group of 8 means a box
+  CUtensorMap k_mean_steps, v_mean_steps;  // and 16 groups
 };
 
 struct AttentionTile {

@@ -77,20 +77,22 @@ __device__ inline TileInfo DescribeTile(const AttentionParams& p, const TilePlac
   return info;
 }
 
-// Groups of eight means that stand for what a tile does not list: of every superblock that is listed in part
-// or visible in part, its blocks; of the others, eight superblocks at a time. Producer::Correct() writes
-// them.
-__device__ inline int CountMeanGroups(const TileInfo& info) {
+// Steps over means, which stand for what a tile does not list: of every superblock that is listed in part or
+// visible in part, its blocks; of the others, one each. Eight blocks or superblocks are a group, kGroups
+// groups a step; superblocks fill whole steps as far as they can. Producer::Correct() makes them.
+template <int kGroups>
+__device__ inline int CountMeanSteps(const TileInfo& info) {
   if (info.blocks == nullptr || info.num_blocks <= 0) return 0;
-  const int superblocks = info.complete / kSuperblock;
-  int groups = (superblocks + 7) / 8, last = -1;
+  const int superblocks = info.complete / kSuperblock, coarse = (superblocks + 7) / 8;
+  int fine = 0, last = -1;
   for (int i = 0; i < info.num_blocks; ++i) {
     const int block = __ldg(info.blocks + i);
     if (static_cast<uint32_t>(block) >= static_cast<uint32_t>(info.complete)) break;
-    groups += block / kSuperblock != last;
+    fine += block / kSuperblock != last;
     last = block / kSuperblock;
   }
-  return groups + (info.complete % kSuperblock != 0 && last != superblocks);
+  fine += info.complete % kSuperblock != 0 && last != superblocks;
+  return coarse / kGroups + (coarse % kGroups + fine + kGroups - 1) / kGroups;
 }
 
 // Draws tiles and describes them, up to kTileSlots ahead, so that nobody waits for the lists' latency.
@@ -110,7 +112,7 @@ __device__ inline void Schedule(typename Traits::Shared& shared, const Attention
       if (long_tiles > 0 && !is_long && IsLong(info.num_blocks, *p.total_blocks, count))
         continue;  // done already
       if constexpr (Traits::kCorrected) {
-        info.corrections = (CountMeanGroups(info) + Traits::kGroups - 1) / Traits::kGroups;
+        info.corrections = CountMeanSteps<Traits::kGroups>(info);
       }
     }
     const int slot = n % Traits::kTileSlots;

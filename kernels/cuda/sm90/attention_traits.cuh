@@ -56,7 +56,9 @@ struct AttentionTraits {
   static constexpr int kTileSlots = 4;
   // A step's groups are read by threads that may be a step behind the one that frees its keys.
   static constexpr int kGroupSlots = 4;
+  // Groups of means lie one after the other, 8 rows a panel, where K and V have their panels apart.
   static constexpr int kGroups = kKeys / 8;
+  static constexpr uint32_t kGroupBytes = 8 * kHeadDim * 2;
   static constexpr uint32_t kQBytes = kRows * kHeadDim * 2;
   static constexpr uint32_t kKvBytes = kKeys * kHeadDim * 2;
   // Staging room for O; with 160 keys there is none left, and rows leave straight from registers.
