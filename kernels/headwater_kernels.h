@@ -67,6 +67,11 @@ HW_EXPORT size_t hw_attention_workspace_bytes(const hw_attention_args* args);
 HW_EXPORT hw_status hw_attention(const hw_attention_args* args, void* workspace, size_t workspace_bytes,
                                  void* stream);
 
+/* Checks args->lists; first_bad: int64 in device memory. */
+HW_EXPORT hw_status hw_check_block_lists(const hw_attention_args* args, int64_t num_blocks,
+                                         int64_t* first_bad, void* workspace, size_t workspace_bytes,
+                                         void* stream);
+
 typedef struct {
   uint32_t struct_size;
   const void *q, *k; /* bf16, device memory */

@@ -156,6 +156,71 @@ struct WorkspaceLayout {
   }
 };
 
+// What the kernels are told.
+struct Call {
+  sm90::AttentionParams params{};
+  sm90::TilePrefixParams prefix{};
+
+  Call(const CudaAttentionArgs& args, const Plan& plan, const WorkspaceLayout& layout, void* workspace) {
+    auto* const bytes = static_cast<char*>(workspace);
+    const auto words = [&](size_t at) { return reinterpret_cast<int32_t*>(bytes + at); };
+    const bool has_lists = args.lists.num_lists != 0;
+    sm90::AttentionParams& p = params;
+    p.num_sequences = args.num_sequences;
+    p.next_tile = words(0);
+    p.tile_begin = words(layout.tile_begin);
+    p.cu_q = args.cu_seqlens_q != nullptr ? args.cu_seqlens_q : words(layout.single_q);
+    p.cu_k = args.cu_seqlens_k != nullptr ? args.cu_seqlens_k : words(layout.single_k);
+    p.q_position = args.query_position;
+    p.num_q_heads = args.num_q_heads;
+    p.num_heads = plan.num_heads;
+    p.heads_per_kv_head = plan.heads_per_kv_head;
+    p.pack = plan.pack;
+    p.tile_positions = plan.tile_positions;
+    p.section_heads = plan.section_heads;
+    p.store_by_map = args.out != nullptr && args.out_f32 == nullptr && 64 % plan.pack == 0;
+    p.scale_log2 = static_cast<float>(args.softmax_scale * kLog2E);
+    p.out = args.out;
+    p.out_f32 = args.out_f32;
+    p.lse_ln = args.lse_ln;
+    if (has_lists) {
+      p.list_counts = args.lists.counts;
+      p.list_offsets = args.lists.offsets;
+      p.list_blocks = args.lists.blocks;
+      p.coarse_group = static_cast<int32_t>(CudaMeanTableCoarseRow(args.total_k) / 8);
+      p.block_gain = std::log2(static_cast<float>(sm90::kBlockKeys)) / p.scale_log2;
+      p.superblock_gain = std::log2(static_cast<float>(sm90::kBlockKeys * sm90::kSuperblock)) / p.scale_log2;
+      p.long_tiles = words(layout.long_tiles);
+      p.long_tile_count = words(4);
+      p.total_blocks = reinterpret_cast<const int64_t*>(bytes + 8);
+    }
+    prefix = {args.cu_seqlens_q,
+              args.num_sequences,
+              plan.tile_positions,
+              words(layout.tile_begin),
+              words(0),
+              words(layout.single_q),
+              words(layout.single_k),
+              static_cast<int32_t>(args.total_q),
+              static_cast<int32_t>(args.total_k),
+              has_lists ? words(4) : nullptr,
+              has_lists ? reinterpret_cast<int64_t*>(bytes + 8) : nullptr};
+  }
+};
+
+Status CheckWorkspace(const CudaAttentionArgs& args, const Plan& plan, const void* workspace, size_t bytes) {
+  const size_t wanted = WorkspaceLayout(args, plan).end;
+  if (workspace == nullptr || bytes < wanted || Misaligned(workspace)) {
+    return InvalidArgument("the workspace has " + std::to_string(bytes) + " bytes; " +
+                           std::to_string(wanted) + ", 16-byte aligned, are wanted");
+  }
+  if (MaxTiles(args, plan) * plan.num_heads > INT32_MAX) {
+    return InvalidArgument(std::to_string(MaxTiles(args, plan) * plan.num_heads) +
+                           " tiles; at most 2147483647");
+  }
+  return {};
+}
+
 }  // namespace
 
 size_t CudaAttentionWorkspaceBytes(const CudaAttentionArgs& args) {
@@ -167,70 +232,40 @@ Status CudaAttention(const CudaAttentionArgs& args, void* workspace, size_t work
                      cudaStream_t stream) {
   HW_KERNELS_RETURN_IF_ERROR(Validate(args));
   const Plan plan = MakePlan(args);
-  const WorkspaceLayout layout(args, plan);
-  if (workspace == nullptr || workspace_bytes < layout.end || Misaligned(workspace)) {
-    return InvalidArgument("the workspace has " + std::to_string(workspace_bytes) + " bytes; " +
-                           std::to_string(layout.end) + ", 16-byte aligned, are wanted");
-  }
-  if (MaxTiles(args, plan) * plan.num_heads > INT32_MAX) {
-    return InvalidArgument(std::to_string(MaxTiles(args, plan) * plan.num_heads) +
-                           " tiles; at most 2147483647");
-  }
+  HW_KERNELS_RETURN_IF_ERROR(CheckWorkspace(args, plan, workspace, workspace_bytes));
   int num_sms = 0;
   HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
   sm90::AttentionMaps maps;
   HW_KERNELS_RETURN_IF_ERROR(MakeMaps(args, plan, &maps));
+  const Call call(args, plan, WorkspaceLayout(args, plan), workspace);
 
-  const bool has_lists = args.lists.num_lists != 0;
-  auto* const bytes = static_cast<char*>(workspace);
-  const auto words = [&](size_t at) { return reinterpret_cast<int32_t*>(bytes + at); };
-  sm90::AttentionParams p{};
-  p.num_sequences = args.num_sequences;
-  p.next_tile = words(0);
-  p.tile_begin = words(layout.tile_begin);
-  p.cu_q = args.cu_seqlens_q != nullptr ? args.cu_seqlens_q : words(layout.single_q);
-  p.cu_k = args.cu_seqlens_k != nullptr ? args.cu_seqlens_k : words(layout.single_k);
-  p.q_position = args.query_position;
-  p.num_q_heads = args.num_q_heads;
-  p.num_heads = plan.num_heads;
-  p.heads_per_kv_head = plan.heads_per_kv_head;
-  p.pack = plan.pack;
-  p.tile_positions = plan.tile_positions;
-  p.section_heads = plan.section_heads;
-  p.store_by_map = args.out != nullptr && args.out_f32 == nullptr && 64 % plan.pack == 0;
-  p.scale_log2 = static_cast<float>(args.softmax_scale * kLog2E);
-  p.out = args.out;
-  p.out_f32 = args.out_f32;
-  p.lse_ln = args.lse_ln;
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchTilePrefix(call.prefix, stream));
   if (args.lists.num_lists != 0) {
-    p.list_counts = args.lists.counts;
-    p.list_offsets = args.lists.offsets;
-    p.list_blocks = args.lists.blocks;
-    p.heads_per_list = plan.num_heads / args.lists.num_lists;
-    p.coarse_group = static_cast<int32_t>(CudaMeanTableCoarseRow(args.total_k) / 8);
-    p.block_gain = std::log2(static_cast<float>(sm90::kBlockKeys)) / p.scale_log2;
-    p.superblock_gain = std::log2(static_cast<float>(sm90::kBlockKeys * sm90::kSuperblock)) / p.scale_log2;
-    p.long_tiles = words(layout.long_tiles);
-    p.long_tile_count = words(4);
-    p.total_blocks = reinterpret_cast<const int64_t*>(bytes + 8);
+    HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchLongTiles(call.params, MaxTiles(args, plan), stream));
   }
-  const sm90::TilePrefixParams prefix{args.cu_seqlens_q,
-                                      args.num_sequences,
-                                      plan.tile_positions,
-                                      words(layout.tile_begin),
-                                      words(0),
-                                      words(layout.single_q),
-                                      words(layout.single_k),
-                                      static_cast<int32_t>(args.total_q),
-                                      static_cast<int32_t>(args.total_k),
-                                      has_lists ? words(4) : nullptr,
-                                      has_lists ? reinterpret_cast<int64_t*>(bytes + 8) : nullptr};
-  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchTilePrefix(prefix, stream));
-  if (has_lists) {
-    HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchLongTiles(p, MaxTiles(args, plan), stream));
-  }
-  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchAttention(maps, p, args.head_dim, plan.tile,
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchAttention(maps, call.params, args.head_dim, plan.tile,
                                                         args.correction.k_means != nullptr, num_sms, stream));
+  return {};
+}
+
+Status CudaCheckBlockLists(const CudaAttentionArgs& args, int64_t num_blocks, int64_t* first_bad,
+                           void* workspace, size_t workspace_bytes, cudaStream_t stream) {
+  HW_KERNELS_RETURN_IF_ERROR(Validate(args));
+  if (args.lists.num_lists == 0 || num_blocks < 0 || first_bad == nullptr ||
+      reinterpret_cast<uintptr_t>(first_bad) % 8 != 0) {
+    return InvalidArgument("no block lists, num_blocks " + std::to_string(num_blocks) +
+                           " below 0, or first_bad null or not 8-byte aligned");
+  }
+  const Plan plan = MakePlan(args);
+  HW_KERNELS_RETURN_IF_ERROR(CheckWorkspace(args, plan, workspace, workspace_bytes));
+  int num_sms = 0;
+  HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
+  const Call call(args, plan, WorkspaceLayout(args, plan), workspace);
+
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(first_bad, 0xFF, sizeof *first_bad, stream));
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchTilePrefix(call.prefix, stream));
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(
+      sm90::LaunchCheckLists(call.params, num_blocks, first_bad, num_sms, stream));
   return {};
 }
 

@@ -21,9 +21,9 @@ struct CudaBlockLists {
   int32_t num_lists = 0;             // 0: no lists (dense); else num_kv_heads or num_q_heads
   const int32_t* counts = nullptr;   // [num_lists * tiles]; -1: every causal block
   const int64_t* offsets = nullptr;  // [num_lists * tiles] first entry in `blocks`
-  // Ascending, without repeats, none past the tile's last visible key (headwater.ops.BlockIndex.validate()
-  // checks that). Other entries are memory-safe, but what rows of that tile get is undefined; offsets and
-  // counts that leave the arrays are not.
+  // Ascending, without repeats, none past the tile's last visible key: CudaCheckBlockLists(). Other entries
+  // are memory-safe, but what rows of that tile get is undefined; offsets and counts that leave the arrays
+  // are not.
   const int32_t* blocks = nullptr;
 };
 
@@ -82,6 +82,13 @@ size_t CudaAttentionWorkspaceBytes(const CudaAttentionArgs& args);
 // Cost: 4 * head_dim FLOP per listed (row, key).
 Status CudaAttention(const CudaAttentionArgs& args, void* workspace, size_t workspace_bytes,
                      cudaStream_t stream);
+
+// Checks args.lists, for lists from outside: writes to *first_bad (device memory, 8-byte aligned) the
+// smallest number of a segment whose count is below -1, whose entries leave the num_blocks ones of `blocks`,
+// are not ascending, repeat, or lie past its tile's last visible key; -1: none. Arguments, workspace, stream
+// and errors as CudaAttention() with those args; a tensor's memory is not read. Cost: a read of the lists.
+Status CudaCheckBlockLists(const CudaAttentionArgs& args, int64_t num_blocks, int64_t* first_bad,
+                           void* workspace, size_t workspace_bytes, cudaStream_t stream);
 
 }  // namespace headwater::kernels
 

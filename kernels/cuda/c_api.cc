@@ -79,6 +79,14 @@ hw_status hw_attention(const hw_attention_args* args, void* workspace, size_t wo
                                                   static_cast<cudaStream_t>(stream)));
 }
 
+hw_status hw_check_block_lists(const hw_attention_args* args, int64_t num_blocks, int64_t* first_bad,
+                               void* workspace, size_t workspace_bytes, void* stream) {
+  hw_attention_args c;
+  if (!Read(args, &c)) return Report(BadStructure());
+  return Report(headwater::kernels::CudaCheckBlockLists(FromC(c), num_blocks, first_bad, workspace,
+                                                        workspace_bytes, static_cast<cudaStream_t>(stream)));
+}
+
 int64_t hw_search_tiles(const hw_search_args* args) {
   hw_search_args c;
   return Read(args, &c) ? headwater::kernels::CudaSearchTiles(FromC(c)) : 0;

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(1024) TilePrefixKernel(const TilePrefixParams 
 // Steps of a tile.
 __device__ __forceinline__ int64_t BlocksOf(const AttentionParams& p, int64_t number, int tiles) {
   const TilePlace place = PlaceOf(p, number, tiles);
-  const int count = p.list_counts[SegmentOf(p, place, tiles)];
+  const int count = p.list_counts[SegmentOf(place, tiles)];
   return count != kDenseSegment ? count : DescribeTile<kBlockKeys>(p, place, tiles, 1).num_blocks;
 }
 
@@ -90,7 +90,35 @@ __global__ void __launch_bounds__(256) LongTilesKernel(const AttentionParams p) 
   }
 }
 
+// A warp a segment.
+__global__ void __launch_bounds__(256)
+    CheckListsKernel(const AttentionParams p, int64_t num_blocks, unsigned long long* first_bad) {
+  AttentionParams causal = p;
+  causal.list_counts = nullptr;  // to describe tiles without a look at their lists
+  const int tiles = TileCount(p), lane = static_cast<int>(threadIdx.x & 31);
+  const int64_t segments = static_cast<int64_t>(tiles) * p.num_heads, warps = int64_t{gridDim.x} * 8;
+  for (int64_t segment = int64_t{blockIdx.x} * 8 + threadIdx.x / 32; segment < segments; segment += warps) {
+    const TilePlace place{static_cast<int>(segment / tiles), static_cast<int>(segment % tiles)};
+    const int visible = DescribeTile<kBlockKeys>(causal, place, tiles, 1).num_blocks;
+    const int count = p.list_counts[segment];
+    const int64_t offset = count > 0 ? p.list_offsets[segment] : 0;
+    bool bad = count < kDenseSegment || count > visible || offset < 0 || offset > num_blocks - max(0, count);
+    for (int i = lane; i < count && !bad; i += 32) {
+      const int block = p.list_blocks[offset + i], before = i > 0 ? p.list_blocks[offset + i - 1] : -1;
+      bad = block <= before || block >= visible;
+    }
+    if (__any_sync(~0u, bad) && lane == 0) atomicMin(first_bad, static_cast<unsigned long long>(segment));
+  }
+}
+
 }  // namespace
+
+cudaError_t LaunchCheckLists(const AttentionParams& params, int64_t num_blocks, int64_t* first_bad,
+                             int num_sms, cudaStream_t stream) {
+  CheckListsKernel<<<static_cast<unsigned>(num_sms * 8), 256, 0, stream>>>(
+      params, num_blocks, reinterpret_cast<unsigned long long*>(first_bad));
+  return cudaGetLastError();
+}
 
 cudaError_t LaunchLongTiles(const AttentionParams& params, int64_t max_tiles, cudaStream_t stream) {
   const int64_t blocks = (max_tiles * params.num_heads + 255) / 256;

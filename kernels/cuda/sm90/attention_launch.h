@@ -44,6 +44,11 @@ cudaError_t LaunchTilePrefix(const TilePrefixParams& params, cudaStream_t stream
 // of `params` (which points to them). After LaunchTilePrefix. max_tiles: at least the tiles of a head.
 cudaError_t LaunchLongTiles(const AttentionParams& params, int64_t max_tiles, cudaStream_t stream);
 
+// Lowers *first_bad, unsigned and all ones before, to the first segment that CudaCheckBlockLists() refuses.
+// After LaunchTilePrefix.
+cudaError_t LaunchCheckLists(const AttentionParams& params, int64_t num_blocks, int64_t* first_bad,
+                             int num_sms, cudaStream_t stream);
+
 }  // namespace headwater::kernels::sm90
 
 #endif  // HW_KERNELS_CUDA_SM90_ATTENTION_LAUNCH_H_

@@ -29,11 +29,10 @@ struct AttentionParams {
   float* out_f32;          // the same in f32, or null
   float* lse_ln;           // [tokens, num_q_heads], or null
   int32_t* next_tile;      // 0 at launch
-  // Lists: segment = (head / heads_per_list) * tiles + tile. null counts: every causal block.
+  // Lists: segment = head * tiles + tile. null counts: every causal block.
   const int32_t* list_counts;   // blocks of each segment; kDenseSegment: every causal block
   const int64_t* list_offsets;  // first entry of each segment
   const int32_t* list_blocks;   // ascending within a segment
-  int32_t heads_per_list;
   // Mean correction: table row of the first superblock's mean / 8, and what a mean's raw score gains: log2 of
   // the tokens it stands for / scale_log2.
   int32_t coarse_group;

@@ -26,8 +26,8 @@ __device__ __forceinline__ TilePlace PlaceOf(const AttentionParams& p, int64_t n
   return {section * p.section_heads + rest % p.section_heads, tiles - 1 - rest / p.section_heads};
 }
 
-__device__ __forceinline__ int64_t SegmentOf(const AttentionParams& p, const TilePlace& place, int tiles) {
-  return static_cast<int64_t>(place.head / p.heads_per_list) * tiles + place.tile;
+__device__ __forceinline__ int64_t SegmentOf(const TilePlace& place, int tiles) {
+  return static_cast<int64_t>(place.head) * tiles + place.tile;
 }
 
 // Many times the mean: such a tile is drawn before all others.
@@ -63,7 +63,7 @@ __device__ inline TileInfo DescribeTile(const AttentionParams& p, const TilePlac
   info.corrections = 0;
   info.blocks = nullptr;
   if (p.list_counts != nullptr) {
-    const int64_t segment = SegmentOf(p, place, tiles);
+    const int64_t segment = SegmentOf(place, tiles);
     const int count = p.list_counts[segment];
     if (count != kDenseSegment) {
       info.blocks = p.list_blocks + p.list_offsets[segment];

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <memory>
 
@@ -178,6 +179,66 @@ TEST(CudaAttentionGpuTest, EqualCallsGiveEqualBits) {
     }
   }
 }
+
+// Lists that break the rules: they are found, and the kernel that is given them writes only where it may.
+struct BadList {
+  const char* name;
+  std::function<void(Problem*)> spoil;  // segment 5, which has three blocks
+  int64_t first_bad = 5;
+};
+
+std::ostream& operator<<(std::ostream& out, const BadList& list) { return out << list.name; }
+
+class CudaBadListsGpuTest : public ::testing::TestWithParam<BadList> {};
+
+TEST_P(CudaBadListsGpuTest, AreFoundAndHarmless) {
+  HW_REQUIRE_SM90();
+  Problem problem({"", 8, 2, 128, 600, 600, kAligned, Lists::kPerKvHead, false, true}, 11);
+  for (size_t i = 0; i < problem.counts.size(); ++i) {
+    problem.counts[i] = static_cast<int32_t>(i % 19 < 9 ? i % 19 / 4 : 3);
+    problem.offsets[i] = 0;
+  }
+  problem.counts[5] = 2;
+  problem.offsets[5] = 3;
+  problem.counts[0] = -1;
+  problem.blocks = {0, 1, 2, 0, 1, 3, 0};
+  GetParam().spoil(&problem);
+  const DeviceProblem device(problem);
+  const DeviceArray<int64_t> first_bad(1);
+  DeviceArray<unsigned char> workspace(CudaAttentionWorkspaceBytes(device.args));
+
+  const Status status = CudaCheckBlockLists(device.args, static_cast<int64_t>(problem.blocks.size()),
+                                            first_bad.data(), workspace.data(), workspace.size(), nullptr);
+
+  ASSERT_TRUE(status.ok()) << status.message();
+  EXPECT_EQ(first_bad.Host()[0], GetParam().first_bad);
+  EXPECT_TRUE(first_bad.Intact() && workspace.Intact());
+  const bool leaves_the_arrays =
+      problem.offsets[5] < 0 || problem.offsets[5] + std::max(0, problem.counts[5]) > 7;
+  if (!leaves_the_arrays) {
+    ASSERT_TRUE(device.Run().ok());
+    EXPECT_TRUE(device.Intact());
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, CudaBadListsGpuTest,
+    ::testing::Values(BadList{"good", [](Problem*) {}, -1},
+                      BadList{"unsorted", [](Problem* p) { std::swap(p->blocks[3], p->blocks[4]); }},
+                      BadList{"repeated", [](Problem* p) { p->blocks[4] = 0; }},
+                      BadList{"negative", [](Problem* p) { p->blocks[3] = -7; }},
+                      BadList{"past_the_diagonal", [](Problem* p) { p->blocks[4] = 2; }},
+                      BadList{"huge", [](Problem* p) { p->blocks[4] = INT32_MAX; }},
+                      BadList{"count_below_minus_one", [](Problem* p) { p->counts[5] = -2; }},
+                      BadList{"more_than_visible", [](Problem* p) { p->counts[5] = 3; }},
+                      BadList{"offset_negative", [](Problem* p) { p->offsets[5] = -1; }},
+                      BadList{"offset_past_the_end", [](Problem* p) { p->offsets[5] = 6; }},
+                      BadList{"first_of_two",
+                              [](Problem* p) {
+                                p->counts[9] = 100;
+                                p->offsets[5] = 7;
+                              }}),
+    [](const auto& test) { return test.param.name; });
 
 }  // namespace
 }  // namespace headwater::kernels

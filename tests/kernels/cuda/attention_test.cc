@@ -132,5 +132,15 @@ TEST(CudaAttentionWorkspaceTest, ListsNeedFourBytesATile) {
   EXPECT_LE(CudaAttentionWorkspaceBytes(args), dense + 4 * tiles + 64);
 }
 
+TEST(CudaCheckBlockListsTest, RefusesWhatItCannotCheck) {
+  CudaAttentionArgs args = ValidArgs();
+  auto* const first_bad = static_cast<int64_t*>(kAligned);
+  EXPECT_EQ(CudaCheckBlockLists(args, 10, first_bad, kAligned, 1 << 20, nullptr).code(), kBad) << "no lists";
+  args.lists = Lists();
+  EXPECT_EQ(CudaCheckBlockLists(args, -1, first_bad, kAligned, 1 << 20, nullptr).code(), kBad);
+  EXPECT_EQ(CudaCheckBlockLists(args, 10, nullptr, kAligned, 1 << 20, nullptr).code(), kBad);
+  EXPECT_EQ(CudaCheckBlockLists(args, 10, first_bad, kAligned, 1, nullptr).code(), kBad) << "workspace";
+}
+
 }  // namespace
 }  // namespace headwater::kernels
