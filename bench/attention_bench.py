@@ -225,9 +225,11 @@ class Bench:
         others = {stage: {} for stage in metrics}
         metrics["kernel"]["tflops"] = self.active_tflops(index, n, times["kernel"])
         metrics["total"]["density"] = metrics["kernel"]["density"] = index.density(n, n)
+        if n < ops.MIN_SPARSE_TOKENS:  # the whole is dense attention then
+            metrics["total"]["density"] = 1.0
         if dense:
             rows = dense["rows"]
-            recall = rows.recall(index)
+            recall = rows.recall(index) if n >= ops.MIN_SPARSE_TOKENS else (1.0, 1.0)
             metrics["total"].update(rel_error=rows.error(out), recall_mean=recall[0], recall_p1=recall[1])
             others["total"]["cudnn"] = dense["cudnn"]
         if peer:

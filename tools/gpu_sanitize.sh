@@ -14,7 +14,8 @@ logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 
 check() { # program tool
-  local log="$logs/$(basename "$1").$2" status=0
+  local log status=0
+  log="$logs/$(basename "$1").$2"
   OMP_NUM_THREADS=4 timeout 600 compute-sanitizer --tool "$2" --error-exitcode 9 --print-limit 5 \
     --kernel-name-exclude kernel_substring=nvjet --kernel-name-exclude kernel_substring=splitKreduce \
     "$1" --gtest_filter=-*Large* > "$log" 2>&1 || status=$?
