@@ -292,10 +292,14 @@ struct Consumer {
       t.limits = Limits(shared.tiles[next_slot]);
     }
     WgmmaWait<1>();
-    Release(&shared.k_empty[k_stage]);
+    if constexpr (!kMeans) Release(&shared.k_empty[k_stage]);
     PassTurn();
     if constexpr (kMasked) MaskStep(t, step);
-    if constexpr (kMeans) WeighMeans(t.s, shared.groups[(values + 1) % Traits::kGroupSlots]);
+    if constexpr (kMeans) {
+      WeighMeans(t.s, shared.groups[k_stage]);
+      SyncWarpgroup();  // everyone has read the groups
+      Release(&shared.k_empty[k_stage]);
+    }
     float factor[2];
     const bool moved = MoveShift(t.s, p.scale_log2, &t.state, factor);
     t.key_landed = KeyLanded();

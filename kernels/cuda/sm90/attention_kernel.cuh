@@ -95,7 +95,7 @@ struct Producer {
 
   // After a step over means has been written and its K asked for.
   __device__ __forceinline__ void EndMeanStep(int kv_panel, uint32_t bytes, bool adjoin) {
-    MeanGroup* const groups = shared.groups[keys % Traits::kGroupSlots];
+    MeanGroup* const groups = shared.groups[keys % Traits::kStages];
     BarrierExpect(SharedAddress(&shared.k_full[keys % Traits::kStages]), bytes);
     ++keys;
     LoadValue();
@@ -108,7 +108,7 @@ struct Producer {
   __device__ __forceinline__ void AddGroup(int kv_panel, MeanGroup group) {
     const int stage = keys % Traits::kStages;
     if (filled == 0) AwaitKeyStage(stage);
-    shared.groups[keys % Traits::kGroupSlots][filled] = group;
+    shared.groups[keys % Traits::kStages][filled] = group;
     LoadMeans(shared.k[stage] + filled * Traits::kGroupBytes, k_mean_map,
               SharedAddress(&shared.k_full[stage]), group.group, kv_panel);
     if (++filled == Traits::kGroups) FlushGroups(kv_panel);
@@ -118,7 +118,7 @@ struct Producer {
   __device__ __forceinline__ void FlushGroups(int kv_panel) {
     const int count = filled;
     if (count == 0) return;
-    MeanGroup* const groups = shared.groups[keys % Traits::kGroupSlots];
+    MeanGroup* const groups = shared.groups[keys % Traits::kStages];
     for (int i = count; i < Traits::kGroups; ++i) groups[i] = {0, 0, 0};
     filled = 0;
     EndMeanStep(kv_panel, count * Traits::kGroupBytes, false);
@@ -170,7 +170,7 @@ struct Producer {
       LoadMeans(shared.k[stage], k_mean_step_map, SharedAddress(&shared.k_full[stage]), p.coarse_group + at,
                 info.kv_panel);
       for (int i = 0; i < Traits::kGroups; ++i) {
-        shared.groups[keys % Traits::kGroupSlots][i] = Superblocks(info, at + i);
+        shared.groups[keys % Traits::kStages][i] = Superblocks(info, at + i);
       }
       EndMeanStep(info.kv_panel, Traits::kKvBytes, true);
     }

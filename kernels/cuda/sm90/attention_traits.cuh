@@ -54,8 +54,6 @@ struct AttentionTraits {
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kStages = 2;
   static constexpr int kTileSlots = 4;
-  // A step's groups are read by threads that may be a step behind the one that frees its keys.
-  static constexpr int kGroupSlots = 4;
   // Groups of means lie one after the other, 8 rows a panel, where K and V have their panels apart.
   static constexpr int kGroups = kKeys / 8;
   static constexpr uint32_t kGroupBytes = 8 * kHeadDim * 2;
@@ -75,7 +73,7 @@ struct AttentionTraits {
     alignas(1024) uint8_t v[kStages][kKvBytes];
     alignas(1024) uint8_t out[kOutBytes > 0 ? kOutBytes : 16];
     alignas(16) TileInfo tiles[kTileSlots];
-    alignas(16) MeanGroup groups[kCorrected ? kGroupSlots : 1][kGroups];
+    alignas(16) MeanGroup groups[kCorrected ? kStages : 1][kGroups];  // of the K in each stage
     uint8_t expanded[kCorrected ? kMaxSuperblockBytes : 1];  // the producer's: superblocks by their blocks
     // "full": the copy has landed (or the slot is written); "empty": every consumer is done with it.
     uint64_t q_full[2], q_empty[2];
