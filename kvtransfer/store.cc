@@ -1,36 +1,23 @@
 #include "kvtransfer/store.h"
 
-#include <cerrno>
-#include <condition_variable>
-#include <cstring>
-#include <filesystem>
 #include <map>
 #include <mutex>
 #include <set>
-#include <system_error>
 #include <utility>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/strip.h"
-#include <fcntl.h>
-#include <sys/file.h>
-#include <unistd.h>
 
 #include "base/log.h"
 #include "base/rpc/grpc_status.h"
 #include "base/status_macros.h"
 #include "kvtransfer/session_files.h"
+#include "kvtransfer/store_directory.h"
 #include "kvtransfer/store_session.h"
 
 namespace headwater {
 namespace {
 
-namespace fs = std::filesystem;
-
 constexpr size_t kMaxNameBytes = 256;
-constexpr size_t kNameHexDigits = 32;
-constexpr char kSetAside[] = "set_aside";
 
 absl::Status BadField(absl::string_view field, absl::string_view message) {
   return MakeError(absl::StatusCode::kInvalidArgument, v1::ERROR_REASON_BAD_FIELD, message,
@@ -43,31 +30,10 @@ absl::Status CheckName(absl::string_view field, absl::string_view value, size_t 
       field, absl::StrCat(field, " has ", value.size(), " bytes, not in [", least, ", ", kMaxNameBytes, "]"));
 }
 
-// The session name of one of our files, or "" for another file.
-std::string SessionNameOf(const std::string& file, absl::string_view suffix) {
-  absl::string_view name = file;
-  if (!absl::ConsumeSuffix(&name, suffix) || name.size() != kNameHexDigits) return "";
-  return name.find_first_not_of("0123456789abcdef") == absl::string_view::npos ? std::string(name) : "";
-}
-
-absl::StatusOr<std::vector<std::string>> ListFiles(const std::string& directory) {
-  std::error_code error;
-  std::vector<std::string> files;
-  fs::directory_iterator it(directory, error);
-  for (; !error && it != fs::directory_iterator(); it.increment(error))
-    files.push_back(it->path().filename().string());
-  if (error) return absl::UnavailableError(absl::StrCat("cannot list ", directory, ": ", error.message()));
-  return files;
-}
-
 class FileKvStore final : public KvStore {
  public:
   explicit FileKvStore(const KvStoreOptions& options)
       : options_(options), budget_(std::make_shared<KvBudget>(options.budget_bytes)) {}
-  ~FileKvStore() override {
-    sessions_.clear();
-    if (lock_fd_ >= 0) close(lock_fd_);
-  }
 
   absl::Status Start();
 
@@ -84,10 +50,7 @@ class FileKvStore final : public KvStore {
   Usage usage() const override;
 
  private:
-  absl::Status LockDirectory();
-  absl::Status Recover();
   absl::Status RecoverSession(const std::string& name);
-  void SetAside(const std::string& name, const absl::Status& why);
   std::shared_ptr<KvSession> Find(absl::string_view session_id) const;
   absl::StatusOr<std::shared_ptr<KvSession>> FindWithToken(absl::string_view session_id,
                                                            absl::string_view token) const;
@@ -98,7 +61,8 @@ class FileKvStore final : public KvStore {
 
   const KvStoreOptions options_;
   const std::shared_ptr<KvBudget> budget_;
-  int lock_fd_ = -1;
+  // Outlives the sessions, so that no other process takes their files over.
+  std::unique_ptr<StoreDirectory> directory_;
 
   mutable std::mutex mutex_;
   std::map<std::string, std::shared_ptr<KvSession>, std::less<>> sessions_;
@@ -106,51 +70,13 @@ class FileKvStore final : public KvStore {
   std::set<std::string, std::less<>> busy_;
 };
 
-absl::Status FileKvStore::LockDirectory() {
-  std::error_code error;
-  fs::create_directories(options_.directory, error);
-  if (error) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("cannot make kv_dir ", options_.directory, ": ", error.message()));
-  }
-  const std::string path = options_.directory + "/lock";
-  lock_fd_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-  if (lock_fd_ < 0)
-    return absl::FailedPreconditionError(absl::StrCat("cannot open ", path, ": ", std::strerror(errno)));
-  if (flock(lock_fd_, LOCK_EX | LOCK_NB) != 0) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        "kv_dir ", options_.directory,
-        errno == EWOULDBLOCK ? " is in use by another process" : absl::StrCat(": ", std::strerror(errno))));
-  }
-  return absl::OkStatus();
-}
-
 absl::Status FileKvStore::Start() {
   if (options_.directory.empty()) return BadField("kv_dir", "kv_dir is empty");
   if (options_.budget_bytes == 0) return BadField("budget_bytes", "the KV budget is 0 bytes");
   if (options_.max_sessions == 0) return BadField("max_sessions", "max_sessions is 0");
-  HW_RETURN_IF_ERROR(LockDirectory());
-  return Recover();
-}
-
-absl::Status FileKvStore::Recover() {
-  const std::string aside = absl::StrCat(options_.directory, "/", kSetAside);
-  std::error_code error;
-  // One generation is kept for a look; older ones would eat the space of sessions.
-  fs::remove_all(aside, error);
-  HW_ASSIGN_OR_RETURN(const std::vector<std::string> files, ListFiles(options_.directory));
-  for (const std::string& file : files) {
-    if (const std::string name = SessionNameOf(file, ".meta"); !name.empty())
-      HW_RETURN_IF_ERROR(RecoverSession(name));
-  }
-  // What a session that was being made or removed left behind.
-  for (const std::string& file : files) {
-    const std::string payload = SessionNameOf(file, ".kv");
-    const bool orphan =
-        !payload.empty() && !fs::exists(absl::StrCat(options_.directory, "/", payload, ".meta"), error);
-    if (orphan || !SessionNameOf(file, ".meta.tmp").empty())
-      fs::remove(absl::StrCat(options_.directory, "/", file), error);
-  }
+  HW_ASSIGN_OR_RETURN(directory_, StoreDirectory::Open(options_.directory));
+  HW_ASSIGN_OR_RETURN(const std::vector<std::string> names, directory_->TakeOver());
+  for (const std::string& name : names) HW_RETURN_IF_ERROR(RecoverSession(name));
   return absl::OkStatus();
 }
 
@@ -159,7 +85,7 @@ absl::Status FileKvStore::RecoverSession(const std::string& name) {
   auto files = SessionFiles::Open(options_.directory, name, &dropped);
   if (!files.ok()) {
     if (absl::IsUnavailable(files.status())) return files.status();
-    SetAside(name, files.status());
+    directory_->SetAside(name, files.status());
     return absl::OkStatus();
   }
   const v1::OpenSessionRequest& request = (*files)->request();
@@ -184,18 +110,6 @@ absl::Status FileKvStore::RecoverSession(const std::string& name) {
   const std::string id = request.session_id();
   sessions_[id] = std::make_shared<KvSession>(std::move(*files), std::move(reservation), options_.clock);
   return absl::OkStatus();
-}
-
-void FileKvStore::SetAside(const std::string& name, const absl::Status& why) {
-  HW_LOG(WARNING) << "KV session set aside: " << why.message();
-  const std::string aside = absl::StrCat(options_.directory, "/", kSetAside);
-  std::error_code error;
-  fs::create_directories(aside, error);
-  for (const absl::string_view suffix : {".meta", ".kv"}) {
-    const std::string from = absl::StrCat(options_.directory, "/", name, suffix);
-    fs::rename(from, absl::StrCat(aside, "/", name, suffix), error);
-    if (error) fs::remove(from, error);
-  }
 }
 
 std::shared_ptr<KvSession> FileKvStore::Find(absl::string_view session_id) const {
