@@ -301,7 +301,7 @@ absl::StatusOr<v1::CommitSessionResponse> KvSession::Commit(const v1::CommitSess
   if (!storage_->committed()) HW_RETURN_IF_ERROR(storage_->Commit(record));
   v1::CommitSessionResponse response;
   response.set_blocks_verified(geometry().num_blocks());
-  response.set_bytes_stored(geometry().total_bytes());
+  response.set_bytes_stored(storage_->payload() == nullptr ? 0 : geometry().total_bytes());
   return response;
 }
 
@@ -313,6 +313,12 @@ absl::StatusOr<std::shared_ptr<const CommittedKv>> KvSession::Acquire() {
       return MakeError(
           absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_SESSION_NOT_COMMITTED,
           absl::StrCat("KV session \"", storage_->request().session_id(), "\" is not committed"));
+    }
+    if (storage_->payload() == nullptr) {
+      return MakeError(absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_BAD_FIELD,
+                       absl::StrCat("KV session \"", storage_->request().session_id(),
+                                    "\" was verified and its blocks dropped: this node has --sink=verify"),
+                       {{"field", "session_id"}, {"sink", "verify"}});
     }
     ++readers_;
     Touch();
