@@ -103,19 +103,18 @@ TEST_F(KvVerifyStoreTest, RefusesARequestThatWouldTakeMoreThanItCounts) {
 }
 
 TEST_F(KvVerifyStoreTest, EndsWhileBlocksCome) {
+  const auto push = [&] {
+    for (uint64_t i = 0; i < geometry_.num_blocks(); ++i) {
+      uint64_t index = 0;
+      std::string error;
+      store_->Put(kSession, MakeBlock(geometry_, i, cache_.Crc(i)), {cache_.View(i)}, &index, &error);
+    }
+  };
   for (int run = 0; run < 20; ++run) {
     ASSERT_TRUE(Open().ok());
     std::vector<std::thread> threads;
-    for (int i = 0; i < 3; ++i) {
-      threads.emplace_back([&] {
-        for (uint64_t block = 0; block < geometry_.num_blocks(); ++block) {
-          uint64_t index = 0;
-          std::string error;
-          store_->Put(kSession, MakeBlock(geometry_, block, cache_.Crc(block)), {cache_.View(block)}, &index,
-                      &error);
-        }
-      });
-    }
+    threads.reserve(3);
+    for (int i = 0; i < 3; ++i) threads.emplace_back(push);
     EXPECT_EQ(store_->Release(kSession), BytesOf(geometry_));
     for (std::thread& thread : threads) thread.join();
     EXPECT_EQ(store_->usage().bytes, 0u);
