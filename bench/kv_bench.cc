@@ -33,6 +33,7 @@
 
 ABSL_FLAG(std::string, out, "bench/results/kv.jsonl", "file that the rows are appended to");
 ABSL_FLAG(std::string, kv_dir, "/dev/shm", "directory in which the store makes its own");
+ABSL_FLAG(std::string, sink, "memory", "memory, or verify: the receiver checks blocks and drops them");
 ABSL_FLAG(int, layers, 64,
           "layers of 8 MiB: 16 blocks of 512 KiB (256 tokens, 8 heads, 128 dimensions, bf16)");
 ABSL_FLAG(int, repeat, 3, "timed rounds after one that warms up; the median counts");
@@ -177,11 +178,9 @@ nlohmann::json MakeRow(int channels, uint64_t chunk_bytes, const std::vector<Sam
   row["device"] = FirstLine("sed -n 's/^model name[^:]*: //p' /proc/cpuinfo");
   row["commit"] = FirstLine("git rev-parse --short HEAD 2>/dev/null");
   row["date"] = absl::FormatTime("%Y-%m-%d", absl::Now(), absl::UTCTimeZone());
-  row["params"] = {{"transport", "grpc"},
-                   {"channels", channels},
-                   {"chunk_bytes", chunk_bytes},
-                   {"tls", false},
-                   {"cores", std::thread::hardware_concurrency()}};
+  row["params"] = {{"transport", "grpc"},  {"sink", absl::GetFlag(FLAGS_sink)},
+                   {"channels", channels}, {"chunk_bytes", chunk_bytes},
+                   {"tls", false},         {"cores", std::thread::hardware_concurrency()}};
   row["metrics"] = {
       {"gb_per_s", Median(rate)}, {"cpu_s_per_gb", Median(cpu)}, {"first_block_ms", Median(first)}};
   row["peers"] = {{"raw_tcp", {{"gb_per_s", Median(tcp)}}}, {"memcpy", {{"gb_per_s", Median(copy)}}}};
@@ -204,6 +203,11 @@ absl::Status Run() {
   const std::filesystem::path directory =
       std::filesystem::path(absl::GetFlag(FLAGS_kv_dir)) / absl::StrCat("kv_bench.", getpid());
   KvStoreOptions options;
+  const std::string sink = absl::GetFlag(FLAGS_sink);
+  if (sink != "memory" && sink != "verify") {
+    return absl::InvalidArgumentError("--sink: '" + sink + "' is not one of memory, verify");
+  }
+  options.sink = sink == "verify" ? KvSink::kVerify : KvSink::kMemory;
   options.directory = directory.string();
   options.budget_bytes = geometry.total_bytes();
   HW_ASSIGN_OR_RETURN(std::unique_ptr<KvStore> store, KvStore::Open(options));

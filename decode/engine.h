@@ -64,8 +64,8 @@ class GenerationEngine {
   // this returns. INVALID_ARGUMENT, BAD_FIELD: max_new_tokens outside 1..65536, over 256 stop ids, a session
   // id that is empty or over 256 bytes; ABORTED, SESSION_BUSY: the session has a call; RESOURCE_EXHAUSTED,
   // QUEUE_FULL: max_generations; UNAVAILABLE, DRAINING. Through the sink come: NOT_FOUND, UNKNOWN_SESSION
-  // (also when the session is released meanwhile); FAILED_PRECONDITION, SESSION_NOT_COMMITTED; what
-  // Generator::Next() returns.
+  // (also when the session is released meanwhile); FAILED_PRECONDITION, SESSION_NOT_COMMITTED, or BAD_FIELD
+  // where the store verifies caches and keeps none; what Generator::Next() returns.
   absl::StatusOr<uint64_t> Start(const v1::GenerateRequest& request, GenerationSink* sink);
   // Ends a call with CANCELLED within one token; unknown ids are no error.
   void Cancel(uint64_t id);

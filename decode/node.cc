@@ -12,6 +12,7 @@
 #include "base/version.h"
 #include "decode/service.h"
 #include "kernels/ops/linear.h"
+#include "kvtransfer/layout.h"
 #include "kvtransfer/receiver.h"
 
 namespace headwater {
@@ -59,21 +60,26 @@ absl::Status DecodeNode::LoadModel(const DecodeOptions& options) {
 }
 
 absl::Status DecodeNode::OpenStore(const DecodeOptions& options) {
+  KvStoreOptions store_options;
+  store_options.sink = options.sink == "verify" ? KvSink::kVerify : KvSink::kMemory;
+  const bool verify = store_options.sink == KvSink::kVerify;
   uint64_t budget = options.kv_budget_bytes;
+  if (budget == 0 && verify) budget = kVerifyBudgetBytes;
   if (budget == 0) HW_RETURN_IF_ERROR(DefaultKvBudget(options.kv_dir, &budget));
   if (budget == 0) {
     return absl::ResourceExhaustedError(absl::StrCat(
         "--kv_dir ", options.kv_dir, ": its file system has no free space; pass --kv_budget or another"));
   }
-  generated_budget_bytes_ = budget / kGeneratedShare;
+  generated_budget_bytes_ = verify ? 0 : budget / kGeneratedShare;
   store_budget_bytes_ = budget - generated_budget_bytes_;
-  KvStoreOptions store_options;
-  store_options.directory = options.kv_dir;
+  store_options.directory = verify ? "" : options.kv_dir;
   store_options.budget_bytes = store_budget_bytes_;
   store_options.lease = options.kv_lease;
   store_options.model_fingerprint = model_->fingerprint();
   absl::StatusOr<std::unique_ptr<KvStore>> store = KvStore::Open(store_options);
-  if (!store.ok()) return Annotate(store.status(), absl::StrCat("--kv_dir ", options.kv_dir));
+  if (!store.ok()) {
+    return Annotate(store.status(), verify ? "--sink=verify" : absl::StrCat("--kv_dir ", options.kv_dir));
+  }
   store_ = *std::move(store);
   return absl::OkStatus();
 }
@@ -96,9 +102,14 @@ absl::Status DecodeNode::Serve(const DecodeOptions& options) {
   server_ = *std::move(server);
   const absl::Status served = metrics_->Serve(options.metrics);
   if (!served.ok()) return Annotate(served, absl::StrCat("--metrics ", options.metrics));
-  HW_LOG(INFO).Field("address", server_.address).Field("kv_dir", options.kv_dir)
-      << "serving, " << store_budget_bytes_ << " bytes for caches, " << generated_budget_bytes_
-      << " for generated tokens";
+  if (store_->sink() == KvSink::kVerify) {
+    HW_LOG(INFO).Field("address", server_.address).Field("sink", options.sink)
+        << "serving: caches are checked and dropped, " << store_budget_bytes_ << " bytes for their checksums";
+  } else {
+    HW_LOG(INFO).Field("address", server_.address).Field("kv_dir", options.kv_dir)
+        << "serving, " << store_budget_bytes_ << " bytes for caches, " << generated_budget_bytes_
+        << " for generated tokens";
+  }
   return absl::OkStatus();
 }
 
@@ -117,7 +128,8 @@ void DecodeNode::Register(const DecodeOptions& options) {
   for (const auto dtype : {v1::KV_DTYPE_F32, v1::KV_DTYPE_F16, v1::KV_DTYPE_BF16}) {
     registration.add_kv_dtypes(dtype);
   }
-  registration.set_kv_budget_bytes(store_budget_bytes_);
+  // What is kept of a cache has no size that the coordinator could compare: any cache passes.
+  registration.set_kv_budget_bytes(store_->sink() == KvSink::kVerify ? kMaxCacheBytes : store_budget_bytes_);
   registration.set_max_position(static_cast<uint64_t>(model_->config().max_position));
   registration.set_protocol_version(kProtocolVersion);
   client.heartbeat = [this] {
@@ -147,7 +159,8 @@ void DecodeNode::UpdateGauges() {
   const auto pool_bytes = [this](const char* state) -> prometheus::Gauge& {
     return metrics_->Gauge(
         "headwater_kv_pool_bytes",
-        "KV memory by state: free, active (not committed, or of generated tokens), committed.",
+        "KV memory by state: free, active (not committed, or of generated tokens), committed; with "
+        "--sink=verify that of checksums.",
         {{"state", state}});
   };
   const KvStore::Usage usage = store_->usage();

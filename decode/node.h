@@ -25,8 +25,9 @@ namespace headwater {
 // Model, KV store, receiver, engine, gRPC server, registration and the thread that ends leases.
 class DecodeNode {
  public:
-  // Loads the model, takes over --kv_dir, serves and starts to register. Errors name the flag to change: the
-  // model is missing or refused, the KV directory cannot be used or is another process's, a port is taken.
+  // Loads the model, takes over --kv_dir (--sink=memory), serves and starts to register. Errors name the flag
+  // to change: the model is missing or refused, the KV directory cannot be used or is another process's, a
+  // port is taken.
   static absl::StatusOr<std::unique_ptr<DecodeNode>> Start(const DecodeOptions& options);
   // Ends everything at once: running generations get UNAVAILABLE, DRAINING.
   ~DecodeNode();
@@ -53,7 +54,7 @@ class DecodeNode {
   std::unique_ptr<Metrics> metrics_;
   std::unique_ptr<Model> model_;
   uint64_t store_budget_bytes_ = 0;
-  uint64_t generated_budget_bytes_ = 0;
+  uint64_t generated_budget_bytes_ = 0;  // 0 with --sink=verify
   std::unique_ptr<KvStore> store_;
   std::unique_ptr<GenerationEngine> engine_;
   std::unique_ptr<grpc::Service> kv_service_;

@@ -63,13 +63,20 @@ void Declare(DecodeOptions* o, FlagSet* flags) {
   flags->Choice("compute", &o->compute, {"auto", "f32", "bf16"},
                 "type of the linear layers; auto: bf16 where this CPU multiplies it, else f32");
   flags->Int("threads", &o->threads, 0, kMostThreads, "threads that compute; 0: all CPUs of the process");
+  flags->Choice(
+      "sink", &o->sink, {"memory", "verify"},
+      "memory: keep caches, to generate from. verify: check every block and the digest, then drop it; "
+      "caches may have any size, an acknowledged block is one that was checked, nothing survives this "
+      "process, Generate is refused. Such a node needs a --pool of its own: it seems to have most room");
   flags->String(
       "kv_dir", &o->kv_dir,
-      "directory of the KV caches, one process at a time; empty: headwater-kv-NODE in $TMPDIR or /tmp");
+      "directory of the KV caches, one process at a time; empty: headwater-kv-NODE in $TMPDIR or /tmp; "
+      "--sink=verify has none");
   flags->Bytes(
       "kv_budget", &o->kv_budget_bytes, "",
       "bytes of KV caches to hold, generated tokens included (an eighth is theirs); default: a quarter of "
-      "the free memory or of the space in --kv_dir, whichever is less");
+      "the free memory or of the space in --kv_dir, whichever is less. With --sink=verify: bytes of "
+      "checksums, 8 a block and 16 KiB a cache; default: 1 GiB");
   flags->Duration("kv_lease", &o->kv_lease, absl::Seconds(1), absl::Hours(24 * 7),
                   "an unused cache is freed after this long");
   flags->Int("max_generations", &o->max_generations, 1, kMostGenerations,

@@ -12,6 +12,9 @@
 
 namespace headwater {
 
+// Default of --kv_budget with --sink=verify; checksums of a cache of kMaxBlocks blocks take half of it.
+inline constexpr uint64_t kVerifyBudgetBytes = uint64_t{1} << 30;
+
 // What the flags say; decode/options.cc has each one's meaning.
 struct DecodeOptions {
   std::string coordinator = "127.0.0.1:7070";
@@ -24,8 +27,9 @@ struct DecodeOptions {
   std::string model;
   std::string compute = "auto";
   int64_t threads = 0;
+  std::string sink = "memory";
   std::string kv_dir;
-  uint64_t kv_budget_bytes = 0;  // 0: DefaultKvBudget()
+  uint64_t kv_budget_bytes = 0;  // 0: DefaultKvBudget(), or kVerifyBudgetBytes with --sink=verify
   absl::Duration kv_lease = absl::Minutes(5);
   int64_t max_generations = 64;
   std::string log_format = "text";

@@ -16,7 +16,6 @@ constexpr uint64_t kMaxHeadDim = 1024;
 constexpr uint64_t kMaxTokens = 1ull << 26;
 constexpr uint64_t kMinBlockTokens = 16;
 constexpr uint64_t kMaxBlockTokens = 4096;
-constexpr uint64_t kMaxCacheBytes = 1ull << 46;
 
 absl::Status BadField(absl::string_view field, uint64_t value, uint64_t least, uint64_t most) {
   return MakeError(

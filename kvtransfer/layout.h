@@ -14,6 +14,7 @@ namespace headwater {
 
 inline constexpr uint64_t kMaxBlockBytes = 32ull << 20;
 inline constexpr uint64_t kMaxBlocks = 1ull << 26;
+inline constexpr uint64_t kMaxCacheBytes = 1ull << 46;
 
 enum class KvKind : uint8_t { kK = 0, kV = 1 };
 
@@ -31,7 +32,7 @@ class KvGeometry {
  public:
   // INVALID_ARGUMENT: a field is zero, out of range (layers <= 1024, heads <= 1024, head_dim <= 1024, tokens
   // <= 2^26, 16 <= block_tokens <= 4096), a block would pass kMaxBlockBytes (it travels in one message), or
-  // the cache would pass 2^46 bytes or kMaxBlocks blocks (their bitmap travels in one message).
+  // the cache would pass kMaxCacheBytes or kMaxBlocks blocks (their bitmap travels in one message).
   static absl::StatusOr<KvGeometry> Create(const v1::KvLayout& layout);
 
   const v1::KvLayout& layout() const { return layout_; }

@@ -31,9 +31,10 @@ constexpr int kMostStreams = 4096;
 constexpr size_t kMostQueuedCalls = 256;
 
 struct Instruments {
-  explicit Instruments(Metrics* metrics)
-      : bytes(metrics->Counter("headwater_kv_ingress_bytes_total", "KV payload bytes stored.")),
-        stored(Blocks(metrics, "stored")),
+  Instruments(Metrics* metrics, KvSink sink)
+      : bytes(metrics->Counter("headwater_kv_ingress_bytes_total",
+                               "KV payload bytes stored, or verified and dropped (--sink=verify).")),
+        stored(Blocks(metrics, sink == KvSink::kVerify ? "verified" : "stored")),
         duplicate(Blocks(metrics, "duplicate")),
         corrupt(Blocks(metrics, "corrupt")),
         stale_epoch(Blocks(metrics, "stale_epoch")),
@@ -115,7 +116,7 @@ class CallThread {
 };
 
 struct Shared {
-  Shared(KvStore* the_store, Metrics* metrics) : store(the_store), instruments(metrics) {}
+  Shared(KvStore* the_store, Metrics* metrics) : store(the_store), instruments(metrics, the_store->sink()) {}
   KvStore* const store;
   Instruments instruments;
   std::atomic<int> streams{0};

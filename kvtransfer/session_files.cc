@@ -25,9 +25,10 @@ constexpr char kMagic[8] = {'H', 'W', 'K', 'V', 'M', 'E', 'T', 'A'};
 constexpr uint32_t kFormatVersion = 1;
 constexpr uint64_t kPage = 4096;
 constexpr uint64_t kTableOffset = 2 * kPage;
-constexpr uint32_t kBlockStored = 0x53544f52;
 constexpr uint64_t kStateOpen = 1;
 constexpr uint64_t kStateCommitted = 2;
+// What stays in the second-level cache between the copy and the CRC.
+constexpr uint64_t kCopyChunk = 64 << 10;
 
 struct FixedPart {
   char magic[8];
@@ -113,6 +114,21 @@ absl::Status ReadFixedPart(int fd, const std::string& path, v1::OpenSessionReque
   return absl::OkStatus();
 }
 
+// Copies the pieces to `to` and returns the CRC of what lies there.
+uint32_t CopyAndChecksum(const std::vector<absl::string_view>& pieces, char* to) {
+  uint32_t crc = 0;
+  for (absl::string_view piece : pieces) {
+    while (!piece.empty()) {
+      const absl::string_view chunk = piece.substr(0, kCopyChunk);
+      std::memcpy(to, chunk.data(), chunk.size());
+      crc = ExtendCrc32c(crc, to, chunk.size());
+      to += chunk.size();
+      piece.remove_prefix(chunk.size());
+    }
+  }
+  return crc;
+}
+
 uint32_t CommitCrc(const KvDigest& digest, uint32_t first_token, float gap, const uint32_t* prompt,
                    uint64_t tokens) {
   const std::string bytes = digest.Bytes();
@@ -167,10 +183,9 @@ absl::Status FileMapping::SetWritable(bool writable) {
 
 SessionFiles::SessionFiles(const std::string& directory, const std::string& name,
                            const v1::OpenSessionRequest& request, const KvGeometry& geometry)
-    : meta_path_(absl::StrCat(directory, "/", name, ".meta")),
-      payload_path_(absl::StrCat(directory, "/", name, ".kv")),
-      request_(request),
-      geometry_(geometry) {}
+    : SessionStorage(request, geometry),
+      meta_path_(absl::StrCat(directory, "/", name, ".meta")),
+      payload_path_(absl::StrCat(directory, "/", name, ".kv")) {}
 
 std::string SessionFiles::NameOf(absl::string_view session_id) {
   std::array<unsigned char, SHA256_DIGEST_LENGTH> hash;
@@ -195,6 +210,7 @@ absl::StatusOr<std::unique_ptr<SessionFiles>> SessionFiles::Create(const std::st
     HW_RETURN_IF_ERROR(Allocate(meta.get(), MetaBytes(geometry), temporary));
     HW_RETURN_IF_ERROR(files->payload_.Map(payload.get(), geometry.total_bytes(), files->payload_path_));
     HW_RETURN_IF_ERROR(files->meta_.Map(meta.get(), MetaBytes(geometry), temporary));
+    files->SetTable(files->TableInMeta());
     const std::string bytes = request.SerializeAsString();
     FixedPart fixed = {};
     if (bytes.size() > kPage - sizeof(fixed))
@@ -242,6 +258,7 @@ absl::StatusOr<std::unique_ptr<SessionFiles>> SessionFiles::Open(const std::stri
   HW_RETURN_IF_ERROR(Allocate(payload.get(), geometry->total_bytes(), payload_path));
   std::unique_ptr<SessionFiles> files(new SessionFiles(directory, name, request, *geometry));
   HW_RETURN_IF_ERROR(files->meta_.Map(meta.get(), MetaBytes(*geometry), meta_path));
+  files->SetTable(files->TableInMeta());
   HW_RETURN_IF_ERROR(files->payload_.Map(payload.get(), geometry->total_bytes(), payload_path));
   const MutablePart& state = *files->Mutable();
   if (state.epoch > UINT32_MAX || (state.state != kStateOpen && state.state != kStateCommitted)) {
@@ -257,11 +274,11 @@ absl::StatusOr<std::unique_ptr<SessionFiles>> SessionFiles::Open(const std::stri
 
 absl::Status SessionFiles::VerifyBlocks(uint64_t* blocks_dropped) {
   *blocks_dropped = 0;
-  for (uint64_t i = 0; i < geometry_.num_blocks(); ++i) {
+  for (uint64_t i = 0; i < geometry().num_blocks(); ++i) {
     if (*Entry(i) == 0) continue;
-    const KvBlockId id = geometry_.BlockAt(i);
+    const KvBlockId id = geometry().BlockAt(i);
     uint32_t crc = 0;
-    if (BlockCrc(i, &crc) && Crc32c(payload() + geometry_.OffsetOf(id), geometry_.BytesOf(id)) == crc)
+    if (BlockCrc(i, &crc) && Crc32c(payload() + geometry().OffsetOf(id), geometry().BytesOf(id)) == crc)
       continue;
     *Entry(i) = 0;
     ++*blocks_dropped;
@@ -275,18 +292,18 @@ absl::Status SessionFiles::VerifyCommit() const {
   const MutablePart& state = *Mutable();
   KvDigest digest;
   KvDigest::FromBytes(absl::string_view(state.digest, sizeof(state.digest)), &digest);
-  const uint64_t tokens = geometry_.layout().num_tokens();
+  const uint64_t tokens = geometry().layout().num_tokens();
   if (CommitCrc(digest, state.first_token, state.first_top2_gap, PromptArea(), tokens) != state.commit_crc) {
     return Corrupt(meta_path_, "its commit record's CRC differs");
   }
-  if (CountStored() != geometry_.num_blocks() || !(Digest() == digest)) {
+  if (CountStored() != geometry().num_blocks() || !(Digest() == digest)) {
     return Corrupt(meta_path_, "it is committed, but its blocks are not those of the commit");
   }
   return absl::OkStatus();
 }
 
-uint64_t* SessionFiles::Entry(uint64_t block_index) const {
-  return reinterpret_cast<uint64_t*>(meta_.data() + kTableOffset) + block_index;
+uint64_t* SessionFiles::TableInMeta() const {
+  return reinterpret_cast<uint64_t*>(meta_.data() + kTableOffset);
 }
 
 SessionFiles::MutablePart* SessionFiles::Mutable() const {
@@ -294,33 +311,14 @@ SessionFiles::MutablePart* SessionFiles::Mutable() const {
 }
 
 uint32_t* SessionFiles::PromptArea() const {
-  return reinterpret_cast<uint32_t*>(meta_.data() + PromptOffset(geometry_));
+  return reinterpret_cast<uint32_t*>(meta_.data() + PromptOffset(geometry()));
 }
 
-bool SessionFiles::BlockCrc(uint64_t block_index, uint32_t* crc) const {
-  const uint64_t entry = std::atomic_ref(*Entry(block_index)).load(std::memory_order_acquire);
-  if (crc != nullptr) *crc = static_cast<uint32_t>(entry >> 32);
-  return static_cast<uint32_t>(entry) == kBlockStored;
-}
-
-void SessionFiles::MarkStored(uint64_t block_index, uint32_t crc) {
-  const uint64_t entry = uint64_t{crc} << 32 | kBlockStored;
-  std::atomic_ref(*Entry(block_index)).store(entry, std::memory_order_release);
-}
-
-uint64_t SessionFiles::CountStored() const {
-  uint64_t count = 0;
-  for (uint64_t i = 0; i < geometry_.num_blocks(); ++i) count += IsStored(i) ? 1 : 0;
-  return count;
-}
-
-KvDigest SessionFiles::Digest() const {
-  KvDigest digest;
-  for (uint64_t i = 0; i < geometry_.num_blocks(); ++i) {
-    uint32_t crc = 0;
-    if (BlockCrc(i, &crc)) digest.Add(i, geometry_.BytesOf(geometry_.BlockAt(i)), crc);
-  }
-  return digest;
+absl::StatusOr<uint32_t> SessionFiles::Take(const KvBlockId& block,
+                                            const std::vector<absl::string_view>& payload) {
+  const uint64_t offset = geometry().OffsetOf(block);
+  HW_RETURN_IF_ERROR(payload_.Populate(offset, geometry().BytesOf(block)));
+  return CopyAndChecksum(payload, payload_.data() + offset);
 }
 
 uint32_t SessionFiles::epoch() const {
@@ -334,16 +332,13 @@ bool SessionFiles::committed() const {
 absl::Status SessionFiles::SetEpoch(uint32_t epoch, uint32_t resume_layer) {
   HW_RETURN_IF_ERROR(payload_.SetWritable(true));
   std::atomic_ref(Mutable()->state).store(kStateOpen, std::memory_order_release);
-  for (uint64_t i = 2 * uint64_t{resume_layer} * geometry_.blocks_per_tensor(); i < geometry_.num_blocks();
-       ++i) {
-    std::atomic_ref(*Entry(i)).store(0, std::memory_order_release);
-  }
+  ClearFrom(resume_layer);
   std::atomic_ref(Mutable()->epoch).store(epoch, std::memory_order_release);
   return absl::OkStatus();
 }
 
 absl::Status SessionFiles::Commit(const CommitRecord& record) {
-  const uint64_t tokens = geometry_.layout().num_tokens();
+  const uint64_t tokens = geometry().layout().num_tokens();
   for (uint64_t i = 0; i < tokens; ++i) PromptArea()[i] = static_cast<uint32_t>(record.prompt[i]);
   MutablePart* state = Mutable();
   const std::string digest = record.digest.Bytes();
@@ -364,7 +359,7 @@ CommitRecord SessionFiles::commit_record() const {
   record.first_token = static_cast<int32_t>(state.first_token);
   record.first_top2_gap = state.first_top2_gap;
   const uint32_t* prompt = PromptArea();
-  record.prompt.assign(prompt, prompt + geometry_.layout().num_tokens());
+  record.prompt.assign(prompt, prompt + geometry().layout().num_tokens());
   return record;
 }
 

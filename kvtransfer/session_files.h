@@ -23,8 +23,8 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 
-#include "kvtransfer/digest.h"
 #include "kvtransfer/layout.h"
+#include "kvtransfer/session_storage.h"
 
 namespace headwater {
 
@@ -53,16 +53,7 @@ class FileMapping {
   uint64_t bytes_ = 0;
 };
 
-// What the commit adds.
-struct CommitRecord {
-  KvDigest digest;
-  int32_t first_token = 0;
-  float first_top2_gap = 0;
-  std::vector<int32_t> prompt;
-};
-
-// Thread-safe for different blocks; SetEpoch, ClearLayers and Commit need that nobody else writes.
-class SessionFiles {
+class SessionFiles final : public SessionStorage {
  public:
   // Makes both files with all their space allocated. RESOURCE_EXHAUSTED, KV_MEMORY_FULL: the file system has
   // no room; UNAVAILABLE: another error of the system.
@@ -79,49 +70,30 @@ class SessionFiles {
   // Name of a session's files: a hash, since the id comes from a peer.
   static std::string NameOf(absl::string_view session_id);
 
-  const v1::OpenSessionRequest& request() const { return request_; }
-  const KvGeometry& geometry() const { return geometry_; }
-
-  char* payload() const { return payload_.data(); }
-  // Call before writing a block's payload.
-  absl::Status Populate(const KvBlockId& block) {
-    return payload_.Populate(geometry_.OffsetOf(block), geometry_.BytesOf(block));
-  }
-  bool IsStored(uint64_t block_index) const { return BlockCrc(block_index, nullptr); }
-  // False: not stored.
-  bool BlockCrc(uint64_t block_index, uint32_t* crc) const;
-  // Publishes the block; its payload must be in place.
-  void MarkStored(uint64_t block_index, uint32_t crc);
-  uint64_t CountStored() const;
-  // Of the stored blocks.
-  KvDigest Digest() const;
-
-  uint32_t epoch() const;
-  bool committed() const;
-  // Clears the blocks of layers >= `resume_layer`, returns to the uncommitted state, then sets the epoch.
-  absl::Status SetEpoch(uint32_t epoch, uint32_t resume_layer);
+  absl::StatusOr<uint32_t> Take(const KvBlockId& block,
+                                const std::vector<absl::string_view>& payload) override;
+  const char* payload() const override { return payload_.data(); }
+  uint32_t epoch() const override;
+  bool committed() const override;
+  absl::Status SetEpoch(uint32_t epoch, uint32_t resume_layer) override;
   // Writes the record, makes the payload read-only and then the state committed.
-  absl::Status Commit(const CommitRecord& record);
-  // Of a committed session.
-  CommitRecord commit_record() const;
-
+  absl::Status Commit(const CommitRecord& record) override;
+  CommitRecord commit_record() const override;
   // Removes the files; the mappings stay until this object ends.
-  void Unlink();
+  void Unlink() override;
 
  private:
   SessionFiles(const std::string& directory, const std::string& name, const v1::OpenSessionRequest& request,
                const KvGeometry& geometry);
   absl::Status VerifyBlocks(uint64_t* blocks_dropped);
   absl::Status VerifyCommit() const;
-  uint64_t* Entry(uint64_t block_index) const;
+  uint64_t* TableInMeta() const;
   struct MutablePart;
   MutablePart* Mutable() const;
   uint32_t* PromptArea() const;
 
   std::string meta_path_;
   std::string payload_path_;
-  const v1::OpenSessionRequest request_;
-  const KvGeometry geometry_;
   FileMapping meta_;
   FileMapping payload_;
 };

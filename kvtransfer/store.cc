@@ -1,36 +1,24 @@
 #include "kvtransfer/store.h"
 
-#include <cerrno>
-#include <condition_variable>
-#include <cstring>
-#include <filesystem>
 #include <map>
 #include <mutex>
 #include <set>
-#include <system_error>
 #include <utility>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/strip.h"
-#include <fcntl.h>
-#include <sys/file.h>
-#include <unistd.h>
 
 #include "base/log.h"
 #include "base/rpc/grpc_status.h"
 #include "base/status_macros.h"
 #include "kvtransfer/session_files.h"
+#include "kvtransfer/session_verifier.h"
+#include "kvtransfer/store_directory.h"
 #include "kvtransfer/store_session.h"
 
 namespace headwater {
 namespace {
 
-namespace fs = std::filesystem;
-
 constexpr size_t kMaxNameBytes = 256;
-constexpr size_t kNameHexDigits = 32;
-constexpr char kSetAside[] = "set_aside";
 
 absl::Status BadField(absl::string_view field, absl::string_view message) {
   return MakeError(absl::StatusCode::kInvalidArgument, v1::ERROR_REASON_BAD_FIELD, message,
@@ -43,31 +31,10 @@ absl::Status CheckName(absl::string_view field, absl::string_view value, size_t 
       field, absl::StrCat(field, " has ", value.size(), " bytes, not in [", least, ", ", kMaxNameBytes, "]"));
 }
 
-// The session name of one of our files, or "" for another file.
-std::string SessionNameOf(const std::string& file, absl::string_view suffix) {
-  absl::string_view name = file;
-  if (!absl::ConsumeSuffix(&name, suffix) || name.size() != kNameHexDigits) return "";
-  return name.find_first_not_of("0123456789abcdef") == absl::string_view::npos ? std::string(name) : "";
-}
-
-absl::StatusOr<std::vector<std::string>> ListFiles(const std::string& directory) {
-  std::error_code error;
-  std::vector<std::string> files;
-  fs::directory_iterator it(directory, error);
-  for (; !error && it != fs::directory_iterator(); it.increment(error))
-    files.push_back(it->path().filename().string());
-  if (error) return absl::UnavailableError(absl::StrCat("cannot list ", directory, ": ", error.message()));
-  return files;
-}
-
-class FileKvStore final : public KvStore {
+class SessionStore final : public KvStore {
  public:
-  explicit FileKvStore(const KvStoreOptions& options)
+  explicit SessionStore(const KvStoreOptions& options)
       : options_(options), budget_(std::make_shared<KvBudget>(options.budget_bytes)) {}
-  ~FileKvStore() override {
-    sessions_.clear();
-    if (lock_fd_ >= 0) close(lock_fd_);
-  }
 
   absl::Status Start();
 
@@ -82,12 +49,16 @@ class FileKvStore final : public KvStore {
   uint64_t Release(absl::string_view session_id) override;
   int ExpireLeases() override;
   Usage usage() const override;
+  KvSink sink() const override { return options_.sink; }
 
  private:
-  absl::Status LockDirectory();
-  absl::Status Recover();
+  // Of the budget: the payload, or what is kept instead.
+  uint64_t BytesOf(const KvGeometry& geometry) const {
+    return sink() == KvSink::kVerify ? SessionVerifier::MemoryBytes(geometry) : geometry.total_bytes();
+  }
+  absl::StatusOr<std::unique_ptr<SessionStorage>> MakeStorage(const v1::OpenSessionRequest& request,
+                                                              const KvGeometry& geometry) const;
   absl::Status RecoverSession(const std::string& name);
-  void SetAside(const std::string& name, const absl::Status& why);
   std::shared_ptr<KvSession> Find(absl::string_view session_id) const;
   absl::StatusOr<std::shared_ptr<KvSession>> FindWithToken(absl::string_view session_id,
                                                            absl::string_view token) const;
@@ -98,68 +69,32 @@ class FileKvStore final : public KvStore {
 
   const KvStoreOptions options_;
   const std::shared_ptr<KvBudget> budget_;
-  int lock_fd_ = -1;
+  // Outlives the sessions, so that no other process takes their files over. Null with KvSink::kVerify.
+  std::unique_ptr<StoreDirectory> directory_;
 
   mutable std::mutex mutex_;
   std::map<std::string, std::shared_ptr<KvSession>, std::less<>> sessions_;
-  // Sessions whose files are being made or removed outside the mutex.
+  // Sessions whose storage is being made or removed outside the mutex.
   std::set<std::string, std::less<>> busy_;
 };
 
-absl::Status FileKvStore::LockDirectory() {
-  std::error_code error;
-  fs::create_directories(options_.directory, error);
-  if (error) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("cannot make kv_dir ", options_.directory, ": ", error.message()));
-  }
-  const std::string path = options_.directory + "/lock";
-  lock_fd_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-  if (lock_fd_ < 0)
-    return absl::FailedPreconditionError(absl::StrCat("cannot open ", path, ": ", std::strerror(errno)));
-  if (flock(lock_fd_, LOCK_EX | LOCK_NB) != 0) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        "kv_dir ", options_.directory,
-        errno == EWOULDBLOCK ? " is in use by another process" : absl::StrCat(": ", std::strerror(errno))));
-  }
-  return absl::OkStatus();
-}
-
-absl::Status FileKvStore::Start() {
-  if (options_.directory.empty()) return BadField("kv_dir", "kv_dir is empty");
+absl::Status SessionStore::Start() {
   if (options_.budget_bytes == 0) return BadField("budget_bytes", "the KV budget is 0 bytes");
   if (options_.max_sessions == 0) return BadField("max_sessions", "max_sessions is 0");
-  HW_RETURN_IF_ERROR(LockDirectory());
-  return Recover();
-}
-
-absl::Status FileKvStore::Recover() {
-  const std::string aside = absl::StrCat(options_.directory, "/", kSetAside);
-  std::error_code error;
-  // One generation is kept for a look; older ones would eat the space of sessions.
-  fs::remove_all(aside, error);
-  HW_ASSIGN_OR_RETURN(const std::vector<std::string> files, ListFiles(options_.directory));
-  for (const std::string& file : files) {
-    if (const std::string name = SessionNameOf(file, ".meta"); !name.empty())
-      HW_RETURN_IF_ERROR(RecoverSession(name));
-  }
-  // What a session that was being made or removed left behind.
-  for (const std::string& file : files) {
-    const std::string payload = SessionNameOf(file, ".kv");
-    const bool orphan =
-        !payload.empty() && !fs::exists(absl::StrCat(options_.directory, "/", payload, ".meta"), error);
-    if (orphan || !SessionNameOf(file, ".meta.tmp").empty())
-      fs::remove(absl::StrCat(options_.directory, "/", file), error);
-  }
+  if (sink() == KvSink::kVerify) return absl::OkStatus();
+  if (options_.directory.empty()) return BadField("kv_dir", "kv_dir is empty");
+  HW_ASSIGN_OR_RETURN(directory_, StoreDirectory::Open(options_.directory));
+  HW_ASSIGN_OR_RETURN(const std::vector<std::string> names, directory_->TakeOver());
+  for (const std::string& name : names) HW_RETURN_IF_ERROR(RecoverSession(name));
   return absl::OkStatus();
 }
 
-absl::Status FileKvStore::RecoverSession(const std::string& name) {
+absl::Status SessionStore::RecoverSession(const std::string& name) {
   uint64_t dropped = 0;
   auto files = SessionFiles::Open(options_.directory, name, &dropped);
   if (!files.ok()) {
     if (absl::IsUnavailable(files.status())) return files.status();
-    SetAside(name, files.status());
+    directory_->SetAside(name, files.status());
     return absl::OkStatus();
   }
   const v1::OpenSessionRequest& request = (*files)->request();
@@ -186,33 +121,21 @@ absl::Status FileKvStore::RecoverSession(const std::string& name) {
   return absl::OkStatus();
 }
 
-void FileKvStore::SetAside(const std::string& name, const absl::Status& why) {
-  HW_LOG(WARNING) << "KV session set aside: " << why.message();
-  const std::string aside = absl::StrCat(options_.directory, "/", kSetAside);
-  std::error_code error;
-  fs::create_directories(aside, error);
-  for (const absl::string_view suffix : {".meta", ".kv"}) {
-    const std::string from = absl::StrCat(options_.directory, "/", name, suffix);
-    fs::rename(from, absl::StrCat(aside, "/", name, suffix), error);
-    if (error) fs::remove(from, error);
-  }
-}
-
-std::shared_ptr<KvSession> FileKvStore::Find(absl::string_view session_id) const {
+std::shared_ptr<KvSession> SessionStore::Find(absl::string_view session_id) const {
   std::lock_guard<std::mutex> lock(mutex_);
   const auto it = sessions_.find(session_id);
   return it == sessions_.end() ? nullptr : it->second;
 }
 
-absl::StatusOr<std::shared_ptr<KvSession>> FileKvStore::FindWithToken(absl::string_view session_id,
-                                                                      absl::string_view token) const {
+absl::StatusOr<std::shared_ptr<KvSession>> SessionStore::FindWithToken(absl::string_view session_id,
+                                                                       absl::string_view token) const {
   std::shared_ptr<KvSession> session = Find(session_id);
   if (session == nullptr) return UnknownSession(session_id);
   HW_RETURN_IF_ERROR(session->CheckToken(token));
   return session;
 }
 
-absl::Status FileKvStore::CheckNew(const v1::OpenSessionRequest& request) const {
+absl::Status SessionStore::CheckNew(const v1::OpenSessionRequest& request) const {
   HW_RETURN_IF_ERROR(CheckName("session_id", request.session_id(), 1));
   HW_RETURN_IF_ERROR(CheckName("session_token", request.session_token(), 1));
   HW_RETURN_IF_ERROR(CheckName("request_id", request.request_id(), 0));
@@ -227,33 +150,42 @@ absl::Status FileKvStore::CheckNew(const v1::OpenSessionRequest& request) const 
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::unique_ptr<KvReservation>> FileKvStore::Reserve(const KvGeometry& geometry) {
-  const uint64_t bytes = geometry.total_bytes();
+absl::StatusOr<std::unique_ptr<KvReservation>> SessionStore::Reserve(const KvGeometry& geometry) {
+  const uint64_t bytes = BytesOf(geometry);
+  const std::string needs =
+      sink() == KvSink::kVerify
+          ? absl::StrCat("to verify a KV cache of ", geometry.num_blocks(), " blocks needs ", bytes, " bytes")
+          : absl::StrCat("the KV cache needs ", bytes, " bytes");
   if (bytes > options_.budget_bytes) {
     return MakeError(
         absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_MEMORY_PLAN_TOO_LARGE,
-        absl::StrCat("the KV cache needs ", bytes, " bytes, this node's whole budget is ",
-                     options_.budget_bytes),
+        absl::StrCat(needs, ", this node's whole budget is ", options_.budget_bytes),
         {{"bytes_asked", absl::StrCat(bytes)}, {"bytes_available", absl::StrCat(options_.budget_bytes)}});
   }
   uint64_t available = 0;
   if (!budget_->Take(bytes, false, &available)) {
     return WithRetryAfter(
         MakeError(absl::StatusCode::kResourceExhausted, v1::ERROR_REASON_KV_MEMORY_FULL,
-                  absl::StrCat("the KV cache needs ", bytes, " bytes, ", available, " are free"),
+                  absl::StrCat(needs, ", ", available, " are free"),
                   {{"bytes_asked", absl::StrCat(bytes)}, {"bytes_available", absl::StrCat(available)}}),
         absl::Seconds(1));
   }
   return std::make_unique<KvReservation>(budget_, bytes);
 }
 
-absl::StatusOr<uint64_t> FileKvStore::OpenSession(const v1::OpenSessionRequest& request) {
+absl::StatusOr<std::unique_ptr<SessionStorage>> SessionStore::MakeStorage(
+    const v1::OpenSessionRequest& request, const KvGeometry& geometry) const {
+  if (sink() == KvSink::kVerify) return SessionVerifier::Create(request, geometry);
+  return SessionFiles::Create(options_.directory, request, geometry);
+}
+
+absl::StatusOr<uint64_t> SessionStore::OpenSession(const v1::OpenSessionRequest& request) {
   HW_RETURN_IF_ERROR(CheckNew(request));
   HW_ASSIGN_OR_RETURN(const KvGeometry geometry, KvGeometry::Create(request.layout()));
   if (const std::shared_ptr<KvSession> session = Find(request.session_id()); session != nullptr) {
     HW_RETURN_IF_ERROR(session->CheckToken(request.session_token()));
     HW_RETURN_IF_ERROR(session->OpenAgain(request));
-    return geometry.total_bytes();
+    return BytesOf(geometry);
   }
   if (request.resume_layer() != 0) {
     // Nothing is here that could be gone on from; a session with a hole would be the result.
@@ -262,8 +194,8 @@ absl::StatusOr<uint64_t> FileKvStore::OpenSession(const v1::OpenSessionRequest& 
   return Create(request, geometry);
 }
 
-absl::StatusOr<uint64_t> FileKvStore::Create(const v1::OpenSessionRequest& request,
-                                             const KvGeometry& geometry) {
+absl::StatusOr<uint64_t> SessionStore::Create(const v1::OpenSessionRequest& request,
+                                              const KvGeometry& geometry) {
   HW_ASSIGN_OR_RETURN(std::unique_ptr<KvReservation> reservation, Reserve(geometry));
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -279,38 +211,38 @@ absl::StatusOr<uint64_t> FileKvStore::Create(const v1::OpenSessionRequest& reque
     }
     busy_.insert(request.session_id());
   }
-  auto files = SessionFiles::Create(options_.directory, request, geometry);
+  auto storage = MakeStorage(request, geometry);
   std::lock_guard<std::mutex> lock(mutex_);
   busy_.erase(request.session_id());
-  HW_RETURN_IF_ERROR(files.status());
+  HW_RETURN_IF_ERROR(storage.status());
   sessions_[request.session_id()] =
-      std::make_shared<KvSession>(std::move(*files), std::move(reservation), options_.clock);
-  return geometry.total_bytes();
+      std::make_shared<KvSession>(std::move(*storage), std::move(reservation), options_.clock);
+  return BytesOf(geometry);
 }
 
-absl::StatusOr<v1::KvSessionState> FileKvStore::Hello(const v1::KvHello& hello, KvGeometry* geometry) {
+absl::StatusOr<v1::KvSessionState> SessionStore::Hello(const v1::KvHello& hello, KvGeometry* geometry) {
   HW_ASSIGN_OR_RETURN(const auto session, FindWithToken(hello.session_id(), hello.session_token()));
   HW_ASSIGN_OR_RETURN(v1::KvSessionState state, session->Hello(hello));
   if (geometry != nullptr) *geometry = session->geometry();
   return state;
 }
 
-PutResult FileKvStore::Put(absl::string_view session_id, const v1::KvBlock& block,
-                           const std::vector<absl::string_view>& payload, uint64_t* block_index,
-                           std::string* error) {
+PutResult SessionStore::Put(absl::string_view session_id, const v1::KvBlock& block,
+                            const std::vector<absl::string_view>& payload, uint64_t* block_index,
+                            std::string* error) {
   const std::shared_ptr<KvSession> session = Find(session_id);
   if (session != nullptr) return session->Put(block, payload, block_index, error);
   *error = std::string(UnknownSession(session_id).message());
   return PutResult::kRefused;
 }
 
-absl::StatusOr<v1::CommitSessionResponse> FileKvStore::Commit(const v1::CommitSessionRequest& request) {
+absl::StatusOr<v1::CommitSessionResponse> SessionStore::Commit(const v1::CommitSessionRequest& request) {
   HW_ASSIGN_OR_RETURN(const auto session, FindWithToken(request.session_id(), request.session_token()));
   return session->Commit(request);
 }
 
-// Removes a session's files before its name is free for another.
-uint64_t FileKvStore::Drop(absl::string_view session_id, const std::shared_ptr<KvSession>& session) {
+// Removes a session's storage before its name is free for another.
+uint64_t SessionStore::Drop(absl::string_view session_id, const std::shared_ptr<KvSession>& session) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto it = sessions_.find(session_id);
@@ -321,10 +253,10 @@ uint64_t FileKvStore::Drop(absl::string_view session_id, const std::shared_ptr<K
   session->Close();
   std::lock_guard<std::mutex> lock(mutex_);
   busy_.erase(busy_.find(session_id));
-  return session->geometry().total_bytes();
+  return BytesOf(session->geometry());
 }
 
-absl::StatusOr<uint64_t> FileKvStore::Abort(const v1::AbortSessionRequest& request) {
+absl::StatusOr<uint64_t> SessionStore::Abort(const v1::AbortSessionRequest& request) {
   const std::shared_ptr<KvSession> session = Find(request.session_id());
   if (session == nullptr) return 0;
   HW_RETURN_IF_ERROR(session->CheckToken(request.session_token()));
@@ -335,18 +267,18 @@ absl::StatusOr<uint64_t> FileKvStore::Abort(const v1::AbortSessionRequest& reque
   return Drop(request.session_id(), session);
 }
 
-absl::StatusOr<std::shared_ptr<const CommittedKv>> FileKvStore::Acquire(absl::string_view session_id) {
+absl::StatusOr<std::shared_ptr<const CommittedKv>> SessionStore::Acquire(absl::string_view session_id) {
   const std::shared_ptr<KvSession> session = Find(session_id);
   if (session == nullptr) return UnknownSession(session_id);
   return session->Acquire();
 }
 
-uint64_t FileKvStore::Release(absl::string_view session_id) {
+uint64_t SessionStore::Release(absl::string_view session_id) {
   const std::shared_ptr<KvSession> session = Find(session_id);
   return session == nullptr ? 0 : Drop(session_id, session);
 }
 
-int FileKvStore::ExpireLeases() {
+int SessionStore::ExpireLeases() {
   std::vector<std::pair<std::string, std::shared_ptr<KvSession>>> sessions;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -364,7 +296,7 @@ int FileKvStore::ExpireLeases() {
   return freed;
 }
 
-KvStore::Usage FileKvStore::usage() const {
+KvStore::Usage SessionStore::usage() const {
   Usage usage;
   usage.bytes = budget_->used();
   std::lock_guard<std::mutex> lock(mutex_);
@@ -372,7 +304,7 @@ KvStore::Usage FileKvStore::usage() const {
   for (const auto& [id, session] : sessions_) {
     if (!session->committed()) continue;
     ++usage.committed;
-    usage.committed_bytes += session->geometry().total_bytes();
+    usage.committed_bytes += BytesOf(session->geometry());
   }
   return usage;
 }
@@ -380,7 +312,7 @@ KvStore::Usage FileKvStore::usage() const {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<KvStore>> KvStore::Open(const KvStoreOptions& options) {
-  auto store = std::make_unique<FileKvStore>(options);
+  auto store = std::make_unique<SessionStore>(options);
   HW_RETURN_IF_ERROR(store->Start());
   return std::unique_ptr<KvStore>(std::move(store));
 }

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -17,23 +16,6 @@ namespace {
 
 // A copy takes milliseconds; only a storage that hangs makes it longer.
 constexpr std::chrono::seconds kCopyDeadline(10);
-// What stays in the second-level cache between the copy and the CRC.
-constexpr uint64_t kCopyChunk = 64 << 10;
-
-// Copies the pieces to `to` and returns the CRC of what lies there.
-uint32_t CopyAndChecksum(const std::vector<absl::string_view>& pieces, char* to) {
-  uint32_t crc = 0;
-  for (absl::string_view piece : pieces) {
-    while (!piece.empty()) {
-      const absl::string_view chunk = piece.substr(0, kCopyChunk);
-      std::memcpy(to, chunk.data(), chunk.size());
-      crc = ExtendCrc32c(crc, to, chunk.size());
-      to += chunk.size();
-      piece.remove_prefix(chunk.size());
-    }
-  }
-  return crc;
-}
 
 absl::Status StaleEpoch(uint32_t got, uint32_t current) {
   return MakeError(absl::StatusCode::kAborted, v1::ERROR_REASON_STALE_EPOCH,
@@ -140,7 +122,7 @@ void KvBudget::Give(uint64_t bytes) {
 class KvSession::Committed final : public CommittedKv {
  public:
   explicit Committed(std::shared_ptr<KvSession> session)
-      : session_(std::move(session)), record_(session_->files_->commit_record()) {}
+      : session_(std::move(session)), record_(session_->storage_->commit_record()) {}
   ~Committed() override {
     std::lock_guard<std::mutex> lock(session_->mutex_);
     --session_->readers_;
@@ -148,7 +130,7 @@ class KvSession::Committed final : public CommittedKv {
   }
   const KvGeometry& geometry() const override { return session_->geometry(); }
   const void* Tensor(uint32_t layer, KvKind kind) const override {
-    return session_->files_->payload() + geometry().OffsetOf({layer, kind, 0, 0});
+    return session_->storage_->payload() + geometry().OffsetOf({layer, kind, 0, 0});
   }
   const std::vector<int32_t>& prompt() const override { return record_.prompt; }
   int32_t first_token() const override { return record_.first_token; }
@@ -159,15 +141,15 @@ class KvSession::Committed final : public CommittedKv {
   const CommitRecord record_;
 };
 
-KvSession::KvSession(std::unique_ptr<SessionFiles> files, std::unique_ptr<KvReservation> reservation,
+KvSession::KvSession(std::unique_ptr<SessionStorage> storage, std::unique_ptr<KvReservation> reservation,
                      const Clock* clock)
-    : files_(std::move(files)),
+    : storage_(std::move(storage)),
       reservation_(std::move(reservation)),
       clock_(clock),
       last_used_(clock->Now()) {}
 
 absl::Status KvSession::CheckToken(absl::string_view token) const {
-  const std::string& wanted = files_->request().session_token();
+  const std::string& wanted = storage_->request().session_token();
   if (token.size() == wanted.size() && CRYPTO_memcmp(token.data(), wanted.data(), wanted.size()) == 0) {
     return absl::OkStatus();
   }
@@ -176,7 +158,7 @@ absl::Status KvSession::CheckToken(absl::string_view token) const {
 }
 
 absl::Status KvSession::CheckEpoch(uint32_t epoch) const {
-  const uint32_t current = files_->epoch();
+  const uint32_t current = storage_->epoch();
   if (epoch < current) return StaleEpoch(epoch, current);
   if (epoch > current) {
     return MakeError(absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_BAD_FIELD,
@@ -189,12 +171,12 @@ absl::Status KvSession::CheckEpoch(uint32_t epoch) const {
 absl::Status KvSession::OpenAgain(const v1::OpenSessionRequest& request) {
   std::unique_lock<std::mutex> lock(mutex_);
   if (closed_) return UnknownSession(request.session_id());
-  if (request.epoch() < files_->epoch()) return StaleEpoch(request.epoch(), files_->epoch());
+  if (request.epoch() < storage_->epoch()) return StaleEpoch(request.epoch(), storage_->epoch());
   if (request.layout().SerializeAsString() != geometry().layout().SerializeAsString()) {
     return BadField("layout", "the layout is not the one that the session was opened with");
   }
   Touch();
-  if (request.epoch() == files_->epoch()) return absl::OkStatus();
+  if (request.epoch() == storage_->epoch()) return absl::OkStatus();
   if (request.resume_layer() > geometry().layout().num_layers()) {
     return BadField("resume_layer", absl::StrCat("resume_layer ", request.resume_layer(),
                                                  " is over num_layers ", geometry().layout().num_layers()));
@@ -206,7 +188,7 @@ absl::Status KvSession::OpenAgain(const v1::OpenSessionRequest& request) {
   if (changing_epoch_) return absl::UnavailableError("another epoch of the session is being opened");
   changing_epoch_ = true;
   const bool idle = changed_.wait_for(lock, kCopyDeadline, [&] { return writing_.empty(); });
-  const absl::Status status = idle ? files_->SetEpoch(request.epoch(), request.resume_layer())
+  const absl::Status status = idle ? storage_->SetEpoch(request.epoch(), request.resume_layer())
                                    : absl::UnavailableError("blocks of the old epoch are still being copied");
   changing_epoch_ = false;
   changed_.notify_all();
@@ -219,11 +201,11 @@ absl::StatusOr<v1::KvSessionState> KvSession::Hello(const v1::KvHello& hello) {
   HW_RETURN_IF_ERROR(CheckEpoch(hello.epoch()));
   Touch();
   v1::KvSessionState state;
-  state.set_epoch(files_->epoch());
+  state.set_epoch(storage_->epoch());
   std::string bits((geometry().num_blocks() + 7) / 8, '\0');
   bool any = false;
   for (uint64_t i = 0; i < geometry().num_blocks(); ++i) {
-    if (!files_->IsStored(i)) continue;
+    if (!storage_->IsStored(i)) continue;
     bits[i / 8] = static_cast<char>(static_cast<unsigned char>(bits[i / 8]) | 1u << (i % 8));
     any = true;
   }
@@ -248,13 +230,13 @@ bool KvSession::BeginWrite(std::unique_lock<std::mutex>& lock, const v1::KvBlock
     return false;
   }
   if (const absl::Status epoch = CheckEpoch(block.epoch()); !epoch.ok()) {
-    if (block.epoch() < files_->epoch()) *result = PutResult::kStaleEpoch;
+    if (block.epoch() < storage_->epoch()) *result = PutResult::kStaleEpoch;
     *error = std::string(epoch.message());
     return false;
   }
   Touch();
   uint32_t stored_crc = 0;
-  if (files_->BlockCrc(index, &stored_crc)) {
+  if (storage_->BlockCrc(index, &stored_crc)) {
     if (stored_crc == block.crc32c()) {
       *result = PutResult::kAlreadyStored;
     } else {
@@ -273,7 +255,7 @@ PutResult KvSession::Put(const v1::KvBlock& block, const std::vector<absl::strin
   KvBlockId id;
   std::unique_lock<std::mutex> lock(mutex_);
   // A late block of an epoch that is over is stale, whatever else is wrong with it.
-  const bool stale = block.epoch() < files_->epoch();
+  const bool stale = block.epoch() < storage_->epoch();
   if (!ParseBlock(block, geometry(), payload_bytes, &id, error)) return PutResult::kRefused;
   *block_index = geometry().IndexOf(id);
   PutResult result = PutResult::kRefused;
@@ -283,18 +265,16 @@ PutResult KvSession::Put(const v1::KvBlock& block, const std::vector<absl::strin
     return PutResult::kStaleEpoch;
   }
   lock.unlock();
-  const absl::Status writable = files_->Populate(id);
-  const uint32_t crc =
-      writable.ok() ? CopyAndChecksum(payload, files_->payload() + geometry().OffsetOf(id)) : 0;
+  const absl::StatusOr<uint32_t> crc = storage_->Take(id, payload);
   lock.lock();
   writing_.erase(std::find(writing_.begin(), writing_.end(), *block_index));
   changed_.notify_all();
-  if (!writable.ok()) {
-    *error = std::string(writable.message());
+  if (!crc.ok()) {
+    *error = std::string(crc.status().message());
     return PutResult::kRefused;
   }
-  result = crc == block.crc32c() ? PutResult::kStored : PutResult::kCorrupt;
-  if (result == PutResult::kStored) files_->MarkStored(*block_index, crc);
+  result = *crc == block.crc32c() ? PutResult::kStored : PutResult::kCorrupt;
+  if (result == PutResult::kStored) storage_->MarkStored(*block_index, *crc);
   return result;
 }
 
@@ -305,33 +285,40 @@ absl::StatusOr<v1::CommitSessionResponse> KvSession::Commit(const v1::CommitSess
   HW_RETURN_IF_ERROR(CheckEpoch(request.epoch()));
   if (changing_epoch_) return absl::UnavailableError("another epoch of the session is being opened");
   Touch();
-  const uint64_t missing = geometry().num_blocks() - files_->CountStored();
+  const uint64_t missing = geometry().num_blocks() - storage_->CountStored();
   if (missing > 0) {
     return MakeError(absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_SESSION_NOT_COMMITTED,
                      absl::StrCat(missing, " of ", geometry().num_blocks(), " blocks are missing"),
                      {{"missing", absl::StrCat(missing)}, {"blocks", absl::StrCat(geometry().num_blocks())}});
   }
-  const KvDigest digest = files_->Digest();
+  const KvDigest digest = storage_->Digest();
   if (!(digest == record.digest)) {
     return MakeError(
         absl::StatusCode::kDataLoss, v1::ERROR_REASON_KV_CORRUPT,
         absl::StrCat("the KV digest here is ", digest.Hex(), ", the sender's ", record.digest.Hex()),
         {{"stored", digest.Hex()}, {"sent", record.digest.Hex()}});
   }
-  if (!files_->committed()) HW_RETURN_IF_ERROR(files_->Commit(record));
+  if (!storage_->committed()) HW_RETURN_IF_ERROR(storage_->Commit(record));
   v1::CommitSessionResponse response;
   response.set_blocks_verified(geometry().num_blocks());
-  response.set_bytes_stored(geometry().total_bytes());
+  response.set_bytes_stored(storage_->payload() == nullptr ? 0 : geometry().total_bytes());
   return response;
 }
 
 absl::StatusOr<std::shared_ptr<const CommittedKv>> KvSession::Acquire() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (closed_) return UnknownSession(files_->request().session_id());
-    if (changing_epoch_ || !files_->committed()) {
-      return MakeError(absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_SESSION_NOT_COMMITTED,
-                       absl::StrCat("KV session \"", files_->request().session_id(), "\" is not committed"));
+    if (closed_) return UnknownSession(storage_->request().session_id());
+    if (changing_epoch_ || !storage_->committed()) {
+      return MakeError(
+          absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_SESSION_NOT_COMMITTED,
+          absl::StrCat("KV session \"", storage_->request().session_id(), "\" is not committed"));
+    }
+    if (storage_->payload() == nullptr) {
+      return MakeError(absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_BAD_FIELD,
+                       absl::StrCat("KV session \"", storage_->request().session_id(),
+                                    "\" was verified and its blocks dropped: this node has --sink=verify"),
+                       {{"field", "session_id"}, {"sink", "verify"}});
     }
     ++readers_;
     Touch();
@@ -350,7 +337,7 @@ bool KvSession::Close() {
   closed_ = true;
   // On a timeout the copy goes on into memory that this object still holds, and is refused at its end.
   changed_.wait_for(lock, kCopyDeadline, [&] { return writing_.empty() && !changing_epoch_; });
-  files_->Unlink();
+  storage_->Unlink();
   return true;
 }
 

@@ -15,7 +15,7 @@
 #include "absl/time/time.h"
 
 #include "base/clock.h"
-#include "kvtransfer/session_files.h"
+#include "kvtransfer/session_storage.h"
 #include "kvtransfer/store.h"
 
 namespace headwater {
@@ -55,12 +55,12 @@ class KvReservation {
 // is not stored, and the epoch changes only while no block is being copied.
 class KvSession : public std::enable_shared_from_this<KvSession> {
  public:
-  KvSession(std::unique_ptr<SessionFiles> files, std::unique_ptr<KvReservation> reservation,
+  KvSession(std::unique_ptr<SessionStorage> storage, std::unique_ptr<KvReservation> reservation,
             const Clock* clock);
 
-  const KvGeometry& geometry() const { return files_->geometry(); }
-  const std::string& request_id() const { return files_->request().request_id(); }
-  bool committed() const { return files_->committed(); }
+  const KvGeometry& geometry() const { return storage_->geometry(); }
+  const std::string& request_id() const { return storage_->request().request_id(); }
+  bool committed() const { return storage_->committed(); }
 
   // PERMISSION_DENIED unless `token` is the session's; takes the same time whatever the difference.
   absl::Status CheckToken(absl::string_view token) const;
@@ -85,7 +85,7 @@ class KvSession : public std::enable_shared_from_this<KvSession> {
                   PutResult* result, std::string* error);
   void Touch() { last_used_ = clock_->Now(); }
 
-  const std::unique_ptr<SessionFiles> files_;
+  const std::unique_ptr<SessionStorage> storage_;
   const std::unique_ptr<KvReservation> reservation_;
   const Clock* const clock_;
 

@@ -1,6 +1,8 @@
 // The whole node in this process: registration, a KV stream from a real sender, generation, metrics, drain.
 #include "decode/node.h"
 
+#include <filesystem>
+
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include <grpcpp/client_context.h>
@@ -85,7 +87,7 @@ class DecodeNodeTest : public ::testing::Test {
     ASSERT_TRUE(status.ok()) << status;
   }
 
-  std::vector<int32_t> Generate(const std::string& address, uint32_t count) {
+  absl::StatusOr<std::vector<int32_t>> TryGenerate(const std::string& address, uint32_t count) {
     const auto stub = v1::DecodeService::NewStub(DialPrivate(address));
     grpc::ClientContext context;
     v1::GenerateRequest request;
@@ -96,8 +98,13 @@ class DecodeNodeTest : public ::testing::Test {
     v1::GenerateResponse token;
     while (reader->Read(&token)) ids.push_back(static_cast<int32_t>(token.token_id()));
     const absl::Status status = FromGrpcStatus(reader->Finish());
-    EXPECT_TRUE(status.ok()) << status;
+    if (!status.ok()) return status;
     return ids;
+  }
+  std::vector<int32_t> Generate(const std::string& address, uint32_t count) {
+    const auto ids = TryGenerate(address, count);
+    EXPECT_TRUE(ids.ok()) << ids.status();
+    return ids.value_or(std::vector<int32_t>());
   }
 
   FakeCoordinator coordinator_;
@@ -143,6 +150,31 @@ TEST_F(DecodeNodeTest, GeneratesFromAStreamedCacheAlsoAfterARestart) {
 
   EXPECT_THAT(Generate((*node)->address(), 6), ElementsAreArray(expected))
       << "the committed cache survives; generation starts anew";
+}
+
+TEST_F(DecodeNodeTest, AVerifyingNodeChecksTheCacheAndRefusesToGenerate) {
+  const auto model = LoadModel(files_.directory());
+  DecodeOptions options = MakeOptions();
+  options.sink = "verify";
+  // Far less than the cache.
+  options.kv_budget_bytes = 20'000;
+  const PrefilledPrompt prompt = Prefill(*model, RandomPrompt(*model, 500, 3));
+  const auto node = DecodeNode::Start(options);
+  ASSERT_TRUE(node.ok()) << node.status();
+
+  ASSERT_NO_FATAL_FAILURE(SendCache((*node)->address(), *model, prompt));
+
+  const absl::Status refused = TryGenerate((*node)->address(), 1).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition) << refused;
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("--sink=verify"));
+  EXPECT_TRUE(std::filesystem::is_empty(kv_dir_.path()));
+  ASSERT_TRUE(coordinator_.WaitForRegistrations(1));
+  EXPECT_EQ(coordinator_.registrations()[0].kv_budget_bytes(), kMaxCacheBytes);
+  ASSERT_TRUE(coordinator_.WaitForHeartbeats(coordinator_.heartbeats().size() + 2));
+  const v1::DecodeHeartbeat heartbeat = coordinator_.heartbeats().back();
+  EXPECT_EQ(heartbeat.sessions(), 1u);
+  EXPECT_GT(heartbeat.kv_bytes_used(), 0u);
+  EXPECT_LE(heartbeat.kv_bytes_used(), options.kv_budget_bytes);
 }
 
 TEST_F(DecodeNodeTest, NamesWhatItCannotUse) {

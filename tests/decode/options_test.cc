@@ -12,12 +12,12 @@ TEST(DecodeOptionsTest, TakesAllFlags) {
   DecodeOptions options;
   std::string help;
 
-  const absl::Status status =
-      ParseDecodeOptions({"--model=/m", "--coordinator", "host:1", "--decode_node=d.7", "--pool=p",
-                          "--listen=0.0.0.0:80", "--advertise=d:81", "--advertise_kv=d:82",
-                          "--metrics=", "--compute=bf16", "--threads=3", "--kv_dir=/k", "--kv_budget=1.5GiB",
-                          "--kv_lease=90s", "--max_generations=5", "--log_format=json", "--drain_timeout=2"},
-                         &options, &help);
+  const absl::Status status = ParseDecodeOptions(
+      {"--model=/m", "--coordinator", "host:1", "--decode_node=d.7", "--pool=p", "--listen=0.0.0.0:80",
+       "--advertise=d:81", "--advertise_kv=d:82", "--metrics=", "--compute=bf16", "--threads=3",
+       "--sink=verify", "--kv_dir=/k", "--kv_budget=1.5GiB", "--kv_lease=90s", "--max_generations=5",
+       "--log_format=json", "--drain_timeout=2"},
+      &options, &help);
 
   ASSERT_TRUE(status.ok()) << status;
   EXPECT_EQ(options.model, "/m");
@@ -30,6 +30,7 @@ TEST(DecodeOptionsTest, TakesAllFlags) {
   EXPECT_EQ(options.metrics, "");
   EXPECT_EQ(options.compute, "bf16");
   EXPECT_EQ(options.threads, 3);
+  EXPECT_EQ(options.sink, "verify");
   EXPECT_EQ(options.kv_dir, "/k");
   EXPECT_EQ(options.kv_budget_bytes, uint64_t{3} << 29);
   EXPECT_EQ(options.kv_lease, absl::Seconds(90));
@@ -66,6 +67,7 @@ TEST(DecodeOptionsTest, NamesFlagAndValueOfWhatItRefuses) {
       {{"--model=/m", "--threads=-1"}, {"--threads", "-1"}},
       {{"--model=/m", "--threads=2x"}, {"--threads", "2x"}},
       {{"--model=/m", "--compute=f64"}, {"--compute", "f64", "bf16"}},
+      {{"--model=/m", "--sink=null"}, {"--sink", "null", "memory", "verify"}},
       {{"--model=/m", "--kv_budget=lots"}, {"--kv_budget", "lots"}},
       {{"--model=/m", "--kv_budget=0"}, {"--kv_budget", "0"}},
       {{"--model=/m", "--kv_lease=0"}, {"--kv_lease", "0"}},
@@ -96,6 +98,8 @@ TEST(DecodeOptionsTest, HelpListsFlagsWithDefaults) {
   ASSERT_TRUE(ParseDecodeOptions({"--help"}, &options, &help).ok());
 
   EXPECT_THAT(help, HasSubstr("--coordinator=VALUE (default 127.0.0.1:7070)"));
+  EXPECT_THAT(help, HasSubstr("--sink=VALUE (default memory)"));
+  EXPECT_THAT(help, HasSubstr("Generate is refused"));
   EXPECT_THAT(help, HasSubstr("--kv_lease=VALUE (default 5m)"));
   EXPECT_THAT(help, HasSubstr("--drain_timeout=VALUE (default 45s)"));
 }

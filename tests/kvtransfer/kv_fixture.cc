@@ -120,10 +120,13 @@ std::string TempDir::Only(absl::string_view suffix) const {
   return found;
 }
 
-TestReceiver::TestReceiver(uint64_t budget_bytes) : budget_bytes_(budget_bytes) { Start(); }
+TestReceiver::TestReceiver(uint64_t budget_bytes, KvSink sink) : budget_bytes_(budget_bytes), sink_(sink) {
+  Start();
+}
 
 void TestReceiver::Start() {
   KvStoreOptions options;
+  options.sink = sink_;
   options.directory = directory_.path();
   options.budget_bytes = budget_bytes_;
   auto store = KvStore::Open(options);

@@ -70,7 +70,7 @@ class TempDir {
 // A store and its service on a port that stays the same over restarts.
 class TestReceiver {
  public:
-  explicit TestReceiver(uint64_t budget_bytes = 1 << 30);
+  explicit TestReceiver(uint64_t budget_bytes = 1 << 30, KvSink sink = KvSink::kMemory);
   ~TestReceiver() { Stop(); }
   void Start();
   // As the end of the process: streams break at once.
@@ -84,6 +84,7 @@ class TestReceiver {
 
  private:
   const uint64_t budget_bytes_;
+  const KvSink sink_;
   TempDir directory_;
   Metrics metrics_{"test"};
   std::string address_ = "127.0.0.1:0";

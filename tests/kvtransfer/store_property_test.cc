@@ -8,7 +8,7 @@
 #include <gtest/gtest.h>
 
 #include "kvtransfer/store.h"
-#include "tests/kvtransfer/kv_fixture.h"
+#include "tests/kvtransfer/store_fixture.h"
 
 namespace headwater {
 namespace {
@@ -44,6 +44,8 @@ class Schedule {
     for (uint64_t i = 0; i < geometry_.num_blocks(); ++i) PutGood(i);
     TryCommit();
     EXPECT_TRUE(committed_);
+    EXPECT_EQ(store_->usage().committed, 1u);
+    if (store_->sink() != KvSink::kMemory) return;
     const auto kv = store_->Acquire(kSession);
     ASSERT_TRUE(kv.ok()) << kv.status();
     ExpectBytes(**kv);
@@ -160,9 +162,14 @@ class Schedule {
   bool committed_ = false;
 };
 
-TEST(KvStoreProperty, NoScheduleCommitsAHoleOrAWrongByte) {
+class KvStoreProperty : public ::testing::TestWithParam<KvSink> {};
+INSTANTIATE_TEST_SUITE_P(Sinks, KvStoreProperty, ::testing::Values(KvSink::kMemory, KvSink::kVerify),
+                         SinkName);
+
+TEST_P(KvStoreProperty, NoScheduleCommitsAHoleOrAWrongByte) {
   const TempDir directory(/*in_memory=*/true);
   KvStoreOptions options;
+  options.sink = GetParam();
   options.directory = directory.path();
   options.budget_bytes = 1 << 20;
   auto store = KvStore::Open(options);
