@@ -8,6 +8,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
 
 #include "headwater/v1/worker.pb.h"
 #include "kernels/dtype.h"
@@ -16,6 +17,11 @@
 #include "worker/prefill.h"
 
 namespace headwater {
+
+// The same code, and the message after the flag that it comes from.
+inline absl::Status FlagError(absl::string_view flag, const std::string& value, const absl::Status& status) {
+  return absl::Status(status.code(), absl::StrCat("--", flag, "=", value, ": ", status.message()));
+}
 
 // One per worker. Plan() and the getters from any thread, the others from one.
 class PrefillBackend {

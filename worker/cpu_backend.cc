@@ -33,11 +33,13 @@ absl::StatusOr<std::unique_ptr<PrefillBackend>> CpuBackend::Load(const WorkerOpt
   model_options.directory = options.model;
   model_options.compute = ComputeType(options.compute);
   model_options.weight_budget_bytes = budget;
-  HW_ASSIGN_OR_RETURN(std::shared_ptr<const Model> model, Model::Load(model_options));
+  absl::StatusOr<std::unique_ptr<Model>> loaded = Model::Load(model_options);
+  if (!loaded.ok()) return FlagError("model", options.model, loaded.status());
+  const std::shared_ptr<const Model> model = *std::move(loaded);
   const MemoryShape shape =
       MakeMemoryShape(*model, static_cast<int>(options.threads), static_cast<int>(options.egress_buffers),
                       static_cast<int>(options.kv_channels));
-  return std::make_unique<CpuBackend>(std::move(model), shape, budget);
+  return std::make_unique<CpuBackend>(model, shape, budget);
 }
 
 std::vector<std::string> CpuBackend::policies() const { return kernels::PolicyNames(); }

@@ -91,12 +91,7 @@ class WorkerProcess final : public Worker {
       return absl::InvalidArgumentError(absl::StrCat("--advertise: other workers cannot reach ", advertise,
                                                      "; name an address of this host"));
     }
-    absl::StatusOr<std::unique_ptr<PrefillBackend>> backend = make_backend(options);
-    if (!backend.ok()) {
-      return absl::Status(backend.status().code(),
-                          absl::StrCat("--model=", options.model, ": ", backend.status().message()));
-    }
-    backend_ = *std::move(backend);
+    HW_ASSIGN_OR_RETURN(backend_, make_backend(options));
     worker_metrics_.memory_budget.Set(static_cast<double>(backend_->memory_model().budget_bytes()));
 
     const int threads = static_cast<int>(options.threads);

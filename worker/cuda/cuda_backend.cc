@@ -93,13 +93,13 @@ absl::StatusOr<std::unique_ptr<PrefillBackend>> CudaBackend::Load(const WorkerOp
   CudaModelOptions model;
   model.directory = options.model;
   int count = 0;
-  HW_RETURN_IF_ERROR(FromCuda(cudaGetDeviceCount(&count), "looking for GPUs"));
+  HW_RETURN_IF_ERROR(FromCuda(cudaGetDeviceCount(&count), absl::StrCat("--device=", options.device)));
   if (!absl::SimpleAtoi(options.device.substr(options.device.find(':') + 1), &model.device) ||
       model.device >= count) {
     return absl::InvalidArgumentError(
         absl::StrCat("--device=", options.device, ": this machine has ", count, " GPUs"));
   }
-  HW_RETURN_IF_ERROR(FromCuda(cudaSetDevice(model.device), options.device));
+  HW_RETURN_IF_ERROR(FromCuda(cudaSetDevice(model.device), absl::StrCat("--device=", options.device)));
   uint64_t budget = options.memory_budget_bytes;
   if (budget == 0) {
     size_t free = 0, total = 0;
@@ -109,8 +109,9 @@ absl::StatusOr<std::unique_ptr<PrefillBackend>> CudaBackend::Load(const WorkerOp
   model.budget_bytes = budget;
   model.num_threads = static_cast<int>(std::min<int64_t>(options.threads, kMostLoadThreads));
   HW_ASSIGN_OR_RETURN(CudaEgressMemory egress, CudaEgressMemory::Allocate());
-  HW_ASSIGN_OR_RETURN(std::unique_ptr<CudaModel> loaded, CudaModel::Load(model));
-  return std::make_unique<Backend>(std::move(loaded), std::move(egress), budget);
+  absl::StatusOr<std::unique_ptr<CudaModel>> loaded = CudaModel::Load(model);
+  if (!loaded.ok()) return FlagError("model", options.model, loaded.status());
+  return std::make_unique<Backend>(*std::move(loaded), std::move(egress), budget);
 }
 
 }  // namespace headwater
