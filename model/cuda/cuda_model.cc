@@ -47,17 +47,16 @@ class CheckpointCudaModel final : public CudaModel {
   CheckpointCudaModel(ModelConfig config, const CudaModelOptions& options)
       : config_(std::move(config)), device_(options.device), chunk_tokens_(options.chunk_tokens) {}
 
-  absl::Status Init(const CudaModelOptions& options) {
+  // load(bytes): the weights, which may take so many bytes; 0: no limit.
+  template <typename LoadWeights>
+  absl::Status Init(const CudaModelOptions& options, const LoadWeights& load) {
     const Parts parts = Sizes();
     const uint64_t scratch = parts.total() + kLinearWorkspaceBytes;
     if (options.budget_bytes != 0 && scratch > options.budget_bytes) {
       return absl::ResourceExhaustedError(
           absl::StrCat("scratch takes ", scratch, " bytes, ", options.budget_bytes, " are available"));
     }
-    HW_ASSIGN_OR_RETURN(const auto checkpoint, Checkpoint::Open(options.directory));
-    HW_ASSIGN_OR_RETURN(weights_,
-                        LoadCudaWeights(config_, *checkpoint, options.num_threads,
-                                        options.budget_bytes == 0 ? 0 : options.budget_bytes - scratch));
+    HW_ASSIGN_OR_RETURN(weights_, load(options.budget_bytes == 0 ? 0 : options.budget_bytes - scratch));
     HW_ASSIGN_OR_RETURN(scratch_, DeviceBuffer::Allocate(parts.total(), "the model's scratch"));
     char* at = scratch_.data();
     const auto take = [&](uint64_t bytes) { return std::exchange(at, at + bytes); };
@@ -215,17 +214,47 @@ class CheckpointCudaModel final : public CudaModel {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<CudaModel>> CudaModel::Load(const CudaModelOptions& options) {
-  if (options.chunk_tokens < 128 || options.chunk_tokens % 128 != 0 || options.chunk_tokens > (1 << 20)) {
-    return absl::InvalidArgumentError(absl::StrCat("chunk_tokens is ", options.chunk_tokens,
-                                                   "; a multiple of 128 up to 1048576 is wanted"));
-  }
-  HW_ASSIGN_OR_RETURN(ModelConfig config, ReadModelConfig(options.directory));
+namespace {
+
+template <typename LoadWeights>
+absl::StatusOr<std::unique_ptr<CudaModel>> Make(ModelConfig config, const CudaModelOptions& options,
+                                                const LoadWeights& load) {
   HW_RETURN_IF_ERROR(CheckSupported(config));
   HW_RETURN_IF_ERROR(FromCuda(cudaSetDevice(options.device), absl::StrCat("device ", options.device)));
   auto model = std::make_unique<CheckpointCudaModel>(std::move(config), options);
-  HW_RETURN_IF_ERROR(model->Init(options));
+  HW_RETURN_IF_ERROR(model->Init(options, load));
   return std::unique_ptr<CudaModel>(std::move(model));
+}
+
+absl::Status CheckOptions(const CudaModelOptions& options) {
+  if (options.chunk_tokens >= 128 && options.chunk_tokens % 128 == 0 && options.chunk_tokens <= (1 << 20)) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("chunk_tokens is ", options.chunk_tokens, "; a multiple of 128 up to 1048576 is wanted"));
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<CudaModel>> CudaModel::Load(const CudaModelOptions& options) {
+  HW_RETURN_IF_ERROR(CheckOptions(options));
+  HW_ASSIGN_OR_RETURN(const ModelConfig config, ReadModelConfig(options.directory));
+  return Make(config, options, [&](uint64_t budget) -> absl::StatusOr<CudaWeights> {
+    HW_ASSIGN_OR_RETURN(const auto checkpoint, Checkpoint::Open(options.directory));
+    return LoadCudaWeights(config, *checkpoint, options.num_threads, budget);
+  });
+}
+
+absl::StatusOr<std::unique_ptr<CudaModel>> CudaModel::Random(const ModelConfig& config,
+                                                             const CudaModelOptions& options, uint32_t seed) {
+  HW_RETURN_IF_ERROR(CheckOptions(options));
+  return Make(config, options, [&](uint64_t budget) -> absl::StatusOr<CudaWeights> {
+    if (const uint64_t bytes = CudaWeightBytes(config); budget != 0 && bytes > budget) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("the weights take ", bytes, " bytes, ", budget, " are available to them"));
+    }
+    return RandomCudaWeights(config, seed);
+  });
 }
 
 }  // namespace headwater

@@ -37,6 +37,9 @@ class CudaModel {
   // and 128, a GQA ratio over 8, sizes that are no multiple of 8, a device that is not sm_90. The files are
   // not needed afterwards.
   static absl::StatusOr<std::unique_ptr<CudaModel>> Load(const CudaModelOptions& options);
+  // A model of that shape with random weights; options.directory is not used.
+  static absl::StatusOr<std::unique_ptr<CudaModel>> Random(const ModelConfig& config,
+                                                           const CudaModelOptions& options, uint32_t seed);
   virtual ~CudaModel() = default;
 
   virtual const ModelConfig& config() const = 0;

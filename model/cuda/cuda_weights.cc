@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
+#include <random>
 #include <thread>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 
@@ -19,6 +22,8 @@ using kernels::DType;
 
 constexpr uint64_t kAlignment = 256;
 constexpr uint64_t kStageBytes = 8 << 20;
+// Values of random weights before they come again; prime to every width.
+constexpr size_t kRandomStretch = (1 << 20) + 7;
 
 // Where a tensor's values go.
 struct Copy {
@@ -27,6 +32,7 @@ struct Copy {
   DType to = DType::kBF16;
   uint64_t offset = 0;  // from the start of the weights' memory
   uint64_t elements = 0;
+  int64_t width = 0;   // of a matrix; 0: a vector
   bool first = false;  // counts into the fingerprint
   uint32_t crc = 0;    // set where it does, when it has been read
 };
@@ -91,7 +97,11 @@ class Layout {
       copy.offset = bytes_;
       copy.elements = static_cast<uint64_t>(part.rows) * static_cast<uint64_t>(std::max<int64_t>(1, width));
       bytes_ += copy.elements * kernels::SizeOf(to);
-      if (reader_ == nullptr) continue;
+      copy.width = width;
+      if (reader_ == nullptr) {
+        copies_.push_back(copy);
+        continue;
+      }
       const std::vector<int64_t> shape =
           width == 0 ? std::vector<int64_t>{part.rows} : std::vector<int64_t>{part.rows, width};
       HW_ASSIGN_OR_RETURN(copy.tensor, reader_->Take(part.name, shape, &copy.first));
@@ -255,6 +265,39 @@ absl::StatusOr<CudaWeights> LoadCudaWeights(const ModelConfig& config, const Che
     if (copy.first) fingerprint.Add(copy.name, *copy.tensor, copy.crc);
   }
   weights.fingerprint = fingerprint.Finish(config);
+  return weights;
+}
+
+absl::StatusOr<CudaWeights> RandomCudaWeights(const ModelConfig& config, uint32_t seed) {
+  Layout layout(config, nullptr);
+  HW_RETURN_IF_ERROR(layout.Run());
+  CudaWeights weights;
+  HW_ASSIGN_OR_RETURN(weights.memory, DeviceBuffer::Allocate(layout.bytes(), "weights"));
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> stretch(kRandomStretch), scaled(kRandomStretch);
+  for (float& value : stretch) value = normal(random);
+  std::vector<char> bytes(kRandomStretch * sizeof(float));
+  for (const Copy& copy : layout.copies()) {
+    const bool is_norm = absl::EndsWith(copy.name, "norm.weight");
+    const float size = is_norm ? 0 : copy.width > 0 ? 1 / std::sqrt(static_cast<float>(copy.width)) : 0.02f;
+    for (size_t i = 0; i < stretch.size(); ++i) scaled[i] = size * stretch[i] + (is_norm ? 1.0f : 0.0f);
+    kernels::Convert(scaled.data(), DType::kF32, bytes.data(), copy.to, scaled.size());
+    const uint64_t element = kernels::SizeOf(copy.to);
+    char* const to = weights.memory.data() + copy.offset;
+    // The stretch once from here, then as often as it takes from what is there.
+    uint64_t done = std::min<uint64_t>(copy.elements, kRandomStretch);
+    HW_RETURN_IF_ERROR(
+        FromCuda(cudaMemcpy(to, bytes.data(), done * element, cudaMemcpyHostToDevice), "weights"));
+    while (done < copy.elements) {
+      const uint64_t count = std::min(done, copy.elements - done);
+      HW_RETURN_IF_ERROR(FromCuda(
+          cudaMemcpy(to + done * element, to, count * element, cudaMemcpyDeviceToDevice), "weights"));
+      done += count;
+    }
+  }
+  layout.Fill(&weights);
+  weights.fingerprint = Fingerprint().Finish(config);
   return weights;
 }
 

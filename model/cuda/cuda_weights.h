@@ -48,6 +48,10 @@ uint64_t CudaWeightBytes(const ModelConfig& config);
 absl::StatusOr<CudaWeights> LoadCudaWeights(const ModelConfig& config, const Checkpoint& checkpoint,
                                             int num_threads, uint64_t budget_bytes);
 
+// Random weights of a shape on the current device, for benchmarks: normal, of variance 1 / in_features,
+// norms 1. Equal seeds give equal weights. The fingerprint is of the config alone.
+absl::StatusOr<CudaWeights> RandomCudaWeights(const ModelConfig& config, uint32_t seed);
+
 }  // namespace headwater
 
 #endif  // HW_MODEL_CUDA_CUDA_WEIGHTS_H_

@@ -15,6 +15,7 @@
 #include "kernels/dtype.h"
 #include "model/cuda/device_buffer.h"
 #include "model/model.h"
+#include "model/presets.h"
 #include "tests/kernels/cuda/gpu.h"
 #include "tests/model/checkpoint_files.h"
 #include "tests/model/dense_forward.h"
@@ -208,6 +209,24 @@ TEST(CudaModelGpuTest, NonFiniteRowsAreFound) {
   Forward forward(device->get(), tokens);
   forward.Run(&got, std::numeric_limits<float>::quiet_NaN());
   EXPECT_THAT(forward.bad_rows, ::testing::ElementsAre(-1, 0));
+}
+
+TEST(CudaModelGpuTest, RandomWeightsGiveFiniteValuesOfOrdinarySize) {
+  HW_REQUIRE_SM90();
+  auto config = PresetConfig("smollm2-135m", 0);
+  ASSERT_TRUE(config.ok()) << config.status();
+  config->num_layers = 3;
+  const auto device = CudaModel::Random(*config, {}, 1);
+  ASSERT_TRUE(device.ok()) << device.status();
+  DenseResult got;
+  Forward forward(device->get(), RandomTokens(300, config->vocab_size));
+  forward.Run(&got);
+  EXPECT_THAT(forward.bad_rows, ::testing::Each(-1));
+  double squares = 0;
+  for (const float value : got.k[2]) squares += static_cast<double>(value) * value;
+  const double size = std::sqrt(squares / static_cast<double>(got.k[2].size()));
+  EXPECT_GT(size, 0.3);
+  EXPECT_LT(size, 3);
 }
 
 TEST(CudaModelGpuTest, BudgetIsHeld) {
