@@ -22,9 +22,12 @@ std::string CanonicalText(const ModelConfig& config) {
 }
 
 void Fingerprint::Add(absl::string_view name, const Tensor& tensor) {
+  Add(name, tensor, Crc32c(tensor.data, tensor.bytes));
+}
+
+void Fingerprint::Add(absl::string_view name, const Tensor& tensor, uint32_t crc) {
   lines_.push_back(absl::StrFormat("%s %s [%s] %08x\n", absl::CHexEscape(name),
-                                   absl::CHexEscape(tensor.dtype), absl::StrJoin(tensor.shape, ","),
-                                   Crc32c(tensor.data, tensor.bytes)));
+                                   absl::CHexEscape(tensor.dtype), absl::StrJoin(tensor.shape, ","), crc));
 }
 
 std::string Fingerprint::Finish(const ModelConfig& config) {

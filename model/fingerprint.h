@@ -25,6 +25,8 @@ std::string CanonicalText(const ModelConfig& config);
 class Fingerprint {
  public:
   void Add(absl::string_view name, const Tensor& tensor);
+  // With the content's CRC-32C where it is known already.
+  void Add(absl::string_view name, const Tensor& tensor, uint32_t crc);
   // The first 16 hex digits of SHA-256 over CanonicalText(config) and the sorted lines of the tensors.
   std::string Finish(const ModelConfig& config);
 

@@ -2,25 +2,18 @@
 
 #include <cstring>
 #include <new>
-#include <set>
 #include <utility>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 
-#include "base/log.h"
 #include "base/status_macros.h"
-#include "model/json.h"
 #include "model/kernel_status.h"
+#include "model/tensor_reader.h"
 
 namespace headwater {
 namespace {
 
 using kernels::DType;
-
-constexpr char kEmbeddingName[] = "model.embed_tokens.weight";
-constexpr char kHeadName[] = "lm_head.weight";
 
 struct LinearSource {
   std::string name;  // without ".weight" and ".bias"
@@ -31,13 +24,21 @@ struct LinearSource {
 class Loader {
  public:
   Loader(const ModelConfig& config, const Checkpoint& checkpoint, DType compute, uint64_t budget_bytes)
-      : config_(config), checkpoint_(checkpoint), compute_(compute), budget_bytes_(budget_bytes) {}
+      : config_(config),
+        checkpoint_(checkpoint),
+        compute_(compute),
+        budget_bytes_(budget_bytes),
+        reader_(checkpoint) {}
 
   absl::Status LoadAll(ModelWeights* weights);
 
  private:
-  // Checks, counts into the fingerprint, and remembers as used.
-  absl::StatusOr<const Tensor*> Take(const std::string& name, const std::vector<int64_t>& shape);
+  absl::StatusOr<const Tensor*> Take(const std::string& name, const std::vector<int64_t>& shape) {
+    bool first = false;
+    HW_ASSIGN_OR_RETURN(const Tensor* const tensor, reader_.Take(name, shape, &first));
+    if (first) fingerprint_.Add(name, *tensor);
+    return tensor;
+  }
   absl::Status ReadVector(const std::string& name, int64_t size, std::vector<float>* out);
   absl::Status LoadVector(const std::string& name, int64_t size, std::vector<float>* out);
   absl::Status LoadLinear(const std::vector<LinearSource>& sources, int64_t in_features,
@@ -45,9 +46,7 @@ class Loader {
   absl::Status LoadLayer(int32_t layer, LayerWeights* out);
   absl::Status LoadEmbedding(ModelWeights* weights);
   absl::Status LoadHead(ModelWeights* weights);
-  absl::Status CheckTiedHead(const Tensor& embedding);
   absl::Status CheckBudget() const;
-  void LogUnused() const;
 
   const ModelConfig& config_;
   const Checkpoint& checkpoint_;
@@ -55,7 +54,7 @@ class Loader {
   const uint64_t budget_bytes_;
   uint64_t bytes_ = 0;
   Fingerprint fingerprint_;
-  std::set<std::string, std::less<>> used_;
+  TensorReader reader_;
 };
 
 bool IsAligned(const Tensor& tensor) {
@@ -72,26 +71,6 @@ const void* AlignedData(const Tensor& tensor, std::vector<uint8_t>* copy) {
 absl::Status OverBudget(uint64_t asked, uint64_t budget, absl::string_view what) {
   return absl::ResourceExhaustedError(
       absl::StrCat("the weights take ", what, asked, " bytes, ", budget, " are available to them"));
-}
-
-absl::StatusOr<const Tensor*> Loader::Take(const std::string& name, const std::vector<int64_t>& shape) {
-  const Tensor* const tensor = checkpoint_.Find(name);
-  const std::string wanted = absl::StrCat("shape [", absl::StrJoin(shape, ", "), "]");
-  if (tensor == nullptr) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("the checkpoint lacks the tensor ", Quoted(name), ", ", wanted));
-  }
-  if (tensor->shape != shape) {
-    return absl::InvalidArgumentError(absl::StrCat("tensor ", Quoted(name), " has shape [",
-                                                   absl::StrJoin(tensor->shape, ", "),
-                                                   "]; config.json demands ", wanted));
-  }
-  if (!tensor->element.has_value()) {
-    return absl::InvalidArgumentError(absl::StrCat("tensor ", Quoted(name), " has dtype ",
-                                                   Quoted(tensor->dtype), "; must be F32, F16 or BF16"));
-  }
-  if (used_.insert(name).second) fingerprint_.Add(name, *tensor);
-  return tensor;
 }
 
 absl::Status Loader::ReadVector(const std::string& name, int64_t size, std::vector<float>* out) {
@@ -174,21 +153,8 @@ absl::Status Loader::LoadEmbedding(ModelWeights* weights) {
   weights->embedding = AlignedData(*tensor, &weights->embedding_copy);
   weights->embedding_dtype = *tensor->element;
   bytes_ += weights->embedding_copy.size();
-  if (config_.tied_embeddings) HW_RETURN_IF_ERROR(CheckTiedHead(*tensor));
+  if (config_.tied_embeddings) HW_RETURN_IF_ERROR(reader_.CheckTiedHead());
   return absl::OkStatus();
-}
-
-// transformers 4 ties whatever the file holds, transformers 5 does not tie where the two differ.
-absl::Status Loader::CheckTiedHead(const Tensor& embedding) {
-  const Tensor* const head = checkpoint_.Find(kHeadName);
-  if (head == nullptr) return absl::OkStatus();
-  used_.insert(kHeadName);
-  const bool equal = head->dtype == embedding.dtype && head->shape == embedding.shape &&
-                     std::memcmp(head->data, embedding.data, embedding.bytes) == 0;
-  if (equal) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("tie_word_embeddings is true, but the tensors ",
-                                                 Quoted(kEmbeddingName), " and ", Quoted(kHeadName),
-                                                 " differ"));
 }
 
 absl::Status Loader::LoadHead(ModelWeights* weights) {
@@ -202,19 +168,6 @@ absl::Status Loader::CheckBudget() const {
   return OverBudget(bytes_, budget_bytes_, "at least ");
 }
 
-void Loader::LogUnused() const {
-  int64_t count = 0;
-  std::string first;
-  for (const auto& [name, tensor] : checkpoint_.tensors()) {
-    // Old checkpoints carry the frequencies, which follow from the config.
-    if (used_.contains(name) || absl::EndsWith(name, "rotary_emb.inv_freq")) continue;
-    if (count++ == 0) first = name;
-  }
-  if (count == 0) return;
-  HW_LOG(WARNING).Field("tensors", count).Field("first", Quoted(first))
-      << "tensors that the config does not use";
-}
-
 absl::Status Loader::LoadAll(ModelWeights* weights) {
   HW_RETURN_IF_ERROR(LoadEmbedding(weights));
   weights->layers.resize(static_cast<size_t>(config_.num_layers));
@@ -224,7 +177,7 @@ absl::Status Loader::LoadAll(ModelWeights* weights) {
   HW_RETURN_IF_ERROR(LoadVector("model.norm.weight", config_.hidden_size, &weights->final_norm));
   HW_RETURN_IF_ERROR(LoadHead(weights));
   HW_RETURN_IF_ERROR(CheckBudget());
-  LogUnused();
+  reader_.LogUnused();
   weights->bytes = bytes_;
   weights->fingerprint = fingerprint_.Finish(config_);
   return absl::OkStatus();

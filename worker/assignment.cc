@@ -96,13 +96,13 @@ absl::Status TakeTokens(const v1::PrefillAssignment& assignment, const ModelConf
   return absl::OkStatus();
 }
 
-absl::Status CheckLayout(const v1::PrefillAssignment& assignment, const Model& model) {
+absl::Status CheckLayout(const v1::PrefillAssignment& assignment, const PrefillBackend& backend) {
   const v1::KvLayout& layout = assignment.layout();
-  const ModelConfig& config = model.config();
-  if (layout.model_fingerprint() != model.fingerprint()) {
+  const ModelConfig& config = backend.config();
+  if (layout.model_fingerprint() != backend.fingerprint()) {
     return MakeError(absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_MODEL_MISMATCH,
                      absl::StrCat("layout.model_fingerprint is ", Quoted(layout.model_fingerprint()),
-                                  ", this worker serves ", model.fingerprint()));
+                                  ", this worker serves ", backend.fingerprint()));
   }
   if (ElementBytes(layout.dtype()) == 0) {
     return Invalid(
@@ -163,8 +163,8 @@ absl::StatusOr<PrefillJob> CheckAssignment(const v1::PrefillAssignment& assignme
   PrefillJob job;
   HW_RETURN_IF_ERROR(CheckRequestId(assignment.request_id()));
   HW_RETURN_IF_ERROR(CheckPlan(assignment, context.worker_id));
-  HW_RETURN_IF_ERROR(TakeTokens(assignment, context.model->config(), &job.tokens));
-  HW_RETURN_IF_ERROR(CheckLayout(assignment, *context.model));
+  HW_RETURN_IF_ERROR(TakeTokens(assignment, context.backend->config(), &job.tokens));
+  HW_RETURN_IF_ERROR(CheckLayout(assignment, *context.backend));
   absl::StatusOr<KvGeometry> geometry = KvGeometry::Create(assignment.layout());
   if (!geometry.ok()) return BadField(absl::StrCat("layout: ", geometry.status().message()));
   HW_RETURN_IF_ERROR(CheckDestination(assignment.destination()));
@@ -186,9 +186,9 @@ absl::StatusOr<PrefillJob> CheckAssignment(const v1::PrefillAssignment& assignme
   job.top_logprobs = static_cast<int>(assignment.top_logprobs());
   int64_t most = 0;
   for (const RankTokens& tokens : job.partition) most = std::max(most, NumTokens(tokens));
-  job.plan = PlanMemory(context.shape, WireType(assignment.layout().dtype()), NumTokens(job.local()), most,
-                        static_cast<int64_t>(job.tokens.size()), job.world_size());
-  HW_RETURN_IF_ERROR(CheckMemoryPlan(job.plan, context.memory_budget_bytes, context.model->weight_bytes()));
+  HW_ASSIGN_OR_RETURN(
+      job.plan, context.backend->Plan(WireType(assignment.layout().dtype()), NumTokens(job.local()), most,
+                                      static_cast<int64_t>(job.tokens.size()), job.world_size()));
   return job;
 }
 

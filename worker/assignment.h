@@ -8,18 +8,15 @@
 #include "absl/status/statusor.h"
 
 #include "headwater/v1/worker.pb.h"
-#include "model/model.h"
-#include "worker/memory_plan.h"
+#include "worker/backend.h"
 #include "worker/prefill.h"
 
 namespace headwater {
 
 // What an assignment is checked against.
 struct AssignmentContext {
-  const Model* model = nullptr;
+  const PrefillBackend* backend = nullptr;
   std::string worker_id;
-  MemoryShape shape;
-  uint64_t memory_budget_bytes = 0;
 };
 
 inline constexpr int kMaxTopLogprobs = 20;

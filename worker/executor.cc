@@ -96,7 +96,7 @@ v1::ConnectRequest PrefillExecutor::Run(const v1::PrefillAssignment& assignment,
   options_.metrics->epoch.Set(assignment.epoch());
   v1::ConnectRequest message;
   absl::Status status;
-  absl::StatusOr<PrefillJob> job = CheckAssignment(assignment, options_.assignment);
+  absl::StatusOr<PrefillJob> job = CheckAssignment(assignment, {options_.backend, options_.worker_id});
   if (job.ok()) {
     options_.metrics->planned_bytes.Set(static_cast<double>(job->plan.total_bytes()));
     const absl::StatusOr<Outcome> outcome = RunChecked(assignment, *job, control, progress);
@@ -138,7 +138,7 @@ absl::StatusOr<std::unique_ptr<Collectives>> PrefillExecutor::JoinGroup(
   spec.world_size = job.world_size();
   spec.rendezvous_address = assignment.rendezvous_address();
   spec.connect_timeout = options_.collective_timeout;
-  spec.timeout = options_.collective_timeout + SlowPeerAllowance(options_.assignment.model->config(), job);
+  spec.timeout = options_.collective_timeout + SlowPeerAllowance(options_.backend->config(), job);
   const JobControl::Waiting waiting(control);
   const absl::Time start = Clock::Real()->Now();
   absl::StatusOr<std::unique_ptr<Collectives>> group = options_.join_group(spec, control);
@@ -151,7 +151,7 @@ absl::StatusOr<std::unique_ptr<Collectives>> PrefillExecutor::JoinGroup(
 absl::StatusOr<PrefillExecutor::Outcome> PrefillExecutor::RunChecked(
     const v1::PrefillAssignment& assignment, const PrefillJob& job, JobControl* control,
     const std::function<void(const v1::RankProgress&)>& progress) {
-  HW_RETURN_IF_ERROR(arena_.Reset(job.plan.arena_bytes()));
+  HW_RETURN_IF_ERROR(options_.backend->Reserve(job));
   last_group_.reset();
   HW_ASSIGN_OR_RETURN(std::unique_ptr<Collectives> collectives, JoinGroup(assignment, job, control));
   Outcome outcome;
@@ -183,11 +183,9 @@ absl::Status PrefillExecutor::RunWithSender(const v1::PrefillAssignment& assignm
   Show(sender.get());
 
   PrefillContext context;
-  context.model = options_.assignment.model;
   context.collectives = collectives;
   context.sender = sender.get();
   context.control = control;
-  context.arena = &arena_;
   context.metrics = options_.metrics;
   context.stall_timeout = options_.kv_stall_timeout;
   context.flop_per_step = kFlopPerStepAndThread * options_.num_threads;
@@ -210,7 +208,7 @@ absl::Status PrefillExecutor::RunWithSender(const v1::PrefillAssignment& assignm
       sender->Cancel();
       if (collectives != nullptr) collectives->Abort();
     });
-    absl::StatusOr<PrefillResult> result = RunPrefill(job, context);
+    absl::StatusOr<PrefillResult> result = options_.backend->Run(job, context);
     status = result.status();
     if (result.ok()) {
       outcome->result = *std::move(result);

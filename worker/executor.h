@@ -13,9 +13,9 @@
 #include "absl/time/time.h"
 
 #include "kvtransfer/sender.h"
-#include "worker/arena.h"
 #include "worker/assignment.h"
 #include "worker/assignment_runner.h"
+#include "worker/backend.h"
 #include "worker/collectives.h"
 #include "worker/metrics.h"
 
@@ -32,7 +32,8 @@ struct GroupSpec {
 };
 
 struct ExecutorOptions {
-  AssignmentContext assignment;
+  PrefillBackend* backend = nullptr;
+  std::string worker_id;
   int num_threads = 1;  // of the calling thread's OpenMP team
   int kv_channels = 2;
   absl::Duration collective_timeout = absl::Seconds(30);
@@ -71,7 +72,6 @@ class PrefillExecutor final : public AssignmentRunner {
   void Show(KvSender* sender);
 
   const ExecutorOptions options_;
-  Arena arena_;
   // The group of the last job that completed: left only when the next one comes, when its other ranks are
   // done for sure.
   std::unique_ptr<Collectives> last_group_;

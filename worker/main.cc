@@ -8,6 +8,10 @@
 
 #include "base/log.h"
 #include "base/signals.h"
+#include "worker/cpu_backend.h"
+#ifdef HW_WITH_CUDA
+#include "worker/cuda/cuda_backend.h"
+#endif
 #include "worker/options.h"
 #include "worker/worker.h"
 
@@ -23,6 +27,16 @@ int Fail(const absl::Status& status) {
   const std::string message = absl::StrCat("headwater-worker: ", status.message(), "\n");
   std::fputs(message.c_str(), stderr);
   return kExitUsage;
+}
+
+absl::StatusOr<std::unique_ptr<PrefillBackend>> MakeBackend(const WorkerOptions& options) {
+  if (options.device == "cpu") return CpuBackend::Load(options);
+#ifdef HW_WITH_CUDA
+  return CudaBackend::Load(options);
+#else
+  return absl::UnimplementedError(
+      absl::StrCat("--device=", options.device, ": this build has no code for GPUs (HW_CUDA was off)"));
+#endif
 }
 
 int Main(int argc, char** argv) {
@@ -41,7 +55,7 @@ int Main(int argc, char** argv) {
   HW_CHECK(ParseLogFormat(options.log_format, &format));
   InitLogging(format, LogSeverity::kINFO, "worker");
 
-  auto worker = Worker::Start(options);
+  auto worker = Worker::Start(options, MakeBackend);
   if (!worker.ok()) return Fail(worker.status());
   int signal_number = 0;
   while (signal_number == 0) signal_number = WaitForTerminationSignal(absl::Hours(1));

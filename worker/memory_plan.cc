@@ -81,7 +81,7 @@ uint64_t MemoryPlan::arena_bytes() const {
               Product({Aligned(receive_kv), static_cast<uint64_t>(num_receive)}), Aligned(logits)});
 }
 
-uint64_t MemoryPlan::total_bytes() const { return Sum({arena_bytes(), index, tokens, scratch}); }
+uint64_t MemoryPlan::total_bytes() const { return Sum({arena_bytes(), index, tokens, scratch, device}); }
 
 MemoryPlan PlanMemory(const MemoryShape& shape, kernels::DType wire, int64_t local_tokens,
                       int64_t max_rank_tokens, int64_t num_tokens, int world_size) {

@@ -45,6 +45,7 @@ struct MemoryPlan {
   uint64_t tokens = 0;  // the assignment and its token ids
   uint64_t logits = 0;
   uint64_t scratch = 0;
+  uint64_t device = 0;  // everything that lies on a GPU, where one computes
 
   // Of the buffers above that the loop takes from its arena, each rounded up to kAlignment.
   uint64_t arena_bytes() const;

@@ -5,9 +5,9 @@
 #include <thread>
 
 #include "absl/strings/ascii.h"
-#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
 #include <sched.h>
 #include <unistd.h>
 
@@ -70,10 +70,10 @@ int64_t UsableCores() {
 
 absl::Status CheckDevice(const std::string& device) {
   if (device == "cpu") return absl::OkStatus();
-  if (absl::StartsWith(device, "cuda:")) {
-    return absl::UnimplementedError(
-        absl::StrCat("--device: '", device, "' is not built yet; this build computes on 'cpu'"));
-  }
+  int32_t number = -1;
+  absl::string_view rest = device;
+  if (absl::ConsumePrefix(&rest, "cuda:") && absl::SimpleAtoi(rest, &number) && number >= 0)
+    return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat("--device: '", device, "' is not cpu or cuda:N"));
 }
 
@@ -91,7 +91,7 @@ void Declare(WorkerOptions* o, FlagSet* flags) {
   flags->String("collective_host", &o->collective_host,
                 "address that this worker's connections to other workers bind to; empty: --advertise's host");
   flags->String("metrics", &o->metrics, "HOST:PORT of /metrics; empty: none");
-  flags->String("device", &o->device, "cpu");
+  flags->String("device", &o->device, "what computes: cpu, or cuda:N for GPU N");
   flags->Choice("compute", &o->compute, {"auto", "f32", "bf16"},
                 "type of linear layers and attention; auto: bf16 where the CPU has it, else f32");
   flags->Int("threads", &o->threads, 0, kMostThreads, "compute threads; 0: all cores");

@@ -11,21 +11,15 @@
 #include "base/rpc/server.h"
 #include "base/status_macros.h"
 #include "base/version.h"
-#include "kernels/ops/linear.h"
-#include "kernels/pattern/policy.h"
-#include "model/model.h"
 #include "worker/control_client.h"
 #include "worker/executor.h"
 #include "worker/gloo_collectives.h"
-#include "worker/memory_budget.h"
-#include "worker/memory_plan.h"
 #include "worker/metrics.h"
 #include "worker/rendezvous.h"
 
 namespace headwater {
 namespace {
 
-constexpr double kDefaultBudgetShare = 0.8;
 constexpr absl::Duration kServerShutdown = absl::Seconds(1);
 
 std::string HostOf(const std::string& address) {
@@ -52,27 +46,20 @@ absl::StatusOr<std::unique_ptr<Collectives>> JoinGlooGroup(const std::string& ho
   return std::unique_ptr<Collectives>(std::move(group));
 }
 
-kernels::DType ComputeType(const std::string& name) {
-  if (name == "f32") return kernels::DType::kF32;
-  if (name == "bf16") return kernels::DType::kBF16;
-  return kernels::PreferredComputeType();
-}
-
-v1::WorkerRegistration MakeRegistration(const WorkerOptions& options, const Model& model,
-                                        const std::string& rendezvous_address,
-                                        const v1::MemoryModel& memory) {
+v1::WorkerRegistration MakeRegistration(const WorkerOptions& options, const PrefillBackend& backend,
+                                        const std::string& rendezvous_address) {
   v1::WorkerRegistration registration;
   registration.set_worker_id(options.worker_id);
   registration.set_incarnation(RandomId());
   registration.set_rendezvous_address(rendezvous_address);
   registration.set_device(options.device);
   registration.set_protocol_version(kProtocolVersion);
-  *registration.mutable_memory() = memory;
-  for (const std::string& name : kernels::PolicyNames()) registration.add_policies(name);
-  const ModelConfig& config = model.config();
+  *registration.mutable_memory() = backend.memory_model();
+  for (const std::string& name : backend.policies()) registration.add_policies(name);
+  const ModelConfig& config = backend.config();
   v1::ServedModel* const served = registration.mutable_model();
   served->set_name(options.model_name);
-  served->set_fingerprint(model.fingerprint());
+  served->set_fingerprint(backend.fingerprint());
   served->set_vocab_size(static_cast<uint32_t>(config.vocab_size));
   served->set_max_position(static_cast<uint64_t>(config.max_position));
   served->set_num_layers(static_cast<uint32_t>(config.num_layers));
@@ -81,10 +68,10 @@ v1::WorkerRegistration MakeRegistration(const WorkerOptions& options, const Mode
   return registration;
 }
 
-class CpuWorker final : public Worker {
+class WorkerProcess final : public Worker {
  public:
-  CpuWorker() : metrics_("worker"), worker_metrics_(&metrics_) {}
-  ~CpuWorker() override {
+  WorkerProcess() : metrics_("worker"), worker_metrics_(&metrics_) {}
+  ~WorkerProcess() override {
     if (client_ != nullptr) client_->Stop();
     if (server_.server != nullptr) {
       server_.server->Shutdown(std::chrono::system_clock::now() +
@@ -92,7 +79,7 @@ class CpuWorker final : public Worker {
     }
   }
 
-  absl::Status Init(const WorkerOptions& options) {
+  absl::Status Init(const WorkerOptions& options, const BackendFactory& make_backend) {
     // Addresses first: a port in use is told before the model is loaded.
     HW_RETURN_IF_ERROR(metrics_.Serve(options.metrics));
     rendezvous_ = MakeRendezvousService({});
@@ -104,15 +91,13 @@ class CpuWorker final : public Worker {
       return absl::InvalidArgumentError(absl::StrCat("--advertise: other workers cannot reach ", advertise,
                                                      "; name an address of this host"));
     }
-    HW_RETURN_IF_ERROR(LoadModel(options));
+    HW_ASSIGN_OR_RETURN(backend_, make_backend(options));
+    worker_metrics_.memory_budget.Set(static_cast<double>(backend_->memory_model().budget_bytes()));
 
     const int threads = static_cast<int>(options.threads);
     ExecutorOptions executor;
-    executor.assignment.model = model_.get();
-    executor.assignment.worker_id = options.worker_id;
-    executor.assignment.shape = MakeMemoryShape(*model_, threads, static_cast<int>(options.egress_buffers),
-                                                static_cast<int>(options.kv_channels));
-    executor.assignment.memory_budget_bytes = budget_bytes_;
+    executor.backend = backend_.get();
+    executor.worker_id = options.worker_id;
     executor.num_threads = threads;
     executor.kv_channels = static_cast<int>(options.kv_channels);
     executor.collective_timeout = options.collective_timeout;
@@ -125,46 +110,21 @@ class CpuWorker final : public Worker {
 
     ControlClientOptions client;
     client.coordinator = options.coordinator;
-    client.registration =
-        MakeRegistration(options, *model_, advertise,
-                         LinearMemoryModel(executor.assignment.shape, budget_bytes_, model_->weight_bytes()));
+    client.registration = MakeRegistration(options, *backend_, advertise);
     client.metrics = &worker_metrics_;
     client_ = ControlClient::Start(client, executor_.get());
     HW_LOG(INFO).Field("worker_id", options.worker_id).Field("listen", server_.address)
-        << "serving " << options.model_name << " (" << kernels::NameOf(model_->compute()) << ", "
-        << model_->weight_bytes() << " bytes of weights, budget " << budget_bytes_ << " bytes, " << threads
-        << " threads)";
+        << "serving " << options.model_name << " on " << options.device << " (" << backend_->Describe()
+        << ", " << threads << " threads)";
     return absl::OkStatus();
   }
 
   bool Drain(absl::Duration timeout) override { return client_->Drain(timeout); }
 
  private:
-  absl::Status LoadModel(const WorkerOptions& options) {
-    budget_bytes_ = options.memory_budget_bytes;
-    if (budget_bytes_ == 0) {
-      HW_ASSIGN_OR_RETURN(const uint64_t available, AvailableMemoryBytes());
-      budget_bytes_ = static_cast<uint64_t>(kDefaultBudgetShare * static_cast<double>(available));
-    }
-    worker_metrics_.memory_budget.Set(static_cast<double>(budget_bytes_));
-    kernels::SetNumThreads(static_cast<int>(options.threads));
-    ModelOptions model_options;
-    model_options.directory = options.model;
-    model_options.compute = ComputeType(options.compute);
-    model_options.weight_budget_bytes = budget_bytes_;
-    absl::StatusOr<std::unique_ptr<Model>> model = Model::Load(model_options);
-    if (!model.ok()) {
-      return absl::Status(model.status().code(),
-                          absl::StrCat("--model=", options.model, ": ", model.status().message()));
-    }
-    model_ = *std::move(model);
-    return absl::OkStatus();
-  }
-
   Metrics metrics_;
   WorkerMetrics worker_metrics_;
-  uint64_t budget_bytes_ = 0;
-  std::unique_ptr<Model> model_;
+  std::unique_ptr<PrefillBackend> backend_;
   std::unique_ptr<grpc::Service> rendezvous_;
   RunningServer server_;
   std::unique_ptr<PrefillExecutor> executor_;
@@ -173,9 +133,10 @@ class CpuWorker final : public Worker {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Worker>> Worker::Start(const WorkerOptions& options) {
-  auto worker = std::make_unique<CpuWorker>();
-  HW_RETURN_IF_ERROR(worker->Init(options));
+absl::StatusOr<std::unique_ptr<Worker>> Worker::Start(const WorkerOptions& options,
+                                                      const BackendFactory& make_backend) {
+  auto worker = std::make_unique<WorkerProcess>();
+  HW_RETURN_IF_ERROR(worker->Init(options, make_backend));
   return worker;
 }
 

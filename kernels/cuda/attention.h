@@ -43,7 +43,7 @@ struct CudaAttentionArgs {
   const void* q = nullptr;   // [total_q, num_q_heads, head_dim], rotated
   const void* k = nullptr;   // [total_k, num_kv_heads, head_dim], rotated
   const void* v = nullptr;   // as k
-  void* out = nullptr;       // bf16 as q, or null
+  void* out = nullptr;       // bf16 as q, or null; may be q itself: a row is read before it is written
   float* out_f32 = nullptr;  // f32 as q, or null: for partial results that are merged by lse_ln
   float* lse_ln = nullptr;   // [total_q, num_q_heads] natural log of the sum of exp(scaled score), or null
   int64_t total_q = 0;

@@ -27,7 +27,7 @@ struct BadAssignment {
 class AssignmentTest : public ::testing::TestWithParam<BadAssignment> {};
 
 TEST(AssignmentCheckTest, TurnsAGoodAssignmentIntoAJob) {
-  const AssignmentFixture fixture;
+  AssignmentFixture fixture;
   v1::PrefillAssignment assignment = fixture.Make(100, 2, 1);
   assignment.set_top_logprobs(20);
 
@@ -45,7 +45,7 @@ TEST(AssignmentCheckTest, TurnsAGoodAssignmentIntoAJob) {
 }
 
 TEST_P(AssignmentTest, IsRefusedNamingTheField) {
-  const AssignmentFixture fixture;
+  AssignmentFixture fixture;
   v1::PrefillAssignment assignment = fixture.Make(100, 2, 1);
   GetParam().spoil(&assignment);
 
@@ -136,13 +136,12 @@ INSTANTIATE_TEST_SUITE_P(All, AssignmentTest, ::testing::ValuesIn(BadAssignments
                          [](const auto& row) { return row.param.name; });
 
 TEST(AssignmentCheckTest, RefusesAPlanOverTheBudgetWithBothNumbers) {
-  const AssignmentFixture fixture;
-  AssignmentContext context = fixture.context();
-  const auto fits = CheckAssignment(fixture.Make(2000, 1, 0), context);
+  AssignmentFixture fixture;
+  const auto fits = CheckAssignment(fixture.Make(2000, 1, 0), fixture.context());
   ASSERT_TRUE(fits.ok()) << fits.status();
-  context.memory_budget_bytes = fixture.model().weight_bytes() + fits->plan.total_bytes() - 1;
+  const uint64_t budget = fixture.model().weight_bytes() + fits->plan.total_bytes() - 1;
 
-  const auto job = CheckAssignment(fixture.Make(2000, 1, 0), context);
+  const auto job = CheckAssignment(fixture.Make(2000, 1, 0), fixture.context(1, budget));
 
   EXPECT_EQ(job.status().code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_EQ(ReasonOf(job.status()), v1::ERROR_REASON_MEMORY_PLAN_TOO_LARGE);

@@ -13,13 +13,13 @@ AssignmentFixture::AssignmentFixture() {
   model_ = *std::move(model);
 }
 
-AssignmentContext AssignmentFixture::context(int rank) const {
-  AssignmentContext context;
-  context.model = model_.get();
-  context.worker_id = absl::StrCat("w", rank);
-  context.shape = MakeMemoryShape(*model_, 1, 3, 2);
-  context.memory_budget_bytes = 1 << 30;
-  return context;
+CpuBackend* AssignmentFixture::NewBackend(uint64_t budget_bytes) {
+  backends_.push_back(std::make_unique<CpuBackend>(model_, MakeMemoryShape(*model_, 1, 3, 2), budget_bytes));
+  return backends_.back().get();
+}
+
+AssignmentContext AssignmentFixture::context(int rank, uint64_t budget_bytes) {
+  return {NewBackend(budget_bytes), absl::StrCat("w", rank)};
 }
 
 v1::PrefillAssignment AssignmentFixture::Make(int64_t tokens, int world, int rank) const {

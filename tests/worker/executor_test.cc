@@ -80,7 +80,8 @@ class ExecutorTest : public ::testing::Test {
 
   ExecutorOptions Options(int rank) {
     ExecutorOptions options;
-    options.assignment = fixture_.context(rank);
+    options.backend = fixture_.NewBackend();
+    options.worker_id = absl::StrCat("w", rank);
     options.metrics = &worker_metrics_;
     options.collective_timeout = absl::Seconds(20);
     options.join_group = [this](const GroupSpec& spec, JobControl*) {
@@ -297,7 +298,7 @@ TEST_F(ExecutorTest, RefusesABadAssignmentWithItsReason) {
 }
 
 TEST(SlowPeerAllowanceTest, GrowsWithTheWorkOfTheLargestRank) {
-  const AssignmentFixture fixture;
+  AssignmentFixture fixture;
   const auto small = CheckAssignment(fixture.Make(20, 2, 1), fixture.context());
   const auto large = CheckAssignment(fixture.Make(2000, 2, 1), fixture.context());
   ASSERT_TRUE(small.ok() && large.ok());

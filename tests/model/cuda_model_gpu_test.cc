@@ -1,0 +1,245 @@
+// A whole model on the GPU against the same checkpoint on the CPU.
+#include "model/cuda/cuda_model.h"
+
+#include <cmath>
+#include <limits>
+#include <ostream>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+#include "kernels/cuda/attention.h"
+#include "kernels/dtype.h"
+#include "model/cuda/device_buffer.h"
+#include "model/model.h"
+#include "model/presets.h"
+#include "tests/kernels/cuda/gpu.h"
+#include "tests/model/checkpoint_files.h"
+#include "tests/model/dense_forward.h"
+#include "tests/model/random_checkpoint.h"
+
+namespace headwater {
+namespace {
+
+using kernels::DeviceArray;
+using testing::CheckpointShape;
+using testing::DenseResult;
+using testing::RelativeError;
+using testing::TempDir;
+
+// Both compute in bf16, rounded at other places.
+constexpr double kTolerance = 2e-2;
+
+std::vector<int32_t> RandomTokens(int count, int vocab) {
+  std::mt19937 random(7);
+  std::vector<int32_t> tokens(static_cast<size_t>(count));
+  for (int32_t& token : tokens) token = static_cast<int32_t>(random() % static_cast<unsigned>(vocab));
+  return tokens;
+}
+
+// The whole prompt with dense attention, the model's chunks one after the other.
+class Forward {
+ public:
+  Forward(CudaModel* model, const std::vector<int32_t>& tokens)
+      : model_(model),
+        config_(model->config()),
+        count_(static_cast<int64_t>(tokens.size())),
+        tokens_(tokens),
+        hidden_(tokens.size() * static_cast<size_t>(config_.hidden_size)),
+        q_(tokens.size() * static_cast<size_t>(config_.num_q_heads * config_.head_dim)),
+        k_(tokens.size() * static_cast<size_t>(config_.num_kv_heads * config_.head_dim)),
+        v_(k_.size()),
+        logits_(static_cast<size_t>(config_.vocab_size)),
+        bad_row_(1) {}
+
+  // hidden_change: written into the first value of the hidden state before layer 1.
+  void Run(DenseResult* result, float hidden_change = 0) {
+    ASSERT_TRUE(ForChunks([&](int64_t begin, int64_t count) {
+                  return model_->Embed(tokens_.data() + begin, count, Hidden(begin), nullptr);
+                }).ok());
+    for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
+      if (layer == 1 && hidden_change != 0) {
+        ASSERT_EQ(cudaMemcpy(hidden_.data(), &hidden_change, sizeof(float), cudaMemcpyHostToDevice),
+                  cudaSuccess);
+      }
+      const absl::Status before = ForChunks([&](int64_t begin, int64_t count) {
+        return model_->BeforeAttention(layer, Hidden(begin), count, begin, Q(begin), K(begin), V(begin), {},
+                                       nullptr);
+      });
+      ASSERT_TRUE(before.ok()) << before;
+      Attend();
+      const absl::Status after = ForChunks([&](int64_t begin, int64_t count) {
+        return model_->AfterAttention(layer, Q(begin), count, Hidden(begin), bad_row_.data(), nullptr);
+      });
+      ASSERT_TRUE(after.ok()) << after;
+      result->k.push_back(kernels::ToFloat(k_.Host()));
+      result->v.push_back(kernels::ToFloat(v_.Host()));
+      bad_rows.push_back(bad_row_.Host()[0]);
+    }
+    ASSERT_TRUE(model_->Logits(Hidden(count_ - 1), logits_.data(), nullptr).ok());
+    result->logits = logits_.Host();
+    EXPECT_TRUE(hidden_.Intact() && q_.Intact() && k_.Intact() && v_.Intact() && logits_.Intact());
+  }
+
+  std::vector<int64_t> bad_rows;  // after each layer, of the last chunk
+
+ private:
+  template <typename Work>
+  absl::Status ForChunks(const Work& work) {
+    for (int64_t begin = 0; begin < count_; begin += model_->chunk_tokens()) {
+      absl::Status status = work(begin, std::min(model_->chunk_tokens(), count_ - begin));
+      if (!status.ok()) return status;
+    }
+    return absl::OkStatus();
+  }
+
+  // In place: the output takes Q's memory.
+  void Attend() {
+    kernels::CudaAttentionArgs args;
+    args.q = q_.data();
+    args.k = k_.data();
+    args.v = v_.data();
+    args.out = q_.data();
+    args.total_q = args.total_k = count_;
+    args.num_q_heads = config_.num_q_heads;
+    args.num_kv_heads = config_.num_kv_heads;
+    args.head_dim = config_.head_dim;
+    args.softmax_scale = static_cast<float>(1 / std::sqrt(static_cast<double>(config_.head_dim)));
+    DeviceArray<unsigned char> workspace(kernels::CudaAttentionWorkspaceBytes(args));
+    const kernels::Status status = kernels::CudaAttention(args, workspace.data(), workspace.size(), nullptr);
+    ASSERT_TRUE(status.ok()) << status.message();
+  }
+
+  float* Hidden(int64_t row) const { return hidden_.data() + row * config_.hidden_size; }
+  uint16_t* Q(int64_t row) const { return q_.data() + row * config_.num_q_heads * config_.head_dim; }
+  uint16_t* K(int64_t row) const { return k_.data() + row * config_.num_kv_heads * config_.head_dim; }
+  uint16_t* V(int64_t row) const { return v_.data() + row * config_.num_kv_heads * config_.head_dim; }
+
+  CudaModel* const model_;
+  const ModelConfig& config_;
+  const int64_t count_;
+  const DeviceArray<int32_t> tokens_;
+  const DeviceArray<float> hidden_;
+  const DeviceArray<uint16_t> q_, k_, v_;
+  const DeviceArray<float> logits_;
+  const DeviceArray<int64_t> bad_row_;
+};
+
+struct Case {
+  const char* name;
+  CheckpointShape shape;
+  int tokens;
+  int64_t chunk_tokens;
+};
+
+std::ostream& operator<<(std::ostream& out, const Case& c) { return out << c.name; }
+
+class CudaModelGpuTest : public ::testing::TestWithParam<Case> {};
+
+TEST_P(CudaModelGpuTest, EqualsTheCpu) {
+  HW_REQUIRE_SM90();
+  const Case& c = GetParam();
+  const TempDir folder;
+  testing::WriteRandomCheckpoint(folder.path(), c.shape, 3);
+  const auto host = Model::Load({folder.path(), kernels::DType::kF32, 0});
+  ASSERT_TRUE(host.ok()) << host.status();
+  const auto device = CudaModel::Load({folder.path(), 0, 3, 0, c.chunk_tokens});
+  ASSERT_TRUE(device.ok()) << device.status();
+  EXPECT_EQ((*device)->fingerprint(), (*host)->fingerprint());
+  const std::vector<int32_t> tokens = RandomTokens(c.tokens, c.shape.vocab_size);
+  const auto wanted = testing::ForwardDense(**host, tokens);
+  ASSERT_TRUE(wanted.ok()) << wanted.status();
+
+  DenseResult got;
+  Forward forward(device->get(), tokens);
+  forward.Run(&got);
+
+  ASSERT_EQ(got.k.size(), wanted->k.size());
+  for (size_t layer = 0; layer < got.k.size(); ++layer) {
+    EXPECT_LE(RelativeError(got.k[layer], wanted->k[layer]), kTolerance) << "K of layer " << layer;
+    EXPECT_LE(RelativeError(got.v[layer], wanted->v[layer]), kTolerance) << "V of layer " << layer;
+  }
+  EXPECT_LE(RelativeError(got.logits, wanted->logits), kTolerance);
+  EXPECT_THAT(forward.bad_rows, ::testing::Each(-1));
+}
+
+CheckpointShape Llama() { return {}; }
+CheckpointShape Biased() {
+  CheckpointShape shape;
+  shape.biases = true;
+  return shape;
+}
+CheckpointShape Qwen2() {
+  CheckpointShape shape;
+  shape.model_type = "qwen2";
+  shape.num_q_heads = 7;
+  shape.num_kv_heads = 1;
+  shape.head_dim = 128;
+  shape.tied_embeddings = true;
+  shape.dtype = kernels::DType::kF32;
+  return shape;
+}
+CheckpointShape Qwen3() {
+  CheckpointShape shape;
+  shape.model_type = "qwen3";
+  shape.num_q_heads = 9;
+  shape.num_kv_heads = 3;
+  shape.dtype = kernels::DType::kF16;
+  return shape;
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, CudaModelGpuTest,
+    ::testing::Values(Case{"llama", Llama(), 300, 8192}, Case{"one_token", Llama(), 1, 8192},
+                      Case{"chunks", Llama(), 700, 128}, Case{"biases", Biased(), 300, 256},
+                      Case{"qwen2", Qwen2(), 300, 256}, Case{"qwen3", Qwen3(), 300, 256}),
+    [](const auto& test) { return test.param.name; });
+
+TEST(CudaModelGpuTest, NonFiniteRowsAreFound) {
+  HW_REQUIRE_SM90();
+  const TempDir folder;
+  testing::WriteRandomCheckpoint(folder.path(), {}, 3);
+  const auto device = CudaModel::Load({folder.path()});
+  ASSERT_TRUE(device.ok()) << device.status();
+  const std::vector<int32_t> tokens = RandomTokens(200, 512);
+  DenseResult got;
+  Forward forward(device->get(), tokens);
+  forward.Run(&got, std::numeric_limits<float>::quiet_NaN());
+  EXPECT_THAT(forward.bad_rows, ::testing::ElementsAre(-1, 0));
+}
+
+TEST(CudaModelGpuTest, RandomWeightsGiveFiniteValuesOfOrdinarySize) {
+  HW_REQUIRE_SM90();
+  auto config = PresetConfig("smollm2-135m", 0);
+  ASSERT_TRUE(config.ok()) << config.status();
+  config->num_layers = 3;
+  const auto device = CudaModel::Random(*config, {}, 1);
+  ASSERT_TRUE(device.ok()) << device.status();
+  DenseResult got;
+  Forward forward(device->get(), RandomTokens(300, config->vocab_size));
+  forward.Run(&got);
+  EXPECT_THAT(forward.bad_rows, ::testing::Each(-1));
+  double squares = 0;
+  for (const float value : got.k[2]) squares += static_cast<double>(value) * value;
+  const double size = std::sqrt(squares / static_cast<double>(got.k[2].size()));
+  EXPECT_GT(size, 0.3);
+  EXPECT_LT(size, 3);
+}
+
+TEST(CudaModelGpuTest, BudgetIsHeld) {
+  HW_REQUIRE_SM90();
+  const TempDir folder;
+  testing::WriteRandomCheckpoint(folder.path(), {}, 3);
+  CudaModelOptions options;
+  options.directory = folder.path();
+  options.budget_bytes = 64 << 20;
+  const absl::Status status = CudaModel::Load(options).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
+  EXPECT_THAT(std::string(status.message()), ::testing::HasSubstr(absl::StrCat("bytes")));
+}
+
+}  // namespace
+}  // namespace headwater

@@ -1,0 +1,40 @@
+// The memory plan of a prompt on a GPU: pure arithmetic, no GPU.
+#include "gtest/gtest.h"
+
+#include "worker/cuda/cuda_prefill.h"
+
+namespace headwater {
+namespace {
+
+ModelConfig Llama8b() {
+  ModelConfig config;
+  config.num_layers = 32;
+  config.hidden_size = 4096;
+  config.intermediate_size = 14'336;
+  config.num_q_heads = 32;
+  config.num_kv_heads = 8;
+  config.head_dim = 128;
+  config.vocab_size = 128'256;
+  return config;
+}
+
+TEST(CudaPrefillPlan, AMillionTokensOfAnEightBillionModelFitBesideItsWeights) {
+  constexpr uint64_t kGiB = 1 << 30;
+  const CudaPrefillPlan plan = PlanCudaPrefill(Llama8b(), 8192, 1 << 20);
+  EXPECT_EQ(plan.hidden, 16 * kGiB);
+  EXPECT_EQ(plan.q, 8 * kGiB);
+  EXPECT_EQ(plan.kv, 4 * kGiB);
+  EXPECT_EQ(plan.num_kv, 2);
+  EXPECT_GE(plan.total_bytes(), 32 * kGiB);
+  EXPECT_LE(plan.total_bytes(), 33 * kGiB);
+}
+
+TEST(CudaPrefillPlan, DoesNotDependOnTheNumberOfLayers) {
+  ModelConfig deep = Llama8b();
+  deep.num_layers = 320;
+  EXPECT_EQ(PlanCudaPrefill(deep, 8192, 100'000).total_bytes(),
+            PlanCudaPrefill(Llama8b(), 8192, 100'000).total_bytes());
+}
+
+}  // namespace
+}  // namespace headwater

@@ -1,0 +1,215 @@
+// The loop on a GPU against the loop on the CPU: the whole KV cache as the sender gets it, and the logits.
+#include "worker/cuda/cuda_prefill.h"
+
+#include <cmath>
+#include <limits>
+#include <ostream>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+#include "tests/kernels/cuda/gpu.h"
+#include "tests/model/checkpoint_files.h"
+#include "tests/model/dense_forward.h"
+#include "tests/model/random_checkpoint.h"
+#include "tests/worker/memory_sink.h"
+#include "tests/worker/prefill_group.h"
+
+namespace headwater {
+namespace {
+
+using testing::CheckpointShape;
+using testing::GroupRun;
+using testing::KvCapture;
+using testing::MemorySink;
+using testing::RelativeError;
+
+// bf16 against f32.
+constexpr double kTolerance = 2e-2;
+
+std::vector<int32_t> RandomTokens(int count, int vocab) {
+  std::mt19937 random(7);
+  std::vector<int32_t> tokens(static_cast<size_t>(count));
+  for (int32_t& token : tokens) token = static_cast<int32_t>(random() % static_cast<unsigned>(vocab));
+  return tokens;
+}
+
+uint64_t FreeDeviceBytes() {
+  size_t free = 0, total = 0;
+  EXPECT_EQ(cudaMemGetInfo(&free, &total), cudaSuccess);
+  return free;
+}
+
+class CudaPrefillGpuTest : public ::testing::Test {
+ protected:
+  void Load(const CheckpointShape& shape, int64_t chunk_tokens = 8192) {
+    testing::WriteRandomCheckpoint(folder_.path(), shape, 3);
+    auto host = Model::Load({folder_.path(), kernels::DType::kF32, 0});
+    ASSERT_TRUE(host.ok()) << host.status();
+    host_ = *std::move(host);
+    auto device = CudaModel::Load({folder_.path(), 0, 3, 0, chunk_tokens});
+    ASSERT_TRUE(device.ok()) << device.status();
+    device_ = *std::move(device);
+    auto egress = CudaEgressMemory::Allocate();
+    ASSERT_TRUE(egress.ok()) << egress.status();
+    egress_ = *std::move(egress);
+  }
+
+  struct Outcome {
+    explicit Outcome(const KvGeometry& geometry) : kv(geometry) {}
+    KvCapture kv;
+    absl::StatusOr<PrefillResult> result;
+    KvDigest digest;
+  };
+
+  std::unique_ptr<Outcome> Run(const std::vector<int32_t>& tokens, const GroupRun& run,
+                               const std::function<void(JobControl*, MemorySink*)>& on_layer = nullptr) {
+    PrefillJob job = testing::MakeJob(*host_, tokens, run, 0);
+    auto outcome = std::make_unique<Outcome>(*job.geometry);
+    MemorySink sink(&outcome->kv, run.sink);
+    JobControl control;
+    CudaPrefillContext context;
+    context.model = device_.get();
+    context.sender = &sink;
+    context.control = &control;
+    context.egress = &egress_;
+    context.stall_timeout = run.stall_timeout;
+    context.progress = [&](const PrefillProgress&) {
+      if (on_layer) on_layer(&control, &sink);
+    };
+    outcome->result = RunCudaPrefill(job, context);
+    if (outcome->result.ok()) {
+      const absl::Status finished = sink.Finish();
+      if (!finished.ok()) outcome->result = finished;
+    }
+    outcome->digest = sink.Stats().digest;
+    return outcome;
+  }
+
+  testing::TempDir folder_;
+  std::unique_ptr<Model> host_;
+  std::unique_ptr<CudaModel> device_;
+  CudaEgressMemory egress_;
+};
+
+struct Case {
+  const char* name;
+  int tokens;
+  v1::KvDtype wire;
+  uint32_t block_tokens;
+  int64_t chunk_tokens;
+  int num_layers;
+};
+
+TEST_F(CudaPrefillGpuTest, EqualsTheCpu) {
+  HW_REQUIRE_SM90();
+  for (const Case& c :
+       {Case{"bf16", 700, v1::KV_DTYPE_BF16, 256, 8192, 2}, Case{"f32", 700, v1::KV_DTYPE_F32, 256, 128, 3},
+        Case{"f16", 333, v1::KV_DTYPE_F16, 16, 256, 2}, Case{"one_token", 1, v1::KV_DTYPE_BF16, 256, 8192, 3},
+        Case{"many_pieces", 40'000, v1::KV_DTYPE_F32, 64, 8192, 5}}) {
+    CheckpointShape shape;
+    shape.num_layers = c.num_layers;
+    if (c.tokens > 10'000) {
+      shape.hidden_size = shape.intermediate_size = 64;
+      shape.num_q_heads = shape.num_kv_heads = 8;
+    }
+    Load(shape, c.chunk_tokens);
+    const std::vector<int32_t> tokens = RandomTokens(c.tokens, shape.vocab_size);
+    GroupRun run;
+    run.block_tokens = c.block_tokens;
+    run.wire = c.wire;
+
+    const auto got = Run(tokens, run);
+
+    ASSERT_TRUE(got->result.ok()) << c.name << ": " << got->result.status();
+    EXPECT_THAT(got->kv.times(), ::testing::Each(1)) << c.name;
+    if (c.tokens > 10'000) continue;  // that all blocks came once is what this one is for
+    const auto wanted = testing::RunGroup(*host_, tokens, run);
+    for (uint32_t layer = 0; layer < static_cast<uint32_t>(c.num_layers); ++layer) {
+      for (const KvKind kind : {KvKind::kK, KvKind::kV}) {
+        EXPECT_LE(RelativeError(got->kv.Tensor(layer, kind), wanted->kv.Tensor(layer, kind)), kTolerance)
+            << c.name << ", layer " << layer;
+      }
+    }
+    std::vector<float> logits(wanted->logits.size());
+    for (const TokenScore& score : got->result->top) logits[static_cast<size_t>(score.token)] = score.logit;
+    EXPECT_LE(RelativeError(logits, wanted->logits), kTolerance) << c.name;
+  }
+}
+
+TEST_F(CudaPrefillGpuTest, EqualJobsGiveEqualBits) {
+  HW_REQUIRE_SM90();
+  Load({});
+  const std::vector<int32_t> tokens = RandomTokens(3000, 512);
+  GroupRun run;
+  run.wire = v1::KV_DTYPE_BF16;
+  const auto first = Run(tokens, run);
+  ASSERT_TRUE(first->result.ok()) << first->result.status();
+  for (int i = 0; i < 5; ++i) EXPECT_EQ(Run(tokens, run)->kv.bytes(), first->kv.bytes());
+}
+
+TEST_F(CudaPrefillGpuTest, ASlowReceiverStallsTheJobAndNothingIsLost) {
+  HW_REQUIRE_SM90();
+  CheckpointShape shape;
+  shape.num_layers = 6;
+  shape.num_q_heads = shape.num_kv_heads = 8;
+  Load(shape);
+  GroupRun run;
+  run.wire = v1::KV_DTYPE_F32;
+  run.sink = MemorySink::Mode::kHold;
+  run.stall_timeout = absl::Milliseconds(300);
+  // Twice what the ring holds.
+  const auto got = Run(RandomTokens(45'000, 512), run);
+  EXPECT_EQ(got->result.status().code(), absl::StatusCode::kUnavailable) << got->result.status();
+}
+
+TEST_F(CudaPrefillGpuTest, CancelLeavesTheDeviceAsItWas) {
+  HW_REQUIRE_SM90();
+  CheckpointShape shape;
+  shape.num_layers = 4;
+  Load(shape);
+  const std::vector<int32_t> tokens = RandomTokens(30'000, 512);
+  GroupRun run;
+  run.wire = v1::KV_DTYPE_BF16;
+  ASSERT_TRUE(Run(tokens, run)->result.ok());  // what is made once is made
+  const uint64_t before = FreeDeviceBytes();
+  std::mt19937 random(11);
+  for (int i = 0; i < 20; ++i) {
+    std::thread canceller;
+    absl::Time cancelled;
+    bool started = false;
+    const auto got = Run(tokens, run, [&](JobControl* control, MemorySink* sink) {
+      if (std::exchange(started, true)) return;
+      canceller = std::thread([&, control, sink, wait = absl::Microseconds(random() % 20'000)] {
+        absl::SleepFor(wait);
+        cancelled = absl::Now();
+        control->Cancel(absl::CancelledError("test"));
+        sink->Cancel();
+      });
+    });
+    const absl::Time ended = absl::Now();
+    canceller.join();
+    if (got->result.ok()) continue;  // it was faster
+    EXPECT_EQ(got->result.status().code(), absl::StatusCode::kCancelled) << got->result.status();
+    EXPECT_LE(ended - cancelled, absl::Milliseconds(100));
+    EXPECT_EQ(FreeDeviceBytes(), before);
+  }
+}
+
+TEST_F(CudaPrefillGpuTest, RefusesWhatItCannotDo) {
+  HW_REQUIRE_SM90();
+  Load({});
+  GroupRun run;
+  run.policy = "a_shape";
+  run.parameters = {{"sink_tokens", 128}, {"window_tokens", 256}};
+  const absl::Status status = Run(RandomTokens(300, 512), run)->result.status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented) << status;
+  EXPECT_THAT(std::string(status.message()), ::testing::HasSubstr("a_shape"));
+}
+
+}  // namespace
+}  // namespace headwater

@@ -1,0 +1,117 @@
+#include "worker/cuda/cuda_backend.h"
+
+#include <algorithm>
+#include <utility>
+
+#include <cuda_runtime_api.h>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+
+#include "base/status_macros.h"
+#include "model/cuda/cuda_model.h"
+#include "worker/cuda/cuda_egress.h"
+#include "worker/cuda/cuda_prefill.h"
+
+namespace headwater {
+namespace {
+
+constexpr double kDefaultBudgetShare = 0.9;
+constexpr int kMostLoadThreads = 8;
+// Token ids as the assignment's message, in its serialised form and as the loop takes them: host memory.
+constexpr uint64_t kBytesPerPromptToken = 16;
+
+class Backend final : public PrefillBackend {
+ public:
+  Backend(std::unique_ptr<CudaModel> model, CudaEgressMemory egress, uint64_t budget_bytes)
+      : model_(std::move(model)), egress_(std::move(egress)), budget_bytes_(budget_bytes) {}
+
+  const ModelConfig& config() const override { return model_->config(); }
+  const std::string& fingerprint() const override { return model_->fingerprint(); }
+  std::vector<std::string> policies() const override { return {"dense"}; }
+
+  std::string Describe() const override {
+    return absl::StrCat("bf16, ", model_->weight_bytes(), " bytes of weights and ", model_->scratch_bytes(),
+                        " of scratch on the device, budget ", budget_bytes_, " bytes");
+  }
+
+  v1::MemoryModel memory_model() const override {
+    // The plan is linear but for what is rounded.
+    constexpr int64_t kMany = 1 << 20;
+    const uint64_t fixed = PlanOf(1).total_bytes(), many = PlanOf(kMany).total_bytes();
+    v1::MemoryModel model;
+    model.set_budget_bytes(budget_bytes_);
+    model.set_weight_bytes(resident_bytes());
+    model.set_bytes_per_token((many - fixed) / (kMany - 1) + 1);
+    model.set_fixed_bytes(fixed + 8 * 256);
+    return model;
+  }
+
+  absl::StatusOr<MemoryPlan> Plan(kernels::DType /*wire*/, int64_t local_tokens, int64_t /*max_rank_tokens*/,
+                                  int64_t num_tokens, int world_size) const override {
+    if (world_size != 1) return absl::UnimplementedError("context parallelism between GPUs");
+    MemoryPlan plan = PlanOf(local_tokens);
+    HW_RETURN_IF_ERROR(CheckMemoryPlan(plan, budget_bytes_, resident_bytes()));
+    plan.tokens = static_cast<uint64_t>(num_tokens) * kBytesPerPromptToken;
+    return plan;
+  }
+
+  // The loop allocates what the plan says and gives it back at its end.
+  absl::Status Reserve(const PrefillJob& /*job*/) override { return absl::OkStatus(); }
+
+  absl::StatusOr<PrefillResult> Run(const PrefillJob& job, const PrefillContext& context) override {
+    CudaPrefillContext cuda;
+    cuda.model = model_.get();
+    cuda.sender = context.sender;
+    cuda.control = context.control;
+    cuda.egress = &egress_;
+    cuda.metrics = context.metrics;
+    cuda.stall_timeout = context.stall_timeout;
+    cuda.progress = context.progress;
+    return RunCudaPrefill(job, cuda);
+  }
+
+ private:
+  uint64_t resident_bytes() const { return model_->weight_bytes() + model_->scratch_bytes(); }
+  MemoryPlan PlanOf(int64_t num_tokens) const {
+    MemoryPlan plan;
+    plan.device = PlanCudaPrefill(model_->config(), model_->chunk_tokens(), num_tokens).total_bytes();
+    return plan;
+  }
+
+  const std::unique_ptr<CudaModel> model_;
+  const CudaEgressMemory egress_;
+  const uint64_t budget_bytes_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<PrefillBackend>> CudaBackend::Load(const WorkerOptions& options) {
+  if (options.compute == "f32") {
+    return absl::UnimplementedError("--compute=f32: a GPU computes in bf16 (auto or bf16)");
+  }
+  CudaModelOptions model;
+  model.directory = options.model;
+  int count = 0;
+  HW_RETURN_IF_ERROR(FromCuda(cudaGetDeviceCount(&count), absl::StrCat("--device=", options.device)));
+  if (!absl::SimpleAtoi(options.device.substr(options.device.find(':') + 1), &model.device) ||
+      model.device >= count) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--device=", options.device, ": this machine has ", count, " GPUs"));
+  }
+  HW_RETURN_IF_ERROR(FromCuda(cudaSetDevice(model.device), absl::StrCat("--device=", options.device)));
+  uint64_t budget = options.memory_budget_bytes;
+  if (budget == 0) {
+    size_t free = 0, total = 0;
+    HW_RETURN_IF_ERROR(FromCuda(cudaMemGetInfo(&free, &total), "the device's memory"));
+    budget = static_cast<uint64_t>(kDefaultBudgetShare * static_cast<double>(free));
+  }
+  model.budget_bytes = budget;
+  model.num_threads = static_cast<int>(std::min<int64_t>(options.threads, kMostLoadThreads));
+  HW_ASSIGN_OR_RETURN(CudaEgressMemory egress, CudaEgressMemory::Allocate());
+  absl::StatusOr<std::unique_ptr<CudaModel>> loaded = CudaModel::Load(model);
+  if (!loaded.ok()) return FlagError("model", options.model, loaded.status());
+  return std::make_unique<Backend>(*std::move(loaded), std::move(egress), budget);
+}
+
+}  // namespace headwater

@@ -1,0 +1,66 @@
+// GpuPacer: keeps what is enqueued on a stream short, so that a cancelled job leaves the device soon.
+#ifndef HW_WORKER_CUDA_GPU_PACER_H_
+#define HW_WORKER_CUDA_GPU_PACER_H_
+
+#include <cuda_runtime_api.h>
+
+#include "absl/status/status.h"
+
+#include "base/status_macros.h"
+#include "model/cuda/device_buffer.h"
+#include "worker/job_control.h"
+
+namespace headwater {
+
+class GpuPacer {
+ public:
+  explicit GpuPacer(JobControl* control) : control_(control) {}
+  ~GpuPacer() {
+    for (const cudaEvent_t event : events_) {
+      if (event != nullptr) (void)cudaEventDestroy(event);
+    }
+  }
+  GpuPacer(const GpuPacer&) = delete;
+  GpuPacer& operator=(const GpuPacer&) = delete;
+
+  absl::Status Init(cudaStream_t stream) {
+    stream_ = stream;
+    for (cudaEvent_t& event : events_) {
+      // The thread sleeps while it waits.
+      HW_RETURN_IF_ERROR(FromCuda(
+          cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventBlockingSync), "an event"));
+    }
+    return absl::OkStatus();
+  }
+
+  // `flop` more have been enqueued. Waits until no more than kMarks marks of kFlopPerMark are ahead of the
+  // device. The job's error, or the device's.
+  absl::Status Enqueued(double flop) {
+    HW_RETURN_IF_ERROR(control_->Step());
+    flop_ += flop;
+    if (flop_ < kFlopPerMark) return absl::OkStatus();
+    flop_ = 0;
+    cudaEvent_t& event = events_[marks_++ % kMarks];
+    // Set kMarks marks ago, or never.
+    HW_RETURN_IF_ERROR(FromCuda(cudaEventSynchronize(event), "the device"));
+    HW_RETURN_IF_ERROR(FromCuda(cudaEventRecord(event, stream_), "an event"));
+    return control_->Step();
+  }
+
+  // Waits until all that is enqueued has run.
+  absl::Status Drain() { return FromCuda(cudaStreamSynchronize(stream_), "the device"); }
+
+ private:
+  static constexpr unsigned kMarks = 3;
+  static constexpr double kFlopPerMark = 7e12;  // 10 to 15 ms of an H100
+
+  JobControl* const control_;
+  cudaStream_t stream_ = nullptr;
+  cudaEvent_t events_[kMarks] = {};
+  unsigned marks_ = 0;
+  double flop_ = 0;
+};
+
+}  // namespace headwater
+
+#endif  // HW_WORKER_CUDA_GPU_PACER_H_
