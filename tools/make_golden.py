@@ -43,6 +43,15 @@ def qwen3_config():
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0})
 
 
+def wide_head_config(config_class, head_dim, q_heads, kv_heads, tied):
+    """Heads of the sizes that GPU kernels take."""
+    return config_class(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=q_heads,
+        num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=2048, rms_norm_eps=1e-6,
+        tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+
+
 def randomise(model, generator):
     """Weights that make attention far from uniform, norms far from 1 and biases matter."""
     for name, parameter in sorted(model.named_parameters()):
@@ -117,6 +126,10 @@ def main():
     make(arguments.output / "llama", llama_config(), transformers.LlamaForCausalLM, SEED, spell_old=True)
     make(arguments.output / "qwen2", qwen2_config(), transformers.Qwen2ForCausalLM, SEED + 1, spell_old=False)
     make(arguments.output / "qwen3", qwen3_config(), transformers.Qwen3ForCausalLM, SEED + 2, spell_old=False)
+    make(arguments.output / "llama_d128", wide_head_config(transformers.LlamaConfig, 128, 4, 1, False),
+         transformers.LlamaForCausalLM, SEED + 3, spell_old=False)
+    make(arguments.output / "qwen3_d64", wide_head_config(transformers.Qwen3Config, 64, 6, 2, True),
+         transformers.Qwen3ForCausalLM, SEED + 4, spell_old=False)
 
 
 if __name__ == "__main__":

@@ -198,6 +198,25 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"qwen2", Qwen2(), 300, 256}, Case{"qwen3", Qwen3(), 300, 256}),
     [](const auto& test) { return test.param.name; });
 
+TEST(CudaModelGpuTest, EqualsTransformers) {
+  HW_REQUIRE_SM90();
+  for (const char* name : {"llama_d128", "qwen3_d64"}) {
+    const testing::Golden golden = testing::ReadGolden(name);
+    const auto device = CudaModel::Load({golden.directory});
+    ASSERT_TRUE(device.ok()) << name << ": " << device.status();
+    DenseResult got;
+    Forward forward(device->get(), golden.tokens);
+    forward.Run(&got);
+    for (size_t layer = 0; layer < golden.expected.k.size(); ++layer) {
+      EXPECT_LE(RelativeError(got.k[layer], golden.expected.k[layer]), kTolerance)
+          << name << ", K of layer " << layer;
+      EXPECT_LE(RelativeError(got.v[layer], golden.expected.v[layer]), kTolerance)
+          << name << ", V of layer " << layer;
+    }
+    EXPECT_LE(RelativeError(got.logits, golden.expected.logits), kTolerance) << name;
+  }
+}
+
 TEST(CudaModelGpuTest, NonFiniteRowsAreFound) {
   HW_REQUIRE_SM90();
   const TempDir folder;

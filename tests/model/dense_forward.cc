@@ -81,7 +81,7 @@ Golden ReadGolden(absl::string_view name) {
   return golden;
 }
 
-std::vector<std::string> GoldenNames() { return {"llama", "qwen2", "qwen3"}; }
+std::vector<std::string> GoldenNames() { return {"llama", "llama_d128", "qwen2", "qwen3", "qwen3_d64"}; }
 
 double RelativeError(absl::Span<const float> a, absl::Span<const float> b) {
   if (a.size() != b.size()) return std::numeric_limits<double>::infinity();
