@@ -51,8 +51,8 @@ class GpuPacer {
   absl::Status Drain() { return FromCuda(cudaStreamSynchronize(stream_), "the device"); }
 
  private:
-  static constexpr unsigned kMarks = 3;
-  static constexpr double kFlopPerMark = 7e12;  // 10 to 15 ms of an H100
+  static constexpr unsigned kMarks = 2;
+  static constexpr double kFlopPerMark = 5e12;  // about 8 ms of an H100
 
   JobControl* const control_;
   cudaStream_t stream_ = nullptr;
