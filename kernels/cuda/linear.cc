@@ -6,9 +6,8 @@
 #include <tuple>
 #include <utility>
 
-#include <cublasLt.h>
-
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/cublaslt.h"
 #include "kernels/cuda/cuda_status.h"
 
 namespace headwater::kernels {
@@ -19,12 +18,22 @@ constexpr size_t kMostWorkspace = size_t{1} << 30;
 constexpr uint32_t kBestAlignment = 256;  // what cuBLASLt assumes of pointers unless told
 constexpr uint32_t kLeastAlignment = 16;
 
+// After a successful CudaLinear::Create().
+const CublasLt& Lt() {
+  static const CublasLt* const library = [] {
+    const CublasLt* loaded = nullptr;
+    (void)CublasLt::Load(&loaded);
+    return loaded;
+  }();
+  return *library;
+}
+
 Status CublasStatus(cublasStatus_t status, const char* call) {
   if (status == CUBLAS_STATUS_SUCCESS) return {};
   const StatusCode code = status == CUBLAS_STATUS_ALLOC_FAILED    ? StatusCode::kResourceExhausted
                           : status == CUBLAS_STATUS_NOT_SUPPORTED ? StatusCode::kUnimplemented
                                                                   : StatusCode::kInternal;
-  return {code, std::string(call) + ": " + cublasLtGetStatusName(status)};
+  return {code, std::string(call) + ": " + Lt().GetStatusName(status)};
 }
 
 #define HW_RETURN_IF_CUBLAS_ERROR(call) HW_KERNELS_RETURN_IF_ERROR(CublasStatus((call), #call))
@@ -66,42 +75,43 @@ Status Shape(const CudaLinearArgs& a, Plan* plan) {
   const cudaDataType_t y_type = a.y_dtype == DType::kF32 ? CUDA_R_32F : CUDA_R_16BF;
   const auto in = static_cast<uint64_t>(a.in_features), out = static_cast<uint64_t>(a.out_features);
   const auto tokens = static_cast<uint64_t>(a.num_tokens);
-  HW_RETURN_IF_CUBLAS_ERROR(cublasLtMatmulDescInit(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+  HW_RETURN_IF_CUBLAS_ERROR(
+      Lt().MatmulDescInit_internal(&plan->operation, sizeof plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
   const cublasOperation_t transpose = CUBLAS_OP_T;
-  HW_RETURN_IF_CUBLAS_ERROR(cublasLtMatmulDescSetAttribute(&plan->operation, CUBLASLT_MATMUL_DESC_TRANSA,
-                                                           &transpose, sizeof transpose));
+  HW_RETURN_IF_CUBLAS_ERROR(Lt().MatmulDescSetAttribute(&plan->operation, CUBLASLT_MATMUL_DESC_TRANSA,
+                                                        &transpose, sizeof transpose));
   if (a.bias != nullptr) {
     const cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
-    HW_RETURN_IF_CUBLAS_ERROR(cublasLtMatmulDescSetAttribute(&plan->operation, CUBLASLT_MATMUL_DESC_EPILOGUE,
-                                                             &epilogue, sizeof epilogue));
+    HW_RETURN_IF_CUBLAS_ERROR(Lt().MatmulDescSetAttribute(&plan->operation, CUBLASLT_MATMUL_DESC_EPILOGUE,
+                                                          &epilogue, sizeof epilogue));
     // Its type is y's unless told otherwise.
-    HW_RETURN_IF_CUBLAS_ERROR(cublasLtMatmulDescSetAttribute(
-        &plan->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &a.bias, sizeof a.bias));
+    HW_RETURN_IF_CUBLAS_ERROR(Lt().MatmulDescSetAttribute(&plan->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                                                          &a.bias, sizeof a.bias));
   }
-  HW_RETURN_IF_CUBLAS_ERROR(
-      cublasLtMatrixLayoutInit(&plan->weight, CUDA_R_16BF, in, out, static_cast<int64_t>(in)));
-  HW_RETURN_IF_CUBLAS_ERROR(
-      cublasLtMatrixLayoutInit(&plan->x, CUDA_R_16BF, in, tokens, static_cast<int64_t>(in)));
-  HW_RETURN_IF_CUBLAS_ERROR(
-      cublasLtMatrixLayoutInit(&plan->y, y_type, out, tokens, static_cast<int64_t>(out)));
+  HW_RETURN_IF_CUBLAS_ERROR(Lt().MatrixLayoutInit_internal(&plan->weight, sizeof plan->weight, CUDA_R_16BF,
+                                                           in, out, static_cast<int64_t>(in)));
+  HW_RETURN_IF_CUBLAS_ERROR(Lt().MatrixLayoutInit_internal(&plan->x, sizeof plan->x, CUDA_R_16BF, in, tokens,
+                                                           static_cast<int64_t>(in)));
+  HW_RETURN_IF_CUBLAS_ERROR(Lt().MatrixLayoutInit_internal(&plan->y, sizeof plan->y, y_type, out, tokens,
+                                                           static_cast<int64_t>(out)));
   return {};
 }
 
 Status ChooseAlgorithm(cublasLtHandle_t handle, size_t workspace_bytes, const CudaLinearArgs& a, Plan* plan) {
   cublasLtMatmulPreferenceOpaque_t preference;
-  HW_RETURN_IF_CUBLAS_ERROR(cublasLtMatmulPreferenceInit(&preference));
-  HW_RETURN_IF_CUBLAS_ERROR(cublasLtMatmulPreferenceSetAttribute(
+  HW_RETURN_IF_CUBLAS_ERROR(Lt().MatmulPreferenceInit_internal(&preference, sizeof preference));
+  HW_RETURN_IF_CUBLAS_ERROR(Lt().MatmulPreferenceSetAttribute(
       &preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace_bytes, sizeof workspace_bytes));
   const uint32_t alignment = AlignmentOf(a);
   for (const auto attribute :
        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
     HW_RETURN_IF_CUBLAS_ERROR(
-        cublasLtMatmulPreferenceSetAttribute(&preference, attribute, &alignment, sizeof alignment));
+        Lt().MatmulPreferenceSetAttribute(&preference, attribute, &alignment, sizeof alignment));
   }
   cublasLtMatmulHeuristicResult_t found;
   int count = 0;
-  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+  const cublasStatus_t status = Lt().MatmulAlgoGetHeuristic(
       handle, &plan->operation, &plan->weight, &plan->x, &plan->y, &plan->y, &preference, 1, &found, &count);
   if (status == CUBLAS_STATUS_NOT_SUPPORTED || (status == CUBLAS_STATUS_SUCCESS && count == 0)) {
     return {StatusCode::kUnimplemented, "cuBLASLt has no kernel for " + Describe(a)};
@@ -127,7 +137,7 @@ struct CudaLinear::State {
   State& operator=(const State&) = delete;
   ~State() {
     if (owns_workspace) (void)cudaFree(workspace);
-    if (handle != nullptr) (void)cublasLtDestroy(handle);
+    if (handle != nullptr) (void)Lt().Destroy(handle);
   }
 
   Status Find(const CudaLinearArgs& args, Plan** plan) {
@@ -171,7 +181,9 @@ Status CudaLinear::Create(const CudaLinearOptions& options, std::unique_ptr<Cuda
   HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
   auto state = std::make_unique<State>();
   HW_KERNELS_RETURN_IF_CUDA_ERROR(cudaGetDevice(&state->device));
-  HW_RETURN_IF_CUBLAS_ERROR(cublasLtCreate(&state->handle));
+  const CublasLt* library = nullptr;
+  HW_KERNELS_RETURN_IF_ERROR(CublasLt::Load(&library));
+  HW_RETURN_IF_CUBLAS_ERROR(Lt().Create(&state->handle));
   state->workspace = options.workspace;
   state->workspace_bytes = options.workspace_bytes;
   state->max_plans = static_cast<size_t>(options.max_plans);
@@ -210,11 +222,11 @@ Status CudaLinear::Run(const CudaLinearArgs& args, cudaStream_t stream) {
   Plan* plan = nullptr;
   HW_KERNELS_RETURN_IF_ERROR(state_->Find(args, &plan));
   if (args.bias != nullptr) {
-    HW_RETURN_IF_CUBLAS_ERROR(cublasLtMatmulDescSetAttribute(
-        &plan->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &args.bias, sizeof args.bias));
+    HW_RETURN_IF_CUBLAS_ERROR(Lt().MatmulDescSetAttribute(&plan->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                                                          &args.bias, sizeof args.bias));
   }
   const float alpha = 1, beta = args.accumulate ? 1.0f : 0.0f;
-  const cublasStatus_t status = cublasLtMatmul(
+  const cublasStatus_t status = Lt().Matmul(
       state_->handle, &plan->operation, &alpha, args.weight, &plan->weight, args.x, &plan->x, &beta, args.y,
       &plan->y, args.y, &plan->y, &plan->algorithm, state_->workspace, state_->workspace_bytes, stream);
   Status result = CublasStatus(status, "cublasLtMatmul");

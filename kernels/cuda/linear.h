@@ -41,8 +41,8 @@ struct CudaLinearOptions {
 // time, on one stream or on streams that are ordered (the workspace is shared): thread-compatible.
 class CudaLinear {
  public:
-  // INVALID_ARGUMENT: an option is out of range. UNIMPLEMENTED: the device is not sm_90. RESOURCE_EXHAUSTED:
-  // no memory for the workspace. INTERNAL: cuBLASLt or CUDA failed.
+  // INVALID_ARGUMENT: an option is out of range. UNIMPLEMENTED: the device is not sm_90, or there is no
+  // cuBLASLt. RESOURCE_EXHAUSTED: no memory for the workspace. INTERNAL: cuBLASLt or CUDA failed.
   static Status Create(const CudaLinearOptions& options, std::unique_ptr<CudaLinear>* linear);
   // What Run() refuses before it looks at a device.
   static Status Check(const CudaLinearArgs& args);

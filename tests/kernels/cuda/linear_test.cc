@@ -1,6 +1,7 @@
 // What CudaLinear refuses before it touches a device: runs without a GPU.
 #include "kernels/cuda/linear.h"
 
+#include "kernels/cuda/cublaslt.h"
 #include "tests/kernels/cuda/refusals.h"
 
 namespace headwater::kernels {
@@ -64,6 +65,15 @@ TEST(CudaLinearTest, NoTokensAreFine) {
   args.in_features = args.out_features = 64;
 
   EXPECT_TRUE(CudaLinear::Check(args).ok());
+}
+
+TEST(CublasLtTest, LoadsWhereTheToolkitIs) {
+  const CublasLt* library = nullptr;
+
+  const Status status = CublasLt::Load(&library);
+
+  ASSERT_TRUE(status.ok()) << status.message();
+  EXPECT_STREQ(library->GetStatusName(CUBLAS_STATUS_NOT_SUPPORTED), "CUBLAS_STATUS_NOT_SUPPORTED");
 }
 
 }  // namespace
