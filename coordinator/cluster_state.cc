@@ -91,7 +91,8 @@ std::vector<PlanWorker> ClusterState::PlanWorkers(absl::string_view model, bool 
   std::vector<PlanWorker> out;
   out.reserve(found.size());
   for (const Worker* worker : found) {
-    out.push_back({worker->registration.worker_id(), worker->registration.memory()});
+    out.push_back({worker->registration.worker_id(), worker->registration.memory(),
+                   worker->registration.max_world_size()});
   }
   return out;
 }

@@ -39,6 +39,23 @@ uint32_t WishedWorldSize(const PlanSpec& spec, uint32_t num_workers) {
   return static_cast<uint32_t>(std::min<uint64_t>(num_workers, useful));
 }
 
+bool FitsGroup(const PlanWorker& worker, uint32_t world_size) {
+  return worker.max_world_size == 0 || worker.max_world_size >= world_size;
+}
+
+uint32_t NumForGroup(const std::vector<PlanWorker>& workers, uint32_t world_size) {
+  return static_cast<uint32_t>(std::count_if(workers.begin(), workers.end(), [&](const PlanWorker& worker) {
+    return FitsGroup(worker, world_size);
+  }));
+}
+
+// The largest group that can be formed; 0: there are no workers.
+uint32_t LargestGroup(const std::vector<PlanWorker>& workers) {
+  auto world_size = static_cast<uint32_t>(workers.size());
+  while (world_size > 0 && NumForGroup(workers, world_size) < world_size) --world_size;
+  return world_size;
+}
+
 std::optional<v1::PrefillPlan> PlanWith(const PlanSpec& spec, uint32_t world_size,
                                         const std::vector<PlanWorker>& workers) {
   const v1::Partition partition = PartitionOf(spec, world_size);
@@ -48,7 +65,7 @@ std::optional<v1::PrefillPlan> PlanWith(const PlanSpec& spec, uint32_t world_siz
   uint64_t most_bytes = 0;
   for (const PlanWorker& worker : workers) {
     const uint64_t bytes = RankBytes(worker.memory, local_tokens);
-    if (bytes > AvailableBytes(worker.memory)) continue;
+    if (bytes > AvailableBytes(worker.memory) || !FitsGroup(worker, world_size)) continue;
     most_bytes = std::max(most_bytes, bytes);
     chosen.push_back(worker.worker_id);
     if (chosen.size() == world_size) break;
@@ -70,6 +87,7 @@ absl::Status TooLarge(const PlanSpec& spec, uint32_t world_size, const std::vect
   std::vector<std::pair<uint64_t, uint64_t>> available_and_asked;
   available_and_asked.reserve(workers.size());
   for (const PlanWorker& worker : workers) {
+    if (!FitsGroup(worker, world_size)) continue;
     available_and_asked.emplace_back(AvailableBytes(worker.memory), RankBytes(worker.memory, local_tokens));
   }
   std::sort(available_and_asked.rbegin(), available_and_asked.rend());
@@ -96,26 +114,26 @@ uint64_t MaxLocalTokens(uint64_t num_tokens, uint32_t world_size, v1::Partition 
 }
 
 absl::StatusOr<v1::PrefillPlan> MakePlan(const PlanSpec& spec, const std::vector<PlanWorker>& workers) {
-  const auto num_workers = static_cast<uint32_t>(workers.size());
-  const uint32_t needed = std::max(spec.world_size, 1u);
+  const uint32_t needed = std::max(spec.world_size, 1u), num_workers = NumForGroup(workers, needed);
   if (num_workers < needed) {
-    return MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_NO_WORKERS,
-                     absl::StrCat(needed, " workers are needed, ", num_workers, " are there"),
-                     {{"value", absl::StrCat(num_workers)}, {"limit", absl::StrCat(needed)}});
+    return MakeError(
+        absl::StatusCode::kUnavailable, v1::ERROR_REASON_NO_WORKERS,
+        absl::StrCat(needed, " workers are needed, ", num_workers, " that can be in such a group are there"),
+        {{"value", absl::StrCat(num_workers)}, {"limit", absl::StrCat(needed)}});
   }
   if (spec.world_size > 0) {
     auto plan = PlanWith(spec, spec.world_size, workers);
     if (plan.has_value()) return *std::move(plan);
     return TooLarge(spec, spec.world_size, workers);
   }
-  const uint32_t wished = WishedWorldSize(spec, num_workers);
+  const uint32_t largest = LargestGroup(workers), wished = WishedWorldSize(spec, largest);
   for (uint32_t world_size = wished; world_size >= 1; --world_size) {
     if (auto plan = PlanWith(spec, world_size, workers)) return *std::move(plan);
   }
-  for (uint32_t world_size = wished + 1; world_size <= num_workers; ++world_size) {
+  for (uint32_t world_size = wished + 1; world_size <= largest; ++world_size) {
     if (auto plan = PlanWith(spec, world_size, workers)) return *std::move(plan);
   }
-  return TooLarge(spec, num_workers, workers);
+  return TooLarge(spec, largest, workers);
 }
 
 }  // namespace headwater

@@ -17,6 +17,7 @@ namespace headwater {
 struct PlanWorker {
   std::string worker_id;
   v1::MemoryModel memory;
+  uint32_t max_world_size = 0;  // of a group that it can be in; 0: any
 };
 
 struct PlanSpec {
@@ -40,7 +41,7 @@ uint64_t MaxLocalTokens(uint64_t num_tokens, uint32_t world_size, v1::Partition 
 // ranks. A rank with n tokens fits where fixed_bytes + n * bytes_per_token <= budget_bytes - weight_bytes.
 // Where the wished number does not fit, fewer and then more workers are tried, unless spec.world_size is set.
 //
-// UNAVAILABLE, NO_WORKERS: fewer workers than spec.world_size, or none.
+// UNAVAILABLE, NO_WORKERS: fewer workers that can be in a group of spec.world_size than that, or none.
 // FAILED_PRECONDITION, MEMORY_PLAN_TOO_LARGE, with bytes asked and available: no choice fits.
 absl::StatusOr<v1::PrefillPlan> MakePlan(const PlanSpec& spec, const std::vector<PlanWorker>& workers);
 

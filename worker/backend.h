@@ -33,6 +33,8 @@ class PrefillBackend {
   virtual const std::string& fingerprint() const = 0;
   // Policies that Run() takes.
   virtual std::vector<std::string> policies() const = 0;
+  // Ranks of the largest group that it can compute in; 0: any number.
+  virtual uint32_t max_world_size() const = 0;
   // For the planner: what prompts may take.
   virtual v1::MemoryModel memory_model() const = 0;
   // One line for the log: type, weights, budget.

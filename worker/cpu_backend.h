@@ -25,6 +25,7 @@ class CpuBackend final : public PrefillBackend {
   const ModelConfig& config() const override { return model_->config(); }
   const std::string& fingerprint() const override { return model_->fingerprint(); }
   std::vector<std::string> policies() const override;
+  uint32_t max_world_size() const override { return 0; }
   v1::MemoryModel memory_model() const override;
   std::string Describe() const override;
   absl::StatusOr<MemoryPlan> Plan(kernels::DType wire, int64_t local_tokens, int64_t max_rank_tokens,

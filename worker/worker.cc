@@ -54,6 +54,7 @@ v1::WorkerRegistration MakeRegistration(const WorkerOptions& options, const Pref
   registration.set_rendezvous_address(rendezvous_address);
   registration.set_device(options.device);
   registration.set_protocol_version(kProtocolVersion);
+  registration.set_max_world_size(backend.max_world_size());
   *registration.mutable_memory() = backend.memory_model();
   for (const std::string& name : backend.policies()) registration.add_policies(name);
   const ModelConfig& config = backend.config();

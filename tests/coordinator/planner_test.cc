@@ -150,5 +150,26 @@ TEST(PlannerTest, HostileMemoryModelsDoNotOverflow) {
   EXPECT_EQ(ReasonOf(MakePlan(Spec(1), {worker}).status()), v1::ERROR_REASON_MEMORY_PLAN_TOO_LARGE);
 }
 
+TEST(PlannerTest, LeavesWorkersThatCannotBeInAGroupAlone) {
+  std::vector<PlanWorker> workers = Workers(3);
+  workers[0].max_world_size = workers[1].max_world_size = 1;
+  PlanSpec spec;
+  spec.num_tokens = 100'000;
+
+  const auto alone = MakePlan(spec, workers);
+  spec.world_size = 2;
+  const auto two = MakePlan(spec, workers);
+  workers[1].max_world_size = 2;
+  const auto possible = MakePlan(spec, workers);
+
+  ASSERT_TRUE(alone.ok()) << alone.status();
+  EXPECT_EQ(alone->world_size(), 1u);
+  EXPECT_EQ(two.status().code(), absl::StatusCode::kUnavailable) << two.status();
+  EXPECT_TRUE(absl::StrContains(two.status().message(), "2 workers are needed, 1 that can")) << two.status();
+  ASSERT_TRUE(possible.ok()) << possible.status();
+  EXPECT_EQ(possible->worker_ids(0), "w1");
+  EXPECT_EQ(possible->worker_ids(1), "w2");
+}
+
 }  // namespace
 }  // namespace headwater

@@ -30,6 +30,8 @@ class Backend final : public PrefillBackend {
   const std::string& fingerprint() const override { return model_->fingerprint(); }
   std::vector<std::string> policies() const override { return {"dense"}; }
 
+  uint32_t max_world_size() const override { return 1; }
+
   std::string Describe() const override {
     return absl::StrCat("bf16, ", model_->weight_bytes(), " bytes of weights and ", model_->scratch_bytes(),
                         " of scratch on the device, budget ", budget_bytes_, " bytes");
