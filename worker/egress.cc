@@ -21,8 +21,8 @@ EgressRing::EgressRing(std::vector<char*> buffers, absl::Duration stall_timeout,
       clock_(clock),
       state_(std::make_shared<State>(buffers_.size())) {}
 
-absl::Status EgressRing::Acquire(int32_t layer, JobControl* control, char** buffer, absl::Duration* stalled) {
-  const size_t slot = static_cast<size_t>(layer) % buffers_.size();
+absl::Status EgressRing::Acquire(int32_t use, JobControl* control, char** buffer, absl::Duration* stalled) {
+  const size_t slot = static_cast<size_t>(use) % buffers_.size();
   const absl::Time start = clock_->Now();
   absl::Status status;
   absl::MutexLock lock(&state_->mutex);
@@ -30,10 +30,11 @@ absl::Status EgressRing::Acquire(int32_t layer, JobControl* control, char** buff
     status = control->Step();
     if (!status.ok()) break;
     if (clock_->Now() - std::max(start, state_->last_release) > stall_timeout_) {
-      status = MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_KV_STREAM_STALLED,
-                         absl::StrCat("the decode node has acknowledged no block for ",
-                                      absl::FormatDuration(stall_timeout_), " while layer ", layer,
-                                      " waits for a buffer with ", state_->readers[slot], " blocks left"));
+      status = MakeError(
+          absl::StatusCode::kUnavailable, v1::ERROR_REASON_KV_STREAM_STALLED,
+          absl::StrCat("the decode node has acknowledged no block for ", absl::FormatDuration(stall_timeout_),
+                       " while use ", use, " of the ring waits for a buffer with ", state_->readers[slot],
+                       " blocks left"));
       break;
     }
     state_->released.WaitWithTimeout(&state_->mutex, std::min(kPoll, stall_timeout_));
@@ -43,8 +44,8 @@ absl::Status EgressRing::Acquire(int32_t layer, JobControl* control, char** buff
   return status;
 }
 
-std::function<void()> EgressRing::Use(int32_t layer) {
-  const size_t slot = static_cast<size_t>(layer) % buffers_.size();
+std::function<void()> EgressRing::Use(int32_t use) {
+  const size_t slot = static_cast<size_t>(use) % buffers_.size();
   absl::MutexLock lock(&state_->mutex);
   ++state_->readers[slot];
   return [state = state_, slot, clock = clock_] {

@@ -1,5 +1,5 @@
-// EgressRing: the layer buffers that the KV sender still reads. The compute loop waits here when the decode
-// node is slow, so memory stays what the plan says.
+// EgressRing: the buffers (of a layer, or of a piece of one) that the KV sender still reads. Compute waits
+// here when the decode node is slow, so memory stays what the plan says.
 #ifndef HW_WORKER_EGRESS_H_
 #define HW_WORKER_EGRESS_H_
 
@@ -23,14 +23,14 @@ class EgressRing {
   // The buffers' memory stays the caller's, who must not free it before every callback of Use() has run.
   EgressRing(std::vector<char*> buffers, absl::Duration stall_timeout, const Clock* clock = Clock::Real());
 
-  // Waits until the buffer for `layer` (layer mod the number of buffers) is free and returns it. UNAVAILABLE,
-  // KV_STREAM_STALLED: no block of any buffer was released for stall_timeout; or the job's error.
-  // The time waited is added to *stalled.
-  absl::Status Acquire(int32_t layer, JobControl* control, char** buffer, absl::Duration* stalled);
+  // Waits until the buffer for use number `use` (use mod the number of buffers) is free and returns it.
+  // UNAVAILABLE, KV_STREAM_STALLED: no block of any buffer was released for stall_timeout; or the job's
+  // error. The time waited is added to *stalled.
+  absl::Status Acquire(int32_t use, JobControl* control, char** buffer, absl::Duration* stalled);
 
-  // Counts one more reader of `layer`'s buffer, until the function returned is called (once). The function
+  // Counts one more reader of `use`'s buffer, until the function returned is called (once). The function
   // may be called after the EgressRing has gone.
-  std::function<void()> Use(int32_t layer);
+  std::function<void()> Use(int32_t use);
 
  private:
   struct State {

@@ -92,13 +92,15 @@ void Declare(WorkerOptions* o, FlagSet* flags) {
                 "address that this worker's connections to other workers bind to; empty: --advertise's host");
   flags->String("metrics", &o->metrics, "HOST:PORT of /metrics; empty: none");
   flags->String("device", &o->device, "what computes: cpu, or cuda:N for GPU N");
-  flags->Choice("compute", &o->compute, {"auto", "f32", "bf16"},
-                "type of linear layers and attention; auto: bf16 where the CPU has it, else f32");
+  flags->Choice(
+      "compute", &o->compute, {"auto", "f32", "bf16"},
+      "type of linear layers and attention; auto: bf16 where the CPU has it, else f32; a GPU: bf16");
   flags->Int("threads", &o->threads, 0, kMostThreads, "compute threads; 0: all cores");
-  flags->Bytes("memory_budget", &o->memory_budget_bytes, "80 % of what is available",
+  flags->Bytes("memory_budget", &o->memory_budget_bytes, "80 % of the free memory; of a GPU's 90 %",
                "memory for weights and prefills together, e.g. 16GiB");
   flags->Int("kv_channels", &o->kv_channels, 1, 64, "connections to a decode node");
-  flags->Int("egress_buffers", &o->egress_buffers, 1, 64, "layers whose KV may wait for its acknowledgement");
+  flags->Int("egress_buffers", &o->egress_buffers, 1, 64,
+             "layers whose KV may wait for its acknowledgement, on the CPU; a GPU has a ring of 256 MiB");
   flags->Duration("collective_timeout", &o->collective_timeout, absl::Milliseconds(100), most,
                   "how long a peer may stay away, besides the time that a slow machine needs");
   flags->Duration("kv_stall_timeout", &o->kv_stall_timeout, absl::Milliseconds(100), most,
