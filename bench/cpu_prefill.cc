@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdio>
 #include <memory>
-#include <random>
 #include <string>
 #include <thread>
 #include <vector>
@@ -16,6 +15,7 @@
 #include <sys/resource.h>
 
 #include "base/status_macros.h"
+#include "bench/prefill_job.h"
 #include "worker/prefill.h"
 
 ABSL_FLAG(std::string, model, "", "Hugging Face checkpoint directory");
@@ -27,42 +27,11 @@ ABSL_FLAG(std::string, compute, "auto", "auto, f32 or bf16");
 namespace headwater {
 namespace {
 
-// A receiver with no cost: what is timed is compute.
-class DiscardingSender final : public KvSender {
- public:
-  absl::Status Submit(const KvBlockId&, const void*, std::function<void()> done) override {
-    done();
-    return absl::OkStatus();
-  }
-  absl::Status Finish() override { return absl::OkStatus(); }
-  void Cancel() override {}
-  absl::Status status() const override { return absl::OkStatus(); }
-  KvSenderStats Stats() const override { return {}; }
-};
-
 absl::StatusOr<PrefillJob> MakeJob(const Model& model, int num_tokens, int threads) {
-  const ModelConfig& config = model.config();
-  PrefillJob job;
-  job.request_id = "bench";
-  job.epoch = 1;
-  std::mt19937 generator(1);
-  for (int i = 0; i < num_tokens; ++i) {
-    job.tokens.push_back(static_cast<int32_t>(generator() % static_cast<uint32_t>(config.vocab_size)));
-  }
-  v1::KvLayout layout;
-  layout.set_num_layers(static_cast<uint32_t>(config.num_layers));
-  layout.set_num_kv_heads(static_cast<uint32_t>(config.num_kv_heads));
-  layout.set_head_dim(static_cast<uint32_t>(config.head_dim));
-  layout.set_num_tokens(static_cast<uint64_t>(num_tokens));
-  layout.set_block_tokens(256);
-  layout.set_dtype(model.compute() == kernels::DType::kF32 ? v1::KV_DTYPE_F32 : v1::KV_DTYPE_BF16);
-  HW_ASSIGN_OR_RETURN(job.partition, PartitionTokens(num_tokens, 1, v1::PARTITION_CONTIGUOUS, 256));
-  HW_ASSIGN_OR_RETURN(KvGeometry geometry, KvGeometry::Create(layout));
-  job.geometry = std::make_shared<const KvGeometry>(geometry);
-  std::unique_ptr<kernels::PatternPolicy> policy;
-  const kernels::Status made = kernels::MakePolicy("dense", {}, &policy);
-  if (!made.ok()) return absl::InternalError(made.message());
-  job.policy = std::move(policy);
+  HW_ASSIGN_OR_RETURN(
+      PrefillJob job,
+      MakeBenchJob(model.config(), num_tokens,
+                   model.compute() == kernels::DType::kF32 ? v1::KV_DTYPE_F32 : v1::KV_DTYPE_BF16));
   job.plan = PlanMemory(MakeMemoryShape(model, threads, /*egress_buffers=*/3, /*kv_channels=*/1),
                         model.compute(), num_tokens, num_tokens, num_tokens, 1);
   return job;

@@ -20,6 +20,7 @@
 
 #include "base/rpc/server.h"
 #include "base/status_macros.h"
+#include "bench/prefill_job.h"
 #include "kernels/cuda/linear.h"
 #include "kvtransfer/receiver.h"
 #include "kvtransfer/sender.h"
@@ -45,19 +46,6 @@ namespace {
 constexpr uint32_t kSeed = 20261122;
 constexpr char kName[] = "bench";
 
-// A receiver with no cost: what is timed is compute and the copy to the host.
-class DiscardingSender final : public KvSender {
- public:
-  absl::Status Submit(const KvBlockId&, const void*, std::function<void()> done) override {
-    done();
-    return absl::OkStatus();
-  }
-  absl::Status Finish() override { return absl::OkStatus(); }
-  void Cancel() override {}
-  absl::Status status() const override { return absl::OkStatus(); }
-  KvSenderStats Stats() const override { return {}; }
-};
-
 struct Receiver {
   std::unique_ptr<KvStore> store;
   Metrics metrics{"bench"};
@@ -74,30 +62,6 @@ absl::StatusOr<std::unique_ptr<Receiver>> StartReceiver() {
   receiver->service = MakeKvReceiver(receiver->store.get(), &receiver->metrics);
   HW_ASSIGN_OR_RETURN(receiver->server, StartServer("127.0.0.1:0", {receiver->service.get()}));
   return receiver;
-}
-
-absl::StatusOr<PrefillJob> MakeJob(const ModelConfig& config, int64_t num_tokens) {
-  PrefillJob job;
-  job.request_id = kName;
-  job.epoch = 1;
-  std::mt19937 random(kSeed);
-  for (int64_t i = 0; i < num_tokens; ++i) {
-    job.tokens.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(config.vocab_size)));
-  }
-  v1::KvLayout layout;
-  layout.set_num_layers(static_cast<uint32_t>(config.num_layers));
-  layout.set_num_kv_heads(static_cast<uint32_t>(config.num_kv_heads));
-  layout.set_head_dim(static_cast<uint32_t>(config.head_dim));
-  layout.set_num_tokens(static_cast<uint64_t>(num_tokens));
-  layout.set_block_tokens(256);
-  layout.set_dtype(v1::KV_DTYPE_BF16);
-  HW_ASSIGN_OR_RETURN(job.partition, PartitionTokens(num_tokens, 1, v1::PARTITION_CONTIGUOUS, 256));
-  HW_ASSIGN_OR_RETURN(KvGeometry geometry, KvGeometry::Create(layout));
-  job.geometry = std::make_shared<const KvGeometry>(geometry);
-  std::unique_ptr<kernels::PatternPolicy> policy;
-  HW_RETURN_IF_ERROR(FromKernels(kernels::MakePolicy("dense", {}, &policy), "policy"));
-  job.policy = std::move(policy);
-  return job;
 }
 
 // Seconds that a layer's linear layers take for each token, alone on the device, a chunk at a time.
@@ -144,11 +108,16 @@ absl::StatusOr<double> LinearSecondsPerToken(const ModelConfig& config, int64_t 
       }
       return FromCuda(cudaDeviceSynchronize(), "linear");
     };
-    constexpr int kTimes = 20;
+    constexpr int kTimes = 5;
     HW_RETURN_IF_ERROR(run(3));
-    const absl::Time start = absl::Now();
-    HW_RETURN_IF_ERROR(run(kTimes));
-    seconds += absl::ToDoubleSeconds(absl::Now() - start) / kTimes;
+    std::vector<double> rounds(7);
+    for (double& round : rounds) {
+      const absl::Time start = absl::Now();
+      HW_RETURN_IF_ERROR(run(kTimes));
+      round = absl::ToDoubleSeconds(absl::Now() - start) / kTimes;
+    }
+    std::sort(rounds.begin(), rounds.end());
+    seconds += rounds[rounds.size() / 2];
   }
   return seconds / static_cast<double>(rows);
 }
@@ -198,7 +167,7 @@ absl::StatusOr<Sample> RunOnce(const PrefillJob& job, CudaModel* model, const Cu
 absl::Status RunLength(int64_t num_tokens, CudaModel* model, const CudaEgressMemory* egress,
                        Receiver* receiver, double linear_seconds_per_token) {
   const ModelConfig& config = model->config();
-  HW_ASSIGN_OR_RETURN(const PrefillJob job, MakeJob(config, num_tokens));
+  HW_ASSIGN_OR_RETURN(const PrefillJob job, MakeBenchJob(config, num_tokens, v1::KV_DTYPE_BF16));
   std::vector<Sample> samples;
   for (int run = 0; run <= std::max(1, absl::GetFlag(FLAGS_repeat)); ++run) {
     HW_ASSIGN_OR_RETURN(Sample sample, RunOnce(job, model, egress, receiver));
