@@ -27,18 +27,12 @@ namespace {
 using kernels::DeviceArray;
 using testing::CheckpointShape;
 using testing::DenseResult;
+using testing::RandomTokens;
 using testing::RelativeError;
 using testing::TempDir;
 
 // Both compute in bf16, rounded at other places.
 constexpr double kTolerance = 2e-2;
-
-std::vector<int32_t> RandomTokens(int count, int vocab) {
-  std::mt19937 random(7);
-  std::vector<int32_t> tokens(static_cast<size_t>(count));
-  for (int32_t& token : tokens) token = static_cast<int32_t>(random() % static_cast<unsigned>(vocab));
-  return tokens;
-}
 
 // The whole prompt with dense attention, the model's chunks one after the other.
 class Forward {

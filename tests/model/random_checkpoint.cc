@@ -94,4 +94,11 @@ void WriteRandomCheckpoint(const std::string& directory, const CheckpointShape& 
   WriteFile(absl::StrCat(directory, "/model.safetensors"), Serialize(Writer(shape, seed).All()));
 }
 
+std::vector<int32_t> RandomTokens(int count, int vocab) {
+  std::mt19937 random(7);
+  std::vector<int32_t> tokens(static_cast<size_t>(count));
+  for (int32_t& token : tokens) token = static_cast<int32_t>(random() % static_cast<unsigned>(vocab));
+  return tokens;
+}
+
 }  // namespace headwater::testing

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "kernels/dtype.h"
 
@@ -26,6 +27,9 @@ struct CheckpointShape {
 // Writes config.json and model.safetensors. Weights are normal, of a size that keeps activations near 1;
 // equal seeds give equal files.
 void WriteRandomCheckpoint(const std::string& directory, const CheckpointShape& shape, uint32_t seed);
+
+// Token ids below `vocab`; the same every time.
+std::vector<int32_t> RandomTokens(int count, int vocab);
 
 }  // namespace headwater::testing
 
