@@ -8,12 +8,10 @@
 
 #include "gtest/gtest.h"
 
+#include "tests/kernels/cuda/refusals.h"
+
 namespace headwater::kernels {
 namespace {
-
-// Never dereferenced.
-void* const kAligned = reinterpret_cast<void*>(uintptr_t{1} << 20);
-void* const kMisaligned = reinterpret_cast<void*>((uintptr_t{1} << 20) + 8);
 
 CudaAttentionArgs ValidArgs() {
   CudaAttentionArgs args;
@@ -33,77 +31,93 @@ CudaBlockLists Lists() {
           static_cast<int32_t*>(kAligned)};
 }
 
-struct Case {
-  const char* name;
-  std::function<void(CudaAttentionArgs*)> change;
-  StatusCode code;
-  const char* says;
-};
-
-class CudaAttentionArgsTest : public ::testing::TestWithParam<Case> {};
-
-TEST_P(CudaAttentionArgsTest, IsRefusedNamingTheValue) {
-  CudaAttentionArgs args = ValidArgs();
-  GetParam().change(&args);
-
-  const Status status = CudaAttention(args, kAligned, size_t{1} << 20, nullptr);
-
-  EXPECT_EQ(status.code(), GetParam().code) << status.message();
-  EXPECT_NE(status.message().find(GetParam().says), std::string::npos) << status.message();
+Refusal Case(const char* name, const std::function<void(CudaAttentionArgs*)>& change, StatusCode code,
+             const char* says) {
+  return {name,
+          [change] {
+            CudaAttentionArgs args = ValidArgs();
+            change(&args);
+            return CudaAttention(args, kAligned, size_t{1} << 20, nullptr);
+          },
+          code, says};
 }
 
 constexpr auto kBad = StatusCode::kInvalidArgument;
 INSTANTIATE_TEST_SUITE_P(
-    All, CudaAttentionArgsTest,
+    Arguments, RefusalTest,
     ::testing::Values(
-        Case{"null_q", [](auto* a) { a->q = nullptr; }, kBad, "null"},
-        Case{"null_outputs", [](auto* a) { a->out = nullptr; }, kBad, "both outputs"},
-        Case{"misaligned_k", [](auto* a) { a->k = kMisaligned; }, kBad, "16-byte"},
-        Case{"misaligned_f32", [](auto* a) { a->out_f32 = static_cast<float*>(kMisaligned); }, kBad,
-             "16-byte"},
-        Case{"no_tokens", [](auto* a) { a->total_q = 0; }, kBad, "total_q is 0"},
-        Case{"too_many_tokens", [](auto* a) { a->total_k = int64_t{1} << 31; }, kBad, "2147483648"},
-        Case{"heads_do_not_divide", [](auto* a) { a->num_kv_heads = 3; }, kBad, "not a multiple of 3"},
-        Case{"negative_heads", [](auto* a) { a->num_q_heads = -8; }, kBad, "-8"},
-        Case{"gqa_ratio", [](auto* a) { a->num_q_heads = 18; }, StatusCode::kUnimplemented, "9 query heads"},
-        Case{"head_dim", [](auto* a) { a->head_dim = 96; }, StatusCode::kUnimplemented, "head_dim 96"},
-        Case{"scale_zero", [](auto* a) { a->softmax_scale = 0; }, kBad, "softmax_scale"},
-        Case{"scale_nan", [](auto* a) { a->softmax_scale = std::nanf(""); }, kBad, "softmax_scale"},
-        Case{"scale_infinite", [](auto* a) { a->softmax_scale = std::numeric_limits<float>::infinity(); },
-             kBad, "softmax_scale"},
-        Case{"kv_shorter_than_q", [](auto* a) { a->total_k = 99; }, kBad, "kv_len 99 is less than q_len 100"},
-        Case{"position_overflows", [](auto* a) { a->query_position = INT32_MAX; }, kBad,
-             "to 2147483291 is wanted"},
-        Case{"sequences_without_offsets", [](auto* a) { a->num_sequences = 2; }, kBad, "cu_seqlens"},
-        Case{"one_offset_array", [](auto* a) { a->cu_seqlens_q = static_cast<int32_t*>(kAligned); }, kBad,
-             "cu_seqlens"},
-        Case{"list_count", [](auto* a) { a->lists.num_lists = 4; }, kBad, "num_lists is 4"},
-        Case{"null_lists", [](auto* a) { a->lists.num_lists = 2; }, kBad, "null arrays"},
-        Case{"one_mean_table", [](auto* a) { a->correction.k_means = kAligned; }, kBad, "v_means is null"},
-        Case{"misaligned_means",
-             [](auto* a) {
-               a->correction = {kAligned, kMisaligned};
-             },
-             kBad, "16-byte"},
-        Case{"correction_without_lists",
-             [](auto* a) {
-               a->correction = {kAligned, kAligned};
-             },
-             kBad, "without block lists"},
-        Case{"correction_of_sequences",
-             [](auto* a) {
-               a->lists = Lists();
-               a->correction = {kAligned, kAligned};
-               a->cu_seqlens_q = a->cu_seqlens_k = static_cast<int32_t*>(kAligned);
-             },
-             StatusCode::kUnimplemented, "cu_seqlens"},
-        Case{"correction_of_too_many",
-             [](auto* a) {
-               a->lists = Lists();
-               a->correction = {kAligned, kAligned};
-               a->total_k = (1 << 24) + 1;
-             },
-             StatusCode::kUnimplemented, "16777217 keys; at most 16777216"}),
+        Case(
+            "null_q", [](auto* a) { a->q = nullptr; }, kBad, "null"),
+        Case(
+            "null_outputs", [](auto* a) { a->out = nullptr; }, kBad, "both outputs"),
+        Case(
+            "misaligned_k", [](auto* a) { a->k = kMisaligned; }, kBad, "16-byte"),
+        Case(
+            "misaligned_f32", [](auto* a) { a->out_f32 = static_cast<float*>(kMisaligned); }, kBad,
+            "16-byte"),
+        Case(
+            "no_tokens", [](auto* a) { a->total_q = 0; }, kBad, "total_q is 0"),
+        Case(
+            "too_many_tokens", [](auto* a) { a->total_k = int64_t{1} << 31; }, kBad, "2147483648"),
+        Case(
+            "heads_do_not_divide", [](auto* a) { a->num_kv_heads = 3; }, kBad, "not a multiple of 3"),
+        Case(
+            "negative_heads", [](auto* a) { a->num_q_heads = -8; }, kBad, "-8"),
+        Case(
+            "gqa_ratio", [](auto* a) { a->num_q_heads = 18; }, StatusCode::kUnimplemented, "9 query heads"),
+        Case(
+            "head_dim", [](auto* a) { a->head_dim = 96; }, StatusCode::kUnimplemented, "head_dim 96"),
+        Case(
+            "scale_zero", [](auto* a) { a->softmax_scale = 0; }, kBad, "softmax_scale"),
+        Case(
+            "scale_nan", [](auto* a) { a->softmax_scale = std::nanf(""); }, kBad, "softmax_scale"),
+        Case(
+            "scale_infinite", [](auto* a) { a->softmax_scale = std::numeric_limits<float>::infinity(); },
+            kBad, "softmax_scale"),
+        Case(
+            "kv_shorter_than_q", [](auto* a) { a->total_k = 99; }, kBad, "kv_len 99 is less than q_len 100"),
+        Case(
+            "position_overflows", [](auto* a) { a->query_position = INT32_MAX; }, kBad,
+            "to 2147483291 is wanted"),
+        Case(
+            "sequences_without_offsets", [](auto* a) { a->num_sequences = 2; }, kBad, "cu_seqlens"),
+        Case(
+            "one_offset_array", [](auto* a) { a->cu_seqlens_q = static_cast<int32_t*>(kAligned); }, kBad,
+            "cu_seqlens"),
+        Case(
+            "list_count", [](auto* a) { a->lists.num_lists = 4; }, kBad, "num_lists is 4"),
+        Case(
+            "null_lists", [](auto* a) { a->lists.num_lists = 2; }, kBad, "null arrays"),
+        Case(
+            "one_mean_table", [](auto* a) { a->correction.k_means = kAligned; }, kBad, "v_means is null"),
+        Case(
+            "misaligned_means",
+            [](auto* a) {
+              a->correction = {kAligned, kMisaligned};
+            },
+            kBad, "16-byte"),
+        Case(
+            "correction_without_lists",
+            [](auto* a) {
+              a->correction = {kAligned, kAligned};
+            },
+            kBad, "without block lists"),
+        Case(
+            "correction_of_sequences",
+            [](auto* a) {
+              a->lists = Lists();
+              a->correction = {kAligned, kAligned};
+              a->cu_seqlens_q = a->cu_seqlens_k = static_cast<int32_t*>(kAligned);
+            },
+            StatusCode::kUnimplemented, "cu_seqlens"),
+        Case(
+            "correction_of_too_many",
+            [](auto* a) {
+              a->lists = Lists();
+              a->correction = {kAligned, kAligned};
+              a->total_k = (1 << 24) + 1;
+            },
+            StatusCode::kUnimplemented, "16777217 keys; at most 16777216")),
     [](const auto& test) { return test.param.name; });
 
 TEST(CudaAttentionWorkspaceTest, TooSmallOrMisalignedIsRefused) {

@@ -7,11 +7,10 @@
 
 #include "gtest/gtest.h"
 
+#include "tests/kernels/cuda/refusals.h"
+
 namespace headwater::kernels {
 namespace {
-
-// Never dereferenced.
-void* const kAligned = reinterpret_cast<void*>(uintptr_t{1} << 20);
 
 CudaSearchArgs ValidArgs() {
   CudaSearchArgs args;
@@ -30,46 +29,53 @@ CudaSearchArgs ValidArgs() {
   return args;
 }
 
-struct Case {
-  const char* name;
-  std::function<void(CudaSearchArgs*)> change;
-  StatusCode code;
-  const char* says;
-};
-
-class CudaSearchArgsTest : public ::testing::TestWithParam<Case> {};
-
-TEST_P(CudaSearchArgsTest, IsRefusedNamingTheValue) {
-  CudaSearchArgs args = ValidArgs();
-  GetParam().change(&args);
-
-  const Status status = CudaSelectBlocks(args, kAligned, size_t{1} << 30, nullptr);
-
-  EXPECT_EQ(status.code(), GetParam().code) << status.message();
-  EXPECT_NE(status.message().find(GetParam().says), std::string::npos) << status.message();
+Refusal Case(const char* name, const std::function<void(CudaSearchArgs*)>& change, StatusCode code,
+             const char* says) {
+  return {name,
+          [change] {
+            CudaSearchArgs args = ValidArgs();
+            change(&args);
+            return CudaSelectBlocks(args, kAligned, size_t{1} << 30, nullptr);
+          },
+          code, says};
 }
 
 constexpr auto kBad = StatusCode::kInvalidArgument;
 INSTANTIATE_TEST_SUITE_P(
-    All, CudaSearchArgsTest,
+    Arguments, RefusalTest,
     ::testing::Values(
-        Case{"null_q", [](auto* a) { a->q = nullptr; }, kBad, "null"},
-        Case{"null_counts", [](auto* a) { a->counts = nullptr; }, kBad, "output"},
-        Case{"no_capacity", [](auto* a) { a->capacity = 0; }, kBad, "capacity 0"},
-        Case{"no_tokens", [](auto* a) { a->total_q = 0; }, kBad, "total_q is 0"},
-        Case{"heads_do_not_divide", [](auto* a) { a->num_kv_heads = 3; }, kBad, "not a multiple of 3"},
-        Case{"head_dim", [](auto* a) { a->head_dim = 80; }, StatusCode::kUnimplemented, "head_dim 80"},
-        Case{"threshold_zero", [](auto* a) { a->threshold = 0; }, kBad, "threshold is 0"},
-        Case{"threshold_over_one", [](auto* a) { a->threshold = 1.5f; }, kBad, "threshold is 1.5"},
-        Case{"threshold_nan", [](auto* a) { a->threshold = std::nanf(""); }, kBad, "threshold"},
-        Case{"no_window", [](auto* a) { a->window_blocks = 0; }, kBad, "window_blocks 0"},
-        Case{"negative_sink", [](auto* a) { a->sink_blocks = -1; }, kBad, "sink_blocks -1"},
-        Case{"scale", [](auto* a) { a->softmax_scale = -1; }, kBad, "softmax_scale"},
-        Case{"kv_shorter_than_q", [](auto* a) { a->total_k = 99; }, kBad, "kv_len 99"},
-        Case{"position_overflows", [](auto* a) { a->query_position = INT32_MAX; }, kBad,
-             "to 2147483291 is wanted"},
-        Case{"too_long", [](auto* a) { a->total_q = a->total_k = 100'000'000; }, StatusCode::kUnimplemented,
-             "kv_len 100000000 is over 83886080"}),
+        Case(
+            "null_q", [](auto* a) { a->q = nullptr; }, kBad, "null"),
+        Case(
+            "null_counts", [](auto* a) { a->counts = nullptr; }, kBad, "output"),
+        Case(
+            "no_capacity", [](auto* a) { a->capacity = 0; }, kBad, "capacity 0"),
+        Case(
+            "no_tokens", [](auto* a) { a->total_q = 0; }, kBad, "total_q is 0"),
+        Case(
+            "heads_do_not_divide", [](auto* a) { a->num_kv_heads = 3; }, kBad, "not a multiple of 3"),
+        Case(
+            "head_dim", [](auto* a) { a->head_dim = 80; }, StatusCode::kUnimplemented, "head_dim 80"),
+        Case(
+            "threshold_zero", [](auto* a) { a->threshold = 0; }, kBad, "threshold is 0"),
+        Case(
+            "threshold_over_one", [](auto* a) { a->threshold = 1.5f; }, kBad, "threshold is 1.5"),
+        Case(
+            "threshold_nan", [](auto* a) { a->threshold = std::nanf(""); }, kBad, "threshold"),
+        Case(
+            "no_window", [](auto* a) { a->window_blocks = 0; }, kBad, "window_blocks 0"),
+        Case(
+            "negative_sink", [](auto* a) { a->sink_blocks = -1; }, kBad, "sink_blocks -1"),
+        Case(
+            "scale", [](auto* a) { a->softmax_scale = -1; }, kBad, "softmax_scale"),
+        Case(
+            "kv_shorter_than_q", [](auto* a) { a->total_k = 99; }, kBad, "kv_len 99"),
+        Case(
+            "position_overflows", [](auto* a) { a->query_position = INT32_MAX; }, kBad,
+            "to 2147483291 is wanted"),
+        Case(
+            "too_long", [](auto* a) { a->total_q = a->total_k = 100'000'000; }, StatusCode::kUnimplemented,
+            "kv_len 100000000 is over 83886080")),
     [](const auto& test) { return test.param.name; });
 
 // The search must fit beside a model: means of K, and at most 64 MiB for those of Q.
