@@ -26,7 +26,9 @@ using kernels::CudaTokenRun;
 constexpr size_t kCopiesAhead = 2;
 // A cancelled job is seen after this long at most.
 constexpr absl::Duration kPoll = absl::Milliseconds(20);
-constexpr uint64_t kProblemsOffset = CudaEgressMemory::kSlots * sizeof(CudaTokenRun);
+constexpr uint64_t kRunBytes = 32;  // a CudaTokenRun, aligned as the kernel wants it
+static_assert(sizeof(CudaTokenRun) <= kRunBytes);
+constexpr uint64_t kProblemsOffset = CudaEgressMemory::kSlots * kRunBytes;
 
 class Egress final : public CudaEgress {
  public:
@@ -181,7 +183,7 @@ class Egress final : public CudaEgress {
                                    static_cast<size_t>(count * row), cudaMemcpyDeviceToHost, stream_),
                    "KV egress"));
     } else {
-      auto* const run = reinterpret_cast<CudaTokenRun*>(memory_.runs.data()) + slot;
+      auto* const run = reinterpret_cast<CudaTokenRun*>(memory_.runs.data() + slot * kRunBytes);
       *run = {piece.begin, count, 0};
       kernels::CudaPackKvArgs pack;
       pack.k = from;
