@@ -38,6 +38,7 @@ ABSL_FLAG(int, repeat, 3, "timed runs, after one that warms up; the median count
 ABSL_FLAG(std::string, sink, "none",
           "none, or verify: KV goes over loopback to a receiver that checks every block");
 ABSL_FLAG(int, kv_channels, 8, "connections to the receiver");
+ABSL_FLAG(double, density, 0, "over 0: policy probe at this forced density; else dense");
 ABSL_FLAG(int, chunk_tokens, 8192, "tokens that a linear layer takes at once");
 
 namespace headwater {
@@ -129,7 +130,7 @@ struct Sample {
   PrefillResult result;
 };
 
-absl::StatusOr<Sample> RunOnce(const PrefillJob& job, CudaModel* model, const CudaEgressMemory* egress,
+absl::StatusOr<Sample> RunOnce(const PrefillJob& job, CudaModel* model, CudaEgressMemory* egress,
                                Receiver* receiver) {
   std::unique_ptr<KvSender> sender = std::make_unique<DiscardingSender>();
   if (receiver != nullptr) {
@@ -147,14 +148,10 @@ absl::StatusOr<Sample> RunOnce(const PrefillJob& job, CudaModel* model, const Cu
     sender = KvSender::Create(options, *job.geometry);
   }
   JobControl control;
-  CudaPrefillContext context;
-  context.model = model;
-  context.sender = sender.get();
-  context.control = &control;
-  context.egress = egress;
+  const CudaPrefillPrompt prompt{&job, sender.get(), &control, {}};
   Sample sample;
   const absl::Time start = absl::Now();
-  HW_ASSIGN_OR_RETURN(sample.result, RunCudaPrefill(job, context));
+  HW_ASSIGN_OR_RETURN(sample.result, std::move(RunCudaPrefill({&prompt, 1}, {model, egress, nullptr})[0]));
   sample.ttft_s = absl::ToDoubleSeconds(absl::Now() - start);
   sample.acked_share =
       static_cast<double>(sender->Stats().bytes_acked) / static_cast<double>(job.geometry->total_bytes());
@@ -164,10 +161,11 @@ absl::StatusOr<Sample> RunOnce(const PrefillJob& job, CudaModel* model, const Cu
   return sample;
 }
 
-absl::Status RunLength(int64_t num_tokens, CudaModel* model, const CudaEgressMemory* egress,
-                       Receiver* receiver, double linear_seconds_per_token) {
+absl::Status RunLength(int64_t num_tokens, CudaModel* model, CudaEgressMemory* egress, Receiver* receiver,
+                       double linear_seconds_per_token) {
   const ModelConfig& config = model->config();
-  HW_ASSIGN_OR_RETURN(const PrefillJob job, MakeBenchJob(config, num_tokens, v1::KV_DTYPE_BF16));
+  HW_ASSIGN_OR_RETURN(const PrefillJob job,
+                      MakeBenchJob(config, num_tokens, v1::KV_DTYPE_BF16, absl::GetFlag(FLAGS_density)));
   std::vector<Sample> samples;
   for (int run = 0; run <= std::max(1, absl::GetFlag(FLAGS_repeat)); ++run) {
     HW_ASSIGN_OR_RETURN(Sample sample, RunOnce(job, model, egress, receiver));
@@ -188,6 +186,8 @@ absl::Status RunLength(int64_t num_tokens, CudaModel* model, const CudaEgressMem
   row["tokens_per_s"] = n / median.ttft_s;
   row["linear_s"] = absl::ToDoubleSeconds(median.result.linear);
   row["attention_s"] = absl::ToDoubleSeconds(median.result.attention);
+  const PrefillProgress& done = median.result.progress;
+  row["density"] = static_cast<double>(done.pairs_computed) / static_cast<double>(done.pairs_possible);
   row["egress_stall_s"] = absl::ToDoubleSeconds(median.result.egress_stall);
   row["linear_floor_s"] = linear_seconds_per_token * n * layers;
   row["attention_flop"] = attention_flop;
@@ -222,14 +222,14 @@ absl::Status Run() {
   } else {
     HW_ASSIGN_OR_RETURN(model, CudaModel::Load(options));
   }
-  HW_ASSIGN_OR_RETURN(const CudaEgressMemory egress, CudaEgressMemory::Allocate());
+  HW_ASSIGN_OR_RETURN(const std::unique_ptr<CudaEgressMemory> egress, CudaEgressMemory::Allocate());
   std::unique_ptr<Receiver> receiver;
   if (sink == "verify") {
     HW_ASSIGN_OR_RETURN(receiver, StartReceiver());
   }
   HW_ASSIGN_OR_RETURN(const double linear, LinearSecondsPerToken(model->config(), options.chunk_tokens));
   for (const int64_t length : lengths) {
-    HW_RETURN_IF_ERROR(RunLength(length, model.get(), &egress, receiver.get(), linear));
+    HW_RETURN_IF_ERROR(RunLength(length, model.get(), egress.get(), receiver.get(), linear));
   }
   return absl::OkStatus();
 }

@@ -32,9 +32,10 @@ class DiscardingSender final : public KvSender {
   KvSenderStats Stats() const override { return {}; }
 };
 
-// One rank, policy dense, blocks of 256 tokens; without a memory plan. Equal calls give equal prompts.
+// One rank, blocks of 256 tokens; without a memory plan. density: over 0, policy probe at that forced
+// density; else dense. Equal calls give equal prompts.
 inline absl::StatusOr<PrefillJob> MakeBenchJob(const ModelConfig& config, int64_t num_tokens,
-                                               v1::KvDtype dtype) {
+                                               v1::KvDtype dtype, double density = 0) {
   constexpr uint32_t kBlockTokens = 256;
   PrefillJob job;
   job.request_id = "bench";
@@ -54,7 +55,9 @@ inline absl::StatusOr<PrefillJob> MakeBenchJob(const ModelConfig& config, int64_
   HW_ASSIGN_OR_RETURN(KvGeometry geometry, KvGeometry::Create(layout));
   job.geometry = std::make_shared<const KvGeometry>(std::move(geometry));
   std::unique_ptr<kernels::PatternPolicy> policy;
-  HW_RETURN_IF_ERROR(FromKernels(kernels::MakePolicy("dense", {}, &policy), "policy"));
+  HW_RETURN_IF_ERROR(FromKernels(density > 0 ? kernels::MakePolicy("probe", {{"density", density}}, &policy)
+                                             : kernels::MakePolicy("dense", {}, &policy),
+                                 "policy"));
   job.policy = std::move(policy);
   return job;
 }

@@ -7,6 +7,7 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 
 #include "base/rpc/grpc_status.h"
 #include "base/status_macros.h"
@@ -140,12 +141,18 @@ absl::Status CheckDestination(const v1::KvDestination& destination) {
   return absl::OkStatus();
 }
 
-absl::Status TakePolicy(const v1::AttentionPolicy& policy,
+absl::Status TakePolicy(const v1::AttentionPolicy& policy, const PrefillBackend& backend,
                         std::shared_ptr<const kernels::PatternPolicy>* made) {
   const std::map<std::string, double> parameters(policy.parameters().begin(), policy.parameters().end());
   std::unique_ptr<kernels::PatternPolicy> taken;
   const kernels::Status status = kernels::MakePolicy(policy.name(), parameters, &taken);
   if (status.ok()) {
+    const std::vector<std::string> served = backend.policies();
+    if (std::find(served.begin(), served.end(), taken->name()) == served.end()) {
+      return Invalid(v1::ERROR_REASON_UNKNOWN_POLICY,
+                     absl::StrCat("policy '", taken->name(),
+                                  "' is not one of this worker's: ", absl::StrJoin(served, ", ")));
+    }
     *made = std::move(taken);
     return absl::OkStatus();
   }
@@ -168,7 +175,7 @@ absl::StatusOr<PrefillJob> CheckAssignment(const v1::PrefillAssignment& assignme
   absl::StatusOr<KvGeometry> geometry = KvGeometry::Create(assignment.layout());
   if (!geometry.ok()) return BadField(absl::StrCat("layout: ", geometry.status().message()));
   HW_RETURN_IF_ERROR(CheckDestination(assignment.destination()));
-  HW_RETURN_IF_ERROR(TakePolicy(assignment.policy(), &job.policy));
+  HW_RETURN_IF_ERROR(TakePolicy(assignment.policy(), *context.backend, &job.policy));
   if (assignment.top_logprobs() > kMaxTopLogprobs) {
     return BadField(absl::StrCat("top_logprobs ", assignment.top_logprobs(), " is over ", kMaxTopLogprobs));
   }

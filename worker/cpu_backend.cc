@@ -42,7 +42,8 @@ absl::StatusOr<std::unique_ptr<PrefillBackend>> CpuBackend::Load(const WorkerOpt
   return std::make_unique<CpuBackend>(model, shape, budget);
 }
 
-std::vector<std::string> CpuBackend::policies() const { return kernels::PolicyNames(); }
+// Lists that depend on Q and K are searched on GPUs.
+std::vector<std::string> CpuBackend::policies() const { return {"dense", "a_shape"}; }
 
 v1::MemoryModel CpuBackend::memory_model() const {
   return LinearMemoryModel(shape_, budget_bytes_, model_->weight_bytes());

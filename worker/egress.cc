@@ -21,7 +21,7 @@ EgressRing::EgressRing(std::vector<char*> buffers, absl::Duration stall_timeout,
       clock_(clock),
       state_(std::make_shared<State>(buffers_.size())) {}
 
-absl::Status EgressRing::Acquire(int32_t use, JobControl* control, char** buffer, absl::Duration* stalled) {
+absl::Status EgressRing::Acquire(int64_t use, JobControl* control, char** buffer, absl::Duration* stalled) {
   const size_t slot = static_cast<size_t>(use) % buffers_.size();
   const absl::Time start = clock_->Now();
   absl::Status status;
@@ -44,7 +44,7 @@ absl::Status EgressRing::Acquire(int32_t use, JobControl* control, char** buffer
   return status;
 }
 
-std::function<void()> EgressRing::Use(int32_t use) {
+std::function<void()> EgressRing::Use(int64_t use) {
   const size_t slot = static_cast<size_t>(use) % buffers_.size();
   absl::MutexLock lock(&state_->mutex);
   ++state_->readers[slot];

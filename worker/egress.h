@@ -26,11 +26,11 @@ class EgressRing {
   // Waits until the buffer for use number `use` (use mod the number of buffers) is free and returns it.
   // UNAVAILABLE, KV_STREAM_STALLED: no block of any buffer was released for stall_timeout; or the job's
   // error. The time waited is added to *stalled.
-  absl::Status Acquire(int32_t use, JobControl* control, char** buffer, absl::Duration* stalled);
+  absl::Status Acquire(int64_t use, JobControl* control, char** buffer, absl::Duration* stalled);
 
   // Counts one more reader of `use`'s buffer, until the function returned is called (once). The function
   // may be called after the EgressRing has gone.
-  std::function<void()> Use(int32_t use);
+  std::function<void()> Use(int64_t use);
 
  private:
   struct State {

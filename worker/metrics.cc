@@ -35,6 +35,9 @@ WorkerMetrics::WorkerMetrics(Metrics* metrics)
       ring_exchange(Collective(metrics, "ring_exchange")),
       collective_aborts(metrics->Counter("headwater_collective_aborts_total",
                                          "Groups given up because of an abort, a lost or a late peer.")),
+      search_overflows(
+          metrics->Counter("headwater_worker_search_overflow_tiles_total",
+                           "Query tiles computed densely because their block lists found no room.")),
       density(metrics->Histogram("headwater_attention_density_ratio",
                                  "Attention blocks computed, of those causally possible.",
                                  {.01, .02, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9, .999})) {}

@@ -30,7 +30,9 @@ class WorkerMetrics {
   prometheus::Histogram& connect_group;  // headwater_collective_seconds{op}
   prometheus::Histogram& ring_exchange;
   prometheus::Counter& collective_aborts;  // headwater_collective_aborts_total
-  prometheus::Histogram& density;          // headwater_attention_density_ratio, one per prompt and rank
+  prometheus::Counter&
+      search_overflows;            // headwater_worker_search_overflow_tiles_total: dense for want of room
+  prometheus::Histogram& density;  // headwater_attention_density_ratio, one per prompt and rank
 };
 
 }  // namespace headwater

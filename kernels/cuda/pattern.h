@@ -29,6 +29,7 @@ struct CudaSearchArgs {
   int32_t query_position = CudaAttentionArgs::kBottomRightAligned;
   // A block is listed if it is worth `threshold` (over 0, at most 1) of the tile's best one.
   float threshold = 0.18f;
+  double forced_density = 0;
   int32_t sink_blocks = 2;         // always listed, 0 and more
   int32_t window_blocks = 4;       // last ones of a tile, its own included, always listed; 1 and more
   int32_t dense_last_tokens = 32;  // tiles that hold one of the last queries attend to everything

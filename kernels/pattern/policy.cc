@@ -96,6 +96,32 @@ class AShapePolicy final : public PatternPolicy {
   const int64_t window_tokens_;
 };
 
+class ProbePolicy final : public PatternPolicy {
+ public:
+  explicit ProbePolicy(const ProbeParameters& parameters) : parameters_(parameters) {}
+  const std::string& name() const override { return name_; }
+  Status Select(const PatternInputs&, BlockIndex*) const override {
+    return {StatusCode::kUnimplemented, "policy probe searches on a GPU; there is none here"};
+  }
+  const ProbeParameters* probe() const override { return &parameters_; }
+
+ private:
+  const std::string name_ = "probe";
+  const ProbeParameters parameters_;
+};
+
+// Takes parameter `key` out of `parameters`: over 0, at most 1.
+Status TakeShare(std::map<std::string, double>* parameters, const std::string& key, double* share) {
+  const auto found = parameters->find(key);
+  if (found == parameters->end()) return {};
+  if (!(found->second > 0 && found->second <= 1)) {
+    return InvalidArgument(key + " " + std::to_string(found->second) + " is not over 0 and at most 1");
+  }
+  *share = found->second;
+  parameters->erase(found);
+  return {};
+}
+
 // Takes parameter `key` out of `parameters`: a whole number from `least` to kMaxPatternTokens.
 Status TakeTokens(std::map<std::string, double>* parameters, const std::string& key, int64_t least,
                   int64_t* tokens) {
@@ -136,11 +162,22 @@ Status MakePolicy(const std::string& name, const std::map<std::string, double>& 
     *policy = std::make_unique<AShapePolicy>(sink_tokens, window_tokens);
     return {};
   }
+  if (name == "probe") {
+    ProbeParameters probe;
+    if (rest.count("threshold") > 0 && rest.count("density") > 0) {
+      return InvalidArgument("policy probe takes a threshold or a density, not both");
+    }
+    HW_KERNELS_RETURN_IF_ERROR(TakeShare(&rest, "threshold", &probe.threshold));
+    HW_KERNELS_RETURN_IF_ERROR(TakeShare(&rest, "density", &probe.forced_density));
+    HW_KERNELS_RETURN_IF_ERROR(RefuseRest("probe", rest));
+    *policy = std::make_unique<ProbePolicy>(probe);
+    return {};
+  }
   std::string known;
   for (const std::string& each : PolicyNames()) known += (known.empty() ? "" : ", ") + each;
   return InvalidArgument("policy \"" + name + "\" is not one of " + known);
 }
 
-std::vector<std::string> PolicyNames() { return {"dense", "a_shape"}; }
+std::vector<std::string> PolicyNames() { return {"dense", "a_shape", "probe"}; }
 
 }  // namespace headwater::kernels

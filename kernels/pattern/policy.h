@@ -23,13 +23,24 @@ struct PatternInputs {
   int64_t num_q_tiles = 0;
 };
 
+// What the search of cuda/pattern.h is told.
+struct ProbeParameters {
+  double threshold = 0.18;
+  double forced_density = 0;  // over 0: that share of the blocks, whatever their scores
+  int64_t dense_below_tokens =
+      8192;  // shorter prompts go dense, which is faster; not where a density is forced
+};
+
 // Immutable and thread-safe: the same inputs give the same index on every rank.
 class PatternPolicy {
  public:
   virtual ~PatternPolicy() = default;
   virtual const std::string& name() const = 0;
-  // Fills `index` for the tiles asked for. The result passes ValidateBlockIndex().
+  // Fills `index` for the tiles asked for. The result passes ValidateBlockIndex(). UNIMPLEMENTED: a policy
+  // whose lists depend on Q and K.
   virtual Status Select(const PatternInputs& inputs, BlockIndex* index) const = 0;
+  // Null but for the policy "probe".
+  virtual const ProbeParameters* probe() const { return nullptr; }
 };
 
 // Makes the policy called `name` with `parameters`; "" is "dense". INVALID_ARGUMENT: unknown name (the

@@ -84,9 +84,9 @@ class CheckpointCudaModel final : public CudaModel {
                        "embedding");
   }
 
-  absl::Status BeforeAttention(int32_t layer, const float* hidden, int64_t num_tokens, int64_t begin, void* q,
-                               void* k, void* v, const kernels::CudaBlockStats& stats,
-                               cudaStream_t stream) override {
+  absl::Status BeforeAttention(int32_t layer, const float* hidden, int64_t num_tokens, int64_t begin,
+                               const int32_t* positions, void* q, void* k, void* v,
+                               const kernels::CudaBlockStats& stats, cudaStream_t stream) override {
     HW_RETURN_IF_ERROR(CheckCall(layer, num_tokens));
     const CudaLayerWeights& weights = weights_.layers[static_cast<size_t>(layer)];
     HW_RETURN_IF_ERROR(Norm(hidden, weights.input_norm, num_tokens, stream));
@@ -98,6 +98,7 @@ class CheckpointCudaModel final : public CudaModel {
     rope.head_dim = config_.head_dim;
     rope.num_tokens = num_tokens;
     rope.begin = begin;
+    rope.positions_i32 = positions;
     rope.cos = cos_;
     rope.sin = sin_;
     HW_RETURN_IF_ERROR(FromKernels(kernels::CudaRopeTable(rope, stream), "rotation"));
@@ -140,10 +141,16 @@ class CheckpointCudaModel final : public CudaModel {
                        "the check of the hidden state");
   }
 
-  absl::Status Logits(const float* hidden_row, float* logits, cudaStream_t stream) override {
-    HW_RETURN_IF_ERROR(Norm(hidden_row, weights_.final_norm, 1, stream));
-    return Linear("LM head", normed_, config_.hidden_size, weights_.lm_head, nullptr, logits,
-                  config_.vocab_size, DType::kF32, false, 1, stream);
+  absl::Status Logits(const float* hidden, absl::Span<const int64_t> rows, float* logits,
+                      cudaStream_t stream) override {
+    const auto count = static_cast<int64_t>(rows.size()), width = int64_t{config_.hidden_size};
+    HW_RETURN_IF_ERROR(CheckCall(0, count));
+    for (int64_t i = 0; i < count; ++i) {
+      HW_RETURN_IF_ERROR(NormInto(hidden + rows[static_cast<size_t>(i)] * width, weights_.final_norm, 1,
+                                  normed_ + i * width * 2, stream));
+    }
+    return Linear("LM head", normed_, width, weights_.lm_head, nullptr, logits, config_.vocab_size,
+                  DType::kF32, false, count, stream);
   }
 
  private:
@@ -177,12 +184,16 @@ class CheckpointCudaModel final : public CudaModel {
   }
 
   absl::Status Norm(const float* x, const float* weight, int64_t num_tokens, cudaStream_t stream) {
+    return NormInto(x, weight, num_tokens, normed_, stream);
+  }
+  absl::Status NormInto(const float* x, const float* weight, int64_t num_tokens, void* out,
+                        cudaStream_t stream) {
     kernels::CudaRmsNormArgs args;
     args.x = const_cast<float*>(x);  // written only with a delta
     args.x_dtype = DType::kF32;
     args.weight = weight;
     args.weight_dtype = DType::kF32;
-    args.out = normed_;
+    args.out = out;
     args.epsilon = config_.rms_norm_epsilon;
     args.num_tokens = num_tokens;
     args.width = config_.hidden_size;

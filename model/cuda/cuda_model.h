@@ -11,6 +11,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 
 #include "kernels/cuda/block_stats.h"
 #include "model/config.h"
@@ -52,12 +53,13 @@ class CudaModel {
   // hidden: f32 [num_tokens, hidden_size]; ids: [num_tokens], each of [0, vocab_size) (else its row is NaN).
   virtual absl::Status Embed(const int32_t* ids, int64_t num_tokens, float* hidden, cudaStream_t stream) = 0;
 
-  // Norm, QKV projection, QK norm, rotation. Row i has position begin + i. q: bf16 [num_tokens, num_q_heads,
-  // head_dim], k and v: bf16 [num_tokens, num_kv_heads, head_dim]. stats: of the whole sequence, filled for
-  // the blocks of these tokens, of which the first is token `begin`, a multiple of 128 if anything is wanted.
+  // Norm, QKV projection, QK norm, rotation. Row i has position begin + i, or, where positions is not null
+  // (device memory, [num_tokens]), positions[i]. q: bf16 [num_tokens, num_q_heads, head_dim], k and v: bf16
+  // [num_tokens, num_kv_heads, head_dim]. stats: of the whole sequence, filled for the blocks of these
+  // tokens, of which the first is token `begin`, a multiple of 128 if anything is wanted.
   virtual absl::Status BeforeAttention(int32_t layer, const float* hidden, int64_t num_tokens, int64_t begin,
-                                       void* q, void* k, void* v, const kernels::CudaBlockStats& stats,
-                                       cudaStream_t stream) = 0;
+                                       const int32_t* positions, void* q, void* k, void* v,
+                                       const kernels::CudaBlockStats& stats, cudaStream_t stream) = 0;
 
   // Output projection, residual, norm, MLP, residual. attention: bf16 [num_tokens, num_q_heads, head_dim];
   // hidden is updated in place. *bad_row (8-byte aligned): the first row of hidden that is not finite, -1:
@@ -65,8 +67,9 @@ class CudaModel {
   virtual absl::Status AfterAttention(int32_t layer, const void* attention, int64_t num_tokens, float* hidden,
                                       int64_t* bad_row, cudaStream_t stream) = 0;
 
-  // Final norm and LM head of one row. logits: f32 [vocab_size].
-  virtual absl::Status Logits(const float* hidden_row, float* logits, cudaStream_t stream) = 0;
+  // Final norm and LM head of some rows of hidden, at most chunk_tokens(). logits: f32 [rows, vocab_size].
+  virtual absl::Status Logits(const float* hidden, absl::Span<const int64_t> rows, float* logits,
+                              cudaStream_t stream) = 0;
 };
 
 }  // namespace headwater

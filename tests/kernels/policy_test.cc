@@ -39,7 +39,7 @@ TEST(Policy, EmptyNameIsDense) {
   EXPECT_EQ(Make("", {})->name(), "dense");
   EXPECT_EQ(Make("dense", {})->name(), "dense");
   EXPECT_EQ(Make("a_shape", {})->name(), "a_shape");
-  EXPECT_EQ(PolicyNames(), (std::vector<std::string>{"dense", "a_shape"}));
+  EXPECT_EQ(PolicyNames(), (std::vector<std::string>{"dense", "a_shape", "probe"}));
 }
 
 TEST(Policy, DenseSelectsEverything) {
@@ -112,9 +112,14 @@ TEST(Policy, RefusesNamesAndValues) {
     std::string words;
   };
   const Row kRows[] = {
-      {"minference", {}, "policy \"minference\" is not one of dense, a_shape"},
+      {"minference", {}, "policy \"minference\" is not one of dense, a_shape, probe"},
       {"dense", {{"window_tokens", 1}}, "policy dense has no parameter \"window_tokens\""},
       {"", {{"x", 1}}, "policy dense has no parameter \"x\""},
+      {"probe", {{"threshold", 0}}, "threshold 0.000000 is not over 0 and at most 1"},
+      {"probe", {{"threshold", nan}}, "threshold nan is not over 0 and at most 1"},
+      {"probe", {{"density", 1.5}}, "density 1.500000 is not over 0 and at most 1"},
+      {"probe", {{"density", 0.1}, {"threshold", 0.1}}, "a threshold or a density, not both"},
+      {"probe", {{"alpha", 0.1}}, "policy probe has no parameter \"alpha\""},
       {"a_shape", {{"sinks", 1}}, "policy a_shape has no parameter \"sinks\""},
       {"a_shape", {{"window_tokens", 0}}, "window_tokens 0.000000 is not a whole number from 1 to 4194304"},
       {"a_shape", {{"window_tokens", 4194305}}, "window_tokens 4194305"},

@@ -60,8 +60,8 @@ class Forward {
                   cudaSuccess);
       }
       const absl::Status before = ForChunks([&](int64_t begin, int64_t count) {
-        return model_->BeforeAttention(layer, Hidden(begin), count, begin, Q(begin), K(begin), V(begin), {},
-                                       nullptr);
+        return model_->BeforeAttention(layer, Hidden(begin), count, begin, nullptr, Q(begin), K(begin),
+                                       V(begin), {}, nullptr);
       });
       ASSERT_TRUE(before.ok()) << before;
       Attend();
@@ -73,7 +73,7 @@ class Forward {
       result->v.push_back(kernels::ToFloat(v_.Host()));
       bad_rows.push_back(bad_row_.Host()[0]);
     }
-    ASSERT_TRUE(model_->Logits(Hidden(count_ - 1), logits_.data(), nullptr).ok());
+    ASSERT_TRUE(model_->Logits(hidden_.data(), {count_ - 1}, logits_.data(), nullptr).ok());
     result->logits = logits_.Host();
     EXPECT_TRUE(hidden_.Intact() && q_.Intact() && k_.Intact() && v_.Intact() && logits_.Intact());
   }

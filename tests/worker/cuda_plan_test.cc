@@ -1,7 +1,7 @@
 // The memory plan of a prompt on a GPU: pure arithmetic, no GPU.
-#include "gtest/gtest.h"
+#include "worker/cuda/cuda_plan.h"
 
-#include "worker/cuda/cuda_prefill.h"
+#include "gtest/gtest.h"
 
 namespace headwater {
 namespace {
@@ -27,6 +27,21 @@ TEST(CudaPrefillPlan, AMillionTokensOfAnEightBillionModelFitBesideItsWeights) {
   EXPECT_EQ(plan.num_kv, 2);
   EXPECT_GE(plan.total_bytes(), 32 * kGiB);
   EXPECT_LE(plan.total_bytes(), 33 * kGiB);
+}
+
+TEST(CudaPrefillPlan, ListsAreBounded) {
+  constexpr uint64_t kMiB = 1 << 20;
+  EXPECT_LE(PlanCudaPattern(Llama8b(), 1 << 20).total_bytes(), 160 * kMiB);
+  EXPECT_LE(PlanCudaPattern(Llama8b(), 1000).total_bytes(), kMiB);
+}
+
+TEST(CudaPrefillPlan, PackedPromptsHaveLogitsEachAndNoLists) {
+  const CudaPrefillPlan one = PlanCudaPrefill(Llama8b(), 8192, 8192),
+                        packed = PlanCudaPrefill(Llama8b(), 8192, 8192, 7);
+  EXPECT_EQ(packed.logits, 7 * one.logits);
+  EXPECT_EQ(packed.positions, uint64_t{8192 * 4});
+  EXPECT_EQ(packed.pattern.total_bytes(), 0);
+  EXPECT_GT(one.pattern.total_bytes(), 0);
 }
 
 TEST(CudaPrefillPlan, DoesNotDependOnTheNumberOfLayers) {

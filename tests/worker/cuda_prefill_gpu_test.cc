@@ -48,9 +48,6 @@ class CudaPrefillGpuTest : public ::testing::Test {
     auto device = CudaModel::Load({folder_.path(), 0, 3, 0, chunk_tokens});
     ASSERT_TRUE(device.ok()) << device.status();
     device_ = *std::move(device);
-    auto egress = CudaEgressMemory::Allocate();
-    ASSERT_TRUE(egress.ok()) << egress.status();
-    egress_ = *std::move(egress);
   }
 
   struct Outcome {
@@ -60,34 +57,75 @@ class CudaPrefillGpuTest : public ::testing::Test {
     KvDigest digest;
   };
 
+  // What is called after every layer.
+  using OnLayer = std::function<void(size_t prompt, JobControl*, MemorySink*)>;
+
+  // One pass of all prompts.
+  std::vector<std::unique_ptr<Outcome>> RunPass(const std::vector<std::vector<int32_t>>& prompts,
+                                                const GroupRun& run, const OnLayer& on_layer = nullptr) {
+    // Of a ring of its own: how long a stall may last is the test's.
+    auto egress = CudaEgressMemory::Allocate(run.stall_timeout);
+    EXPECT_TRUE(egress.ok()) << egress.status();
+    std::vector<PrefillJob> jobs;
+    for (const std::vector<int32_t>& tokens : prompts)
+      jobs.push_back(testing::MakeJob(*host_, tokens, run, 0));
+    std::vector<std::unique_ptr<Outcome>> outcomes;
+    std::vector<std::unique_ptr<MemorySink>> sinks;
+    std::vector<std::unique_ptr<JobControl>> controls;
+    std::vector<CudaPrefillPrompt> pass;
+    for (size_t i = 0; i < jobs.size(); ++i) {
+      outcomes.push_back(std::make_unique<Outcome>(*jobs[i].geometry));
+      sinks.push_back(std::make_unique<MemorySink>(&outcomes[i]->kv, run.sink));
+      controls.push_back(std::make_unique<JobControl>());
+      pass.push_back({&jobs[i], sinks[i].get(), controls[i].get(), [&, i](const PrefillProgress&) {
+                        if (on_layer) on_layer(i, controls[i].get(), sinks[i].get());
+                      }});
+    }
+    std::vector<absl::StatusOr<PrefillResult>> results =
+        RunCudaPrefill(pass, {device_.get(), egress->get(), nullptr});
+    EXPECT_EQ(results.size(), jobs.size());
+    for (size_t i = 0; i < jobs.size(); ++i) {
+      outcomes[i]->result = std::move(results[i]);
+      if (outcomes[i]->result.ok()) {
+        const absl::Status finished = sinks[i]->Finish();
+        if (!finished.ok()) outcomes[i]->result = finished;
+      }
+      outcomes[i]->digest = sinks[i]->Stats().digest;
+    }
+    sinks.clear();
+    return outcomes;
+  }
+
   std::unique_ptr<Outcome> Run(const std::vector<int32_t>& tokens, const GroupRun& run,
                                const std::function<void(JobControl*, MemorySink*)>& on_layer = nullptr) {
-    PrefillJob job = testing::MakeJob(*host_, tokens, run, 0);
-    auto outcome = std::make_unique<Outcome>(*job.geometry);
-    MemorySink sink(&outcome->kv, run.sink);
-    JobControl control;
-    CudaPrefillContext context;
-    context.model = device_.get();
-    context.sender = &sink;
-    context.control = &control;
-    context.egress = &egress_;
-    context.stall_timeout = run.stall_timeout;
-    context.progress = [&](const PrefillProgress&) {
-      if (on_layer) on_layer(&control, &sink);
-    };
-    outcome->result = RunCudaPrefill(job, context);
-    if (outcome->result.ok()) {
-      const absl::Status finished = sink.Finish();
-      if (!finished.ok()) outcome->result = finished;
+    return std::move(RunPass({tokens}, run, [&](size_t, JobControl* control, MemorySink* sink) {
+      if (on_layer) on_layer(control, sink);
+    })[0]);
+  }
+
+  // K, V and the logits of an outcome against the CPU's.
+  void ExpectEqualsTheCpu(const Outcome& got, const std::vector<int32_t>& tokens, const GroupRun& run,
+                          const std::string& name) {
+    ASSERT_TRUE(got.result.ok()) << name << ": " << got.result.status();
+    EXPECT_THAT(got.kv.times(), ::testing::Each(1)) << name;
+    GroupRun dense = run;
+    dense.policy = "dense";
+    dense.parameters.clear();
+    const auto wanted = testing::RunGroup(*host_, tokens, dense);
+    for (uint32_t layer = 0; layer < static_cast<uint32_t>(host_->config().num_layers); ++layer) {
+      for (const KvKind kind : {KvKind::kK, KvKind::kV}) {
+        EXPECT_LE(RelativeError(got.kv.Tensor(layer, kind), wanted->kv.Tensor(layer, kind)), kTolerance)
+            << name << ", layer " << layer;
+      }
     }
-    outcome->digest = sink.Stats().digest;
-    return outcome;
+    std::vector<float> logits(wanted->logits.size());
+    for (const TokenScore& score : got.result->top) logits[static_cast<size_t>(score.token)] = score.logit;
+    EXPECT_LE(RelativeError(logits, wanted->logits), kTolerance) << name;
   }
 
   testing::TempDir folder_;
   std::unique_ptr<Model> host_;
   std::unique_ptr<CudaModel> device_;
-  CudaEgressMemory egress_;
 };
 
 struct Case {
@@ -119,20 +157,89 @@ TEST_F(CudaPrefillGpuTest, EqualsTheCpu) {
 
     const auto got = Run(tokens, run);
 
-    ASSERT_TRUE(got->result.ok()) << c.name << ": " << got->result.status();
-    EXPECT_THAT(got->kv.times(), ::testing::Each(1)) << c.name;
-    if (c.tokens > 10'000) continue;  // that all blocks came once is what this one is for
-    const auto wanted = testing::RunGroup(*host_, tokens, run);
-    for (uint32_t layer = 0; layer < static_cast<uint32_t>(c.num_layers); ++layer) {
-      for (const KvKind kind : {KvKind::kK, KvKind::kV}) {
-        EXPECT_LE(RelativeError(got->kv.Tensor(layer, kind), wanted->kv.Tensor(layer, kind)), kTolerance)
-            << c.name << ", layer " << layer;
-      }
+    if (c.tokens > 10'000) {  // that all blocks came once is what this one is for
+      ASSERT_TRUE(got->result.ok()) << c.name << ": " << got->result.status();
+      EXPECT_THAT(got->kv.times(), ::testing::Each(1)) << c.name;
+    } else {
+      ExpectEqualsTheCpu(*got, tokens, run, c.name);
     }
-    std::vector<float> logits(wanted->logits.size());
-    for (const TokenScore& score : got->result->top) logits[static_cast<size_t>(score.token)] = score.logit;
-    EXPECT_LE(RelativeError(logits, wanted->logits), kTolerance) << c.name;
   }
+}
+
+TEST_F(CudaPrefillGpuTest, PackedPromptsEqualTheCpu) {
+  HW_REQUIRE_SM90();
+  Load({}, 256);
+  std::vector<std::vector<int32_t>> prompts;
+  for (const int count : {1, 300, 17, 128, 700, 64}) {
+    prompts.push_back(RandomTokens(count, 512));
+  }
+  GroupRun run;
+  run.block_tokens = 64;
+  const auto got = RunPass(prompts, run);
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    ExpectEqualsTheCpu(*got[i], prompts[i], run, absl::StrCat(prompts[i].size(), " tokens"));
+    const uint64_t count = prompts[i].size();
+    EXPECT_EQ(got[i]->result->progress.pairs_computed,
+              count * (count + 1) / 2 * static_cast<uint64_t>(host_->config().num_q_heads));
+  }
+}
+
+TEST_F(CudaPrefillGpuTest, APackedPromptThatIsCancelledOrFailsEndsAlone) {
+  HW_REQUIRE_SM90();
+  CheckpointShape shape;
+  shape.num_layers = 4;
+  Load(shape);
+  const std::vector<std::vector<int32_t>> prompts = {RandomTokens(400, 512), RandomTokens(500, 512),
+                                                     RandomTokens(600, 512)};
+  GroupRun run;
+  run.wire = v1::KV_DTYPE_BF16;
+  const auto got = RunPass(prompts, run, [](size_t i, JobControl* control, MemorySink* sink) {
+    if (i == 0) control->Cancel(absl::CancelledError("test"));
+    if (i == 2) sink->Cancel();  // as if its decode node were gone
+  });
+  EXPECT_EQ(got[0]->result.status().code(), absl::StatusCode::kCancelled) << got[0]->result.status();
+  EXPECT_TRUE(got[1]->result.ok()) << got[1]->result.status();
+  EXPECT_THAT(got[1]->kv.times(), ::testing::Each(1));
+  EXPECT_FALSE(got[2]->result.ok());
+}
+
+// Where every block is listed, attention is exact; and what was visited is reported.
+TEST_F(CudaPrefillGpuTest, ProbeAtFullDensityEqualsTheCpu) {
+  HW_REQUIRE_SM90();
+  for (const int head_dim : {64, 128}) {
+    CheckpointShape shape;
+    shape.head_dim = head_dim;
+    Load(shape, 256);
+    const std::vector<int32_t> tokens = RandomTokens(1500, 512);
+    GroupRun run;
+    run.policy = "probe";
+    run.parameters = {{"density", 1.0}};
+    const auto got = Run(tokens, run);
+    ExpectEqualsTheCpu(*got, tokens, run, absl::StrCat("head_dim ", head_dim));
+    if (!got->result.ok()) continue;
+    const PrefillProgress& done = got->result->progress;
+    EXPECT_EQ(done.pairs_computed, done.pairs_possible);
+    EXPECT_GT(done.pairs_possible, 0);
+  }
+}
+
+TEST_F(CudaPrefillGpuTest, ProbeVisitsTheDensityThatIsForced) {
+  HW_REQUIRE_SM90();
+  CheckpointShape shape;
+  shape.num_layers = 3;
+  Load(shape);
+  // Long enough that what is always listed is little, and for several searches a layer.
+  const std::vector<int32_t> tokens = RandomTokens(160'000, 512);
+  GroupRun run;
+  run.wire = v1::KV_DTYPE_BF16;
+  run.policy = "probe";
+  run.parameters = {{"density", 0.05}};
+  const auto got = Run(tokens, run);
+  ASSERT_TRUE(got->result.ok()) << got->result.status();
+  const PrefillProgress& done = got->result->progress;
+  EXPECT_NEAR(static_cast<double>(done.pairs_computed) / static_cast<double>(done.pairs_possible), 0.02,
+              0.002);
+  EXPECT_EQ(Run(tokens, run)->digest.Bytes(), got->digest.Bytes());
 }
 
 TEST_F(CudaPrefillGpuTest, EqualJobsGiveEqualBits) {

@@ -23,12 +23,12 @@ constexpr uint64_t kBytesPerPromptToken = 16;
 
 class Backend final : public PrefillBackend {
  public:
-  Backend(std::unique_ptr<CudaModel> model, CudaEgressMemory egress, uint64_t budget_bytes)
+  Backend(std::unique_ptr<CudaModel> model, std::unique_ptr<CudaEgressMemory> egress, uint64_t budget_bytes)
       : model_(std::move(model)), egress_(std::move(egress)), budget_bytes_(budget_bytes) {}
 
   const ModelConfig& config() const override { return model_->config(); }
   const std::string& fingerprint() const override { return model_->fingerprint(); }
-  std::vector<std::string> policies() const override { return {"dense"}; }
+  std::vector<std::string> policies() const override { return {"dense", "probe"}; }
 
   uint32_t max_world_size() const override { return 1; }
 
@@ -38,14 +38,14 @@ class Backend final : public PrefillBackend {
   }
 
   v1::MemoryModel memory_model() const override {
-    // The plan is linear but for what is rounded.
+    // The plan is linear but for what is rounded, and the lists, which reach their full size early.
     constexpr int64_t kMany = 1 << 20;
-    const uint64_t fixed = PlanOf(1).total_bytes(), many = PlanOf(kMany).total_bytes();
+    const uint64_t one = PlanOf(1).total_bytes(), many = PlanOf(kMany).total_bytes();
     v1::MemoryModel model;
     model.set_budget_bytes(budget_bytes_);
     model.set_weight_bytes(resident_bytes());
-    model.set_bytes_per_token((many - fixed) / (kMany - 1) + 1);
-    model.set_fixed_bytes(fixed + 8 * 256);
+    model.set_bytes_per_token((many - one) / (kMany - 1) + 1);
+    model.set_fixed_bytes(one + PlanCudaPattern(model_->config(), kMany).total_bytes() + 16 * 256);
     return model;
   }
 
@@ -62,15 +62,8 @@ class Backend final : public PrefillBackend {
   absl::Status Reserve(const PrefillJob& /*job*/) override { return absl::OkStatus(); }
 
   absl::StatusOr<PrefillResult> Run(const PrefillJob& job, const PrefillContext& context) override {
-    CudaPrefillContext cuda;
-    cuda.model = model_.get();
-    cuda.sender = context.sender;
-    cuda.control = context.control;
-    cuda.egress = &egress_;
-    cuda.metrics = context.metrics;
-    cuda.stall_timeout = context.stall_timeout;
-    cuda.progress = context.progress;
-    return RunCudaPrefill(job, cuda);
+    CudaPrefillPrompt prompt{&job, context.sender, context.control, context.progress};
+    return std::move(RunCudaPrefill({&prompt, 1}, {model_.get(), egress_.get(), context.metrics})[0]);
   }
 
  private:
@@ -82,7 +75,7 @@ class Backend final : public PrefillBackend {
   }
 
   const std::unique_ptr<CudaModel> model_;
-  const CudaEgressMemory egress_;
+  const std::unique_ptr<CudaEgressMemory> egress_;
   const uint64_t budget_bytes_;
 };
 
@@ -110,7 +103,8 @@ absl::StatusOr<std::unique_ptr<PrefillBackend>> CudaBackend::Load(const WorkerOp
   }
   model.budget_bytes = budget;
   model.num_threads = static_cast<int>(std::min<int64_t>(options.threads, kMostLoadThreads));
-  HW_ASSIGN_OR_RETURN(CudaEgressMemory egress, CudaEgressMemory::Allocate());
+  HW_ASSIGN_OR_RETURN(std::unique_ptr<CudaEgressMemory> egress,
+                      CudaEgressMemory::Allocate(options.kv_stall_timeout));
   absl::StatusOr<std::unique_ptr<CudaModel>> loaded = CudaModel::Load(model);
   if (!loaded.ok()) return FlagError("model", options.model, loaded.status());
   return std::make_unique<Backend>(*std::move(loaded), std::move(egress), budget);

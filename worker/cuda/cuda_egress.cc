@@ -15,6 +15,7 @@
 #include "kernels/cuda/layer_ops.h"
 #include "model/kernel_status.h"
 #include "worker/egress.h"
+#include "worker/job_control.h"
 #include "worker/layer_kv.h"
 
 namespace headwater {
@@ -23,24 +24,18 @@ namespace {
 using kernels::CudaTokenRun;
 
 // Copies that are under way while an earlier one is handed to the sender.
-constexpr size_t kCopiesAhead = 2;
+constexpr size_t kCopiesAhead = 4;
 // A cancelled job is seen after this long at most.
 constexpr absl::Duration kPoll = absl::Milliseconds(20);
-constexpr uint64_t kRunBytes = 32;  // a CudaTokenRun, aligned as the kernel wants it
-static_assert(sizeof(CudaTokenRun) <= kRunBytes);
-constexpr uint64_t kProblemsOffset = CudaEgressMemory::kSlots * kRunBytes;
+// What a slot's conversion is told and answers: a CudaTokenRun, then a word of problems.
+constexpr uint64_t kRunBytes = 32;
+constexpr uint64_t kProblemsOffset = 24;
+static_assert(sizeof(CudaTokenRun) <= kProblemsOffset);
 
 class Egress final : public CudaEgress {
  public:
-  Egress(const PrefillJob& job, KvSender* sender, JobControl* control, const CudaEgressMemory* memory,
-         absl::Duration stall_timeout)
-      : job_(job),
-        sender_(sender),
-        control_(control),
-        memory_(*memory),
-        wire_(WireType(job.geometry->layout().dtype())),
-        ring_(Slots(*memory), stall_timeout),
-        hook_(control, [this] { own_control_.Cancel(absl::CancelledError("the prefill is cancelled")); }) {}
+  Egress(std::vector<CudaEgressItem> items, CudaEgressMemory* memory)
+      : items_(std::move(items)), memory_(*memory), ended_(items_.size()) {}
 
   ~Egress() override {
     own_control_.Cancel(absl::CancelledError("the egress ends"));
@@ -58,20 +53,19 @@ class Egress final : public CudaEgress {
   }
 
   absl::Status Init() {
-    const uint64_t block_bytes = job_.geometry->layout().block_tokens() * job_.geometry->token_bytes();
-    if (block_bytes > CudaEgressMemory::kSlotBytes) {
-      return absl::UnimplementedError(absl::StrCat("a KV block of ", block_bytes, " bytes; at most ",
-                                                   CudaEgressMemory::kSlotBytes, " pass an egress buffer"));
+    for (const CudaEgressItem& item : items_) {
+      const uint64_t block_bytes = BlockBytes(item);
+      if (block_bytes > CudaEgressMemory::kSlotBytes) {
+        return absl::UnimplementedError(absl::StrCat("a KV block of ", block_bytes, " bytes; at most ",
+                                                     CudaEgressMemory::kSlotBytes, " pass an egress buffer"));
+      }
     }
-    piece_tokens_ = static_cast<int64_t>(CudaEgressMemory::kSlotBytes / block_bytes) *
-                    static_cast<int64_t>(job_.geometry->layout().block_tokens());
     HW_RETURN_IF_ERROR(FromCuda(cudaGetDevice(&device_), "cudaGetDevice"));
     HW_RETURN_IF_ERROR(FromCuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream"));
     for (cudaEvent_t& event : copied_events_) {
       HW_RETURN_IF_ERROR(FromCuda(
           cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventBlockingSync), "an event"));
     }
-    *problems() = 0;
     thread_ = std::thread([this] { Work(); });
     return absl::OkStatus();
   }
@@ -83,24 +77,24 @@ class Egress final : public CudaEgress {
     changed_.SignalAll();
   }
 
-  absl::Status WaitCopied(int32_t layer, absl::Duration* stalled) override {
+  absl::Status WaitCopied(int32_t layer, const Step& step, absl::Duration* stalled) override {
     const absl::Time start = clock_->Now();
-    const absl::MutexLock lock(&mutex_);
-    while (copied_layers_ <= layer && status_.ok()) {
-      HW_RETURN_IF_ERROR(control_->Step());
-      changed_.WaitWithTimeout(&mutex_, kPoll);
-    }
+    const absl::Status status =
+        WaitUntil(step, [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return copied_layers_ > layer; });
     *stalled += clock_->Now() - start;
-    return status_;
+    return status;
   }
 
-  absl::Status Finish() override {
+  absl::Status Finish(const Step& step) override {
+    return WaitUntil(step,
+                     [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return handed_layers_ >= sent_layers_; });
+  }
+
+  void Drop(size_t i) override { End(i, absl::CancelledError("dropped")); }
+
+  absl::Status item_status(size_t i) const override {
     const absl::MutexLock lock(&mutex_);
-    while (handed_layers_ < sent_layers_ && status_.ok()) {
-      HW_RETURN_IF_ERROR(control_->Step());
-      changed_.WaitWithTimeout(&mutex_, kPoll);
-    }
-    return status_;
+    return ended_[i];
   }
 
  private:
@@ -110,24 +104,39 @@ class Egress final : public CudaEgress {
     const void* v;
     cudaEvent_t ready;
   };
-  // Tokens [begin, end) of K or V in the slot of ring use `use`.
+  // Tokens [begin, end) of an item's K or V in the slot of ring use `use`.
   struct Piece {
+    size_t item;
     int32_t layer;
     KvKind kind;
     int64_t begin, end;
-    int32_t use;
+    int64_t use;
     char* slot;
-    bool last;  // of its layer
   };
 
-  static std::vector<char*> Slots(const CudaEgressMemory& memory) {
-    std::vector<char*> slots;
-    for (int i = 0; i < CudaEgressMemory::kSlots; ++i) slots.push_back(memory.slot(i));
-    return slots;
+  static uint64_t BlockBytes(const CudaEgressItem& item) {
+    return item.job->geometry->layout().block_tokens() * item.job->geometry->token_bytes();
   }
 
-  volatile uint32_t* problems() const {
-    return reinterpret_cast<volatile uint32_t*>(memory_.runs.data() + kProblemsOffset);
+  static size_t SlotOf(const Piece& piece) {
+    return static_cast<size_t>(piece.use) % CudaEgressMemory::kSlots;
+  }
+  char* RunOf(const Piece& piece) const { return memory_.runs.data() + SlotOf(piece) * kRunBytes; }
+
+  template <typename Done>
+  absl::Status WaitUntil(const Step& step, const Done& done) {
+    while (true) {
+      HW_RETURN_IF_ERROR(step());
+      const absl::MutexLock lock(&mutex_);
+      if (done() || !status_.ok()) return status_;
+      changed_.WaitWithTimeout(&mutex_, kPoll);
+    }
+  }
+
+  void End(size_t i, const absl::Status& why) {
+    const absl::MutexLock lock(&mutex_);
+    ended_[i].Update(why);
+    changed_.SignalAll();
   }
 
   void Work() {
@@ -153,98 +162,120 @@ class Egress final : public CudaEgress {
 
   absl::Status SendLayer(const Layer& layer) {
     HW_RETURN_IF_ERROR(FromCuda(cudaStreamWaitEvent(stream_, layer.ready, 0), "KV egress"));
-    const auto num_tokens = static_cast<int64_t>(job_.tokens.size());
     std::deque<Piece> under_way;
-    for (const KvKind kind : {KvKind::kK, KvKind::kV}) {
-      for (int64_t begin = 0; begin < num_tokens; begin += piece_tokens_) {
-        Piece piece{layer.layer, kind,    begin, std::min(num_tokens, begin + piece_tokens_),
-                    next_use_++, nullptr, false};
-        piece.last = kind == KvKind::kV && piece.end == num_tokens;
-        // What is under way must be handed on before its slots can come back.
-        while (under_way.size() > kCopiesAhead) HW_RETURN_IF_ERROR(HandOn(&under_way));
-        absl::Duration stalled;  // counted where compute waits
-        HW_RETURN_IF_ERROR(ring_.Acquire(piece.use, &own_control_, &piece.slot, &stalled));
-        HW_RETURN_IF_ERROR(Copy(piece, kind == KvKind::kK ? layer.k : layer.v));
-        under_way.push_back(piece);
-      }
+    for (size_t i = 0; i < items_.size(); ++i) {
+      for (const KvKind kind : {KvKind::kK, KvKind::kV})
+        HW_RETURN_IF_ERROR(SendTensor(layer, i, kind, &under_way));
+    }
+    // What is under way has left the device once its copies have ended.
+    for (const Piece& piece : under_way) {
+      HW_RETURN_IF_ERROR(FromCuda(cudaEventSynchronize(copied_events_[SlotOf(piece)]), "KV egress"));
+    }
+    {
+      const absl::MutexLock lock(&mutex_);
+      copied_layers_ = layer.layer + 1;
+      changed_.SignalAll();
     }
     while (!under_way.empty()) HW_RETURN_IF_ERROR(HandOn(&under_way));
     return absl::OkStatus();
   }
 
-  absl::Status Copy(const Piece& piece, const void* from) {
-    const auto& layout = job_.geometry->layout();
-    const int64_t count = piece.end - piece.begin;
-    const size_t slot = static_cast<size_t>(piece.use) % CudaEgressMemory::kSlots;
-    if (wire_ == kernels::DType::kBF16) {
-      const auto row = static_cast<int64_t>(job_.geometry->token_bytes());
-      HW_RETURN_IF_ERROR(
-          FromCuda(cudaMemcpyAsync(piece.slot, static_cast<const char*>(from) + piece.begin * row,
-                                   static_cast<size_t>(count * row), cudaMemcpyDeviceToHost, stream_),
-                   "KV egress"));
-    } else {
-      auto* const run = reinterpret_cast<CudaTokenRun*>(memory_.runs.data() + slot * kRunBytes);
-      *run = {piece.begin, count, 0};
-      kernels::CudaPackKvArgs pack;
-      pack.k = from;
-      pack.num_tokens = static_cast<int64_t>(job_.tokens.size());
-      pack.num_kv_heads = static_cast<int32_t>(layout.num_kv_heads());
-      pack.head_dim = static_cast<int32_t>(layout.head_dim());
-      pack.k_destination = piece.slot;
-      pack.destination_bytes = CudaEgressMemory::kSlotBytes;
-      pack.wire_dtype = wire_;
-      pack.runs = run;
-      pack.num_runs = 1;
-      pack.problems = const_cast<uint32_t*>(problems());
-      HW_RETURN_IF_ERROR(FromKernels(kernels::CudaPackKv(pack, stream_), "KV egress"));
-    }
-    return FromCuda(cudaEventRecord(copied_events_[slot], stream_), "KV egress");
-  }
-
-  // Gives the sender the blocks of the oldest piece, once it is there.
-  absl::Status HandOn(std::deque<Piece>* under_way) {
-    const Piece piece = under_way->front();
-    under_way->pop_front();
-    const size_t slot = static_cast<size_t>(piece.use) % CudaEgressMemory::kSlots;
-    HW_RETURN_IF_ERROR(FromCuda(cudaEventSynchronize(copied_events_[slot]), "KV egress"));
-    if (wire_ == kernels::DType::kF16 && *problems() != 0) {
-      return MakeError(
-          absl::StatusCode::kInternal, v1::ERROR_REASON_NON_FINITE,
-          absl::StrCat("layer ", piece.layer, ": a value of ", piece.kind == KvKind::kK ? "K" : "V",
-                       " is not finite in f16; ask for bf16 or f32"),
-          {{"layer", absl::StrCat(piece.layer)}});
-    }
-    if (piece.last) {
-      const absl::MutexLock lock(&mutex_);
-      copied_layers_ = piece.layer + 1;
-      changed_.SignalAll();
-    }
-    const auto block_tokens = static_cast<int64_t>(job_.geometry->layout().block_tokens());
-    const auto row = static_cast<int64_t>(job_.geometry->token_bytes());
-    for (int64_t begin = piece.begin; begin < piece.end; begin += block_tokens) {
-      const KvBlockId id{static_cast<uint32_t>(piece.layer), piece.kind, static_cast<uint64_t>(begin),
-                         static_cast<uint64_t>(std::min(piece.end, begin + block_tokens))};
-      HW_RETURN_IF_ERROR(sender_->Submit(id, piece.slot + (begin - piece.begin) * row, ring_.Use(piece.use)));
+  absl::Status SendTensor(const Layer& layer, size_t i, KvKind kind, std::deque<Piece>* under_way) {
+    const CudaEgressItem& item = items_[i];
+    const auto num_tokens = static_cast<int64_t>(item.job->tokens.size());
+    const auto piece_tokens = static_cast<int64_t>(CudaEgressMemory::kSlotBytes / BlockBytes(item) *
+                                                   item.job->geometry->layout().block_tokens());
+    for (int64_t begin = 0; begin < num_tokens && item_status(i).ok(); begin += piece_tokens) {
+      // What is under way must be handed on before its slots can come back.
+      while (under_way->size() > kCopiesAhead) HW_RETURN_IF_ERROR(HandOn(under_way));
+      Piece piece{
+          i,      layer.layer, kind, begin, std::min(num_tokens, begin + piece_tokens), memory_.next_use++,
+          nullptr};
+      absl::Duration stalled;  // counted where compute waits
+      HW_RETURN_IF_ERROR(memory_.ring->Acquire(piece.use, &own_control_, &piece.slot, &stalled));
+      HW_RETURN_IF_ERROR(Copy(piece, kind == KvKind::kK ? layer.k : layer.v));
+      under_way->push_back(piece);
     }
     return absl::OkStatus();
   }
 
-  const PrefillJob& job_;
-  KvSender* const sender_;
-  JobControl* const control_;
-  const CudaEgressMemory& memory_;
-  const kernels::DType wire_;
+  // `from`: the pass's K or V.
+  absl::Status Copy(const Piece& piece, const void* from) {
+    const CudaEgressItem& item = items_[piece.item];
+    const auto& layout = item.job->geometry->layout();
+    const kernels::DType wire = WireType(layout.dtype());
+    const int64_t count = piece.end - piece.begin,
+                  row = int64_t{layout.num_kv_heads()} * layout.head_dim() * 2;
+    const char* const first = static_cast<const char*>(from) + item.first_row * row;
+    if (wire == kernels::DType::kBF16) {
+      HW_RETURN_IF_ERROR(
+          FromCuda(cudaMemcpyAsync(piece.slot, first + piece.begin * row, static_cast<size_t>(count * row),
+                                   cudaMemcpyDeviceToHost, stream_),
+                   "KV egress"));
+    } else {
+      auto* const run = reinterpret_cast<CudaTokenRun*>(RunOf(piece));
+      *run = {piece.begin, count, 0};
+      *Problems(piece) = 0;
+      kernels::CudaPackKvArgs pack;
+      pack.k = first;
+      pack.num_tokens = static_cast<int64_t>(item.job->tokens.size());
+      pack.num_kv_heads = static_cast<int32_t>(layout.num_kv_heads());
+      pack.head_dim = static_cast<int32_t>(layout.head_dim());
+      pack.k_destination = piece.slot;
+      pack.destination_bytes = CudaEgressMemory::kSlotBytes;
+      pack.wire_dtype = wire;
+      pack.runs = run;
+      pack.num_runs = 1;
+      pack.problems = const_cast<uint32_t*>(Problems(piece));
+      HW_RETURN_IF_ERROR(FromKernels(kernels::CudaPackKv(pack, stream_), "KV egress"));
+    }
+    return FromCuda(cudaEventRecord(copied_events_[SlotOf(piece)], stream_), "KV egress");
+  }
+
+  volatile uint32_t* Problems(const Piece& piece) const {
+    return reinterpret_cast<volatile uint32_t*>(RunOf(piece) + kProblemsOffset);
+  }
+
+  // Gives the sender the blocks of the oldest piece, once it is there. An item's failure is its own.
+  absl::Status HandOn(std::deque<Piece>* under_way) {
+    const Piece piece = under_way->front();
+    under_way->pop_front();
+    HW_RETURN_IF_ERROR(FromCuda(cudaEventSynchronize(copied_events_[SlotOf(piece)]), "KV egress"));
+    const CudaEgressItem& item = items_[piece.item];
+    const KvGeometry& geometry = *item.job->geometry;
+    if (!item_status(piece.item).ok()) return absl::OkStatus();
+    if (WireType(geometry.layout().dtype()) == kernels::DType::kF16 && *Problems(piece) != 0) {
+      End(piece.item,
+          MakeError(absl::StatusCode::kInternal, v1::ERROR_REASON_NON_FINITE,
+                    absl::StrCat("layer ", piece.layer, ": a value of ", piece.kind == KvKind::kK ? "K" : "V",
+                                 " is not finite in f16; ask for bf16 or f32"),
+                    {{"layer", absl::StrCat(piece.layer)}}));
+      return absl::OkStatus();
+    }
+    const auto block_tokens = static_cast<int64_t>(geometry.layout().block_tokens());
+    const auto row = static_cast<int64_t>(geometry.token_bytes());
+    for (int64_t begin = piece.begin; begin < piece.end; begin += block_tokens) {
+      const KvBlockId id{static_cast<uint32_t>(piece.layer), piece.kind, static_cast<uint64_t>(begin),
+                         static_cast<uint64_t>(std::min(piece.end, begin + block_tokens))};
+      const absl::Status status =
+          item.sender->Submit(id, piece.slot + (begin - piece.begin) * row, memory_.ring->Use(piece.use));
+      if (!status.ok()) {
+        End(piece.item, status);
+        break;
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  const std::vector<CudaEgressItem> items_;
+  CudaEgressMemory& memory_;
   const Clock* const clock_ = Clock::Real();
-  EgressRing ring_;
   JobControl own_control_;  // of the thread: its waits are no heartbeats of the compute loop
-  const JobControl::CancelHook hook_;
   int device_ = 0;
-  int64_t piece_tokens_ = 0;
-  int32_t next_use_ = 0;
   cudaStream_t stream_ = nullptr;
   cudaEvent_t copied_events_[CudaEgressMemory::kSlots] = {};
   std::thread thread_;
-  absl::Mutex mutex_;
+  mutable absl::Mutex mutex_;
   absl::CondVar changed_;
   std::deque<Layer> waiting_ ABSL_GUARDED_BY(mutex_);
   int32_t sent_layers_ ABSL_GUARDED_BY(mutex_) = 0;
@@ -252,23 +283,24 @@ class Egress final : public CudaEgress {
   int32_t handed_layers_ ABSL_GUARDED_BY(mutex_) = 0;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status status_ ABSL_GUARDED_BY(mutex_);
+  std::vector<absl::Status> ended_ ABSL_GUARDED_BY(mutex_);  // of each item
 };
 
 }  // namespace
 
-absl::StatusOr<CudaEgressMemory> CudaEgressMemory::Allocate() {
-  CudaEgressMemory memory;
-  HW_ASSIGN_OR_RETURN(memory.slots, DeviceBuffer::AllocatePinned(kSlots * kSlotBytes, "KV egress"));
-  HW_ASSIGN_OR_RETURN(memory.runs,
-                      DeviceBuffer::AllocatePinned(kProblemsOffset + sizeof(uint32_t), "KV egress"));
+absl::StatusOr<std::unique_ptr<CudaEgressMemory>> CudaEgressMemory::Allocate(absl::Duration stall_timeout) {
+  auto memory = std::make_unique<CudaEgressMemory>();
+  HW_ASSIGN_OR_RETURN(memory->slots, DeviceBuffer::AllocatePinned(kSlots * kSlotBytes, "KV egress"));
+  HW_ASSIGN_OR_RETURN(memory->runs, DeviceBuffer::AllocatePinned(kSlots * kRunBytes, "KV egress"));
+  std::vector<char*> slots;
+  for (uint64_t i = 0; i < kSlots; ++i) slots.push_back(memory->slots.data() + i * kSlotBytes);
+  memory->ring = std::make_unique<EgressRing>(std::move(slots), stall_timeout);
   return memory;
 }
 
-absl::StatusOr<std::unique_ptr<CudaEgress>> CudaEgress::Start(const PrefillJob& job, KvSender* sender,
-                                                              JobControl* control,
-                                                              const CudaEgressMemory* memory,
-                                                              absl::Duration stall_timeout) {
-  auto egress = std::make_unique<Egress>(job, sender, control, memory, stall_timeout);
+absl::StatusOr<std::unique_ptr<CudaEgress>> CudaEgress::Start(std::vector<CudaEgressItem> items,
+                                                              CudaEgressMemory* memory) {
+  auto egress = std::make_unique<Egress>(std::move(items), memory);
   HW_RETURN_IF_ERROR(egress->Init());
   return std::unique_ptr<CudaEgress>(std::move(egress));
 }

@@ -5,7 +5,9 @@
 #define HW_WORKER_CUDA_CUDA_EGRESS_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <vector>
 
 #include <cuda_runtime_api.h>
 
@@ -15,32 +17,44 @@
 
 #include "kvtransfer/sender.h"
 #include "model/cuda/device_buffer.h"
-#include "worker/job_control.h"
+#include "worker/egress.h"
 #include "worker/prefill.h"
 
 namespace headwater {
 
-// Pinned memory of the ring, kept from job to job. Must outlive the senders that were given blocks of it.
+// The ring: pinned memory and who reads it, kept from pass to pass, so that a pass may start while the
+// senders of the last one still read. Must outlive the senders that were given blocks of it.
 struct CudaEgressMemory {
   static constexpr int kSlots = 16;
   static constexpr uint64_t kSlotBytes = 16 << 20;
 
-  // RESOURCE_EXHAUSTED: no pinned memory.
-  static absl::StatusOr<CudaEgressMemory> Allocate();
-  char* slot(int i) const { return slots.data() + static_cast<uint64_t>(i) * kSlotBytes; }
+  // RESOURCE_EXHAUSTED: no pinned memory. stall_timeout: EgressRing's.
+  static absl::StatusOr<std::unique_ptr<CudaEgressMemory>> Allocate(
+      absl::Duration stall_timeout = absl::Seconds(30));
 
   DeviceBuffer slots;
-  DeviceBuffer runs;  // kernels::CudaTokenRun of each slot, then one word of problems
+  DeviceBuffer runs;  // of each slot a kernels::CudaTokenRun and a word of problems
+  std::unique_ptr<EgressRing> ring;
+  int64_t next_use = 0;
 };
 
+// One prompt of a pass.
+struct CudaEgressItem {
+  const PrefillJob* job = nullptr;  // of one rank
+  KvSender* sender = nullptr;
+  int64_t first_row = 0;  // of its tokens in the pass's K and V
+};
+
+// Thread-compatible; one thread of its own copies and hands on.
 class CudaEgress {
  public:
-  // `job` must be the only rank's; everything must outlive this. UNIMPLEMENTED: a block of the cache is
-  // larger than a slot.
-  static absl::StatusOr<std::unique_ptr<CudaEgress>> Start(const PrefillJob& job, KvSender* sender,
-                                                           JobControl* control,
-                                                           const CudaEgressMemory* memory,
-                                                           absl::Duration stall_timeout);
+  // What the job control says, and its heartbeat; called while the loop waits, at least every 20 ms.
+  using Step = std::function<absl::Status()>;
+
+  // What the items point to and `memory`, which serves one at a time, must outlive this. UNIMPLEMENTED: a
+  // block of a cache is larger than a slot.
+  static absl::StatusOr<std::unique_ptr<CudaEgress>> Start(std::vector<CudaEgressItem> items,
+                                                           CudaEgressMemory* memory);
   // Ends at once; waits for copies under way.
   virtual ~CudaEgress() = default;
 
@@ -50,12 +64,17 @@ class CudaEgress {
   virtual void Send(int32_t layer, const void* k, const void* v, cudaEvent_t ready) = 0;
 
   // Waits until the layer's K and V have left the device; the time waited is added to *stalled. Errors:
-  // UNAVAILABLE, KV_STREAM_STALLED; the sender's; INTERNAL, NON_FINITE: a value that f16 cannot hold; the
-  // job's.
-  virtual absl::Status WaitCopied(int32_t layer, absl::Duration* stalled) = 0;
+  // UNAVAILABLE, KV_STREAM_STALLED; the step's; CUDA's. An item's own error is no error here.
+  virtual absl::Status WaitCopied(int32_t layer, const Step& step, absl::Duration* stalled) = 0;
 
-  // Waits until the sender has been given every block of the layers sent. Errors as WaitCopied().
-  virtual absl::Status Finish() = 0;
+  // Waits until the senders have been given every block of the layers sent. Errors as WaitCopied().
+  virtual absl::Status Finish(const Step& step) = 0;
+
+  // Nothing more of item i is copied or handed on.
+  virtual void Drop(size_t i) = 0;
+  // Why item i ended early: its sender's error; INTERNAL, NON_FINITE: a value that f16 cannot hold. Any
+  // thread.
+  virtual absl::Status item_status(size_t i) const = 0;
 };
 
 }  // namespace headwater

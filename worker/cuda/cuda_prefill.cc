@@ -2,33 +2,29 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <utility>
-#include <vector>
 
 #include "absl/strings/str_cat.h"
 
+#include "base/log.h"
 #include "base/rpc/grpc_status.h"
 #include "base/status_macros.h"
 #include "kernels/cuda/attention.h"
 #include "model/cuda/device_buffer.h"
 #include "model/kernel_status.h"
+#include "worker/cuda/cuda_pattern.h"
 #include "worker/cuda/gpu_pacer.h"
 
 namespace headwater {
 namespace {
 
-constexpr uint64_t kPartAlignment = 256;
 // Of one call of the attention kernel, about 18 ms of an H100 (its last tiles leave part of the device idle
 // for up to 1 ms); and it takes at least so many queries.
 constexpr double kFlopPerCall = 12e12;
 constexpr int64_t kLeastQueries = 1024;
-constexpr int kKvBuffers = 2;
-
-uint64_t Aligned(uint64_t bytes) { return (bytes + kPartAlignment - 1) / kPartAlignment * kPartAlignment; }
-
-uint64_t Bytes(int64_t rows, int64_t width, int64_t size) {
-  return static_cast<uint64_t>(rows) * static_cast<uint64_t>(width) * static_cast<uint64_t>(size);
-}
+// What is searched is taken to be so dense until a layer has told.
+constexpr double kFirstDensity = 0.25, kLeastDensity = 0.002;
 
 // Queries from `begin` on whose causal attention takes kFlopPerCall.
 int64_t QueriesOfCall(double flop_per_pair, int64_t begin) {
@@ -37,17 +33,22 @@ int64_t QueriesOfCall(double flop_per_pair, int64_t begin) {
   return std::max(kLeastQueries, static_cast<int64_t>(count) / 128 * 128);
 }
 
-int64_t Chunks(int64_t chunk_tokens, int64_t num_tokens) {
-  return (num_tokens + chunk_tokens - 1) / chunk_tokens;
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+const kernels::ProbeParameters* ProbeOf(const PrefillJob& job) {
+  const kernels::ProbeParameters* const probe = job.policy->probe();
+  const bool dense =
+      probe == nullptr ||
+      (probe->forced_density == 0 && static_cast<int64_t>(job.tokens.size()) < probe->dense_below_tokens);
+  return dense ? nullptr : probe;
 }
 
-kernels::CudaAttentionArgs AttentionShape(const ModelConfig& config) {
-  kernels::CudaAttentionArgs args;
-  args.num_q_heads = config.num_q_heads;
-  args.num_kv_heads = config.num_kv_heads;
-  args.head_dim = config.head_dim;
-  args.softmax_scale = static_cast<float>(1 / std::sqrt(static_cast<double>(config.head_dim)));
-  return args;
+absl::Status CheckJob(const PrefillJob& job) {
+  if (job.world_size() != 1) return absl::UnimplementedError("context parallelism between GPUs");
+  if (job.policy->name() != "dense" && job.policy->probe() == nullptr) {
+    return absl::UnimplementedError(absl::StrCat("policy '", job.policy->name(), "' on a GPU"));
+  }
+  return absl::OkStatus();
 }
 
 // Owns an event.
@@ -68,20 +69,33 @@ class Event {
   cudaEvent_t event_ = nullptr;
 };
 
-class CudaPrefillLoop {
+// A prompt on its way.
+struct Sequence {
+  const CudaPrefillPrompt* prompt;
+  int64_t first_row;
+  int64_t num_tokens;
+  absl::Status status;
+  PrefillResult result;
+};
+
+class CudaPass {
  public:
-  CudaPrefillLoop(const PrefillJob& job, const CudaPrefillContext& context)
-      : job_(job),
-        context_(context),
+  CudaPass(absl::Span<const CudaPrefillPrompt> prompts, const CudaPrefillContext& context)
+      : context_(context),
         model_(context.model),
         config_(model_->config()),
-        num_tokens_(static_cast<int64_t>(job.tokens.size())),
         q_width_(int64_t{config_.num_q_heads} * config_.head_dim),
         kv_width_(int64_t{config_.num_kv_heads} * config_.head_dim),
-        pacer_(context.control) {}
+        pacer_([this] { return Step(); }) {
+    for (const CudaPrefillPrompt& prompt : prompts) {
+      const auto count = static_cast<int64_t>(prompt.job->tokens.size());
+      sequences_.push_back({&prompt, num_tokens_, count, {}, {}});
+      num_tokens_ += count;
+    }
+  }
 
   // Nothing may be running on the device when its memory goes.
-  ~CudaPrefillLoop() {
+  ~CudaPass() {
     egress_.reset();
     if (stream_ != nullptr) {
       (void)cudaStreamSynchronize(stream_);
@@ -89,19 +103,18 @@ class CudaPrefillLoop {
     }
   }
 
-  absl::StatusOr<PrefillResult> Run() {
-    HW_RETURN_IF_ERROR(Prepare());
-    HW_RETURN_IF_ERROR(ForChunks(num_tokens_, [&](int64_t begin, int64_t count) {
-      return model_->Embed(ids_ + begin, count, Hidden(begin), stream_);
-    }));
-    for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
-      HW_RETURN_IF_ERROR(RunLayer(layer));
-      result_.progress.layers_done = static_cast<uint32_t>(layer) + 1;
-      if (context_.progress) context_.progress(result_.progress);
+  std::vector<absl::StatusOr<PrefillResult>> Run() {
+    const absl::Status pass = RunLayers();
+    std::vector<absl::StatusOr<PrefillResult>> results;
+    for (Sequence& sequence : sequences_) {
+      if (sequence.status.ok()) sequence.status = pass;
+      if (sequence.status.ok()) {
+        results.emplace_back(std::move(sequence.result));
+      } else {
+        results.emplace_back(sequence.status);
+      }
     }
-    HW_RETURN_IF_ERROR(ScoreLastToken());
-    HW_RETURN_IF_ERROR(egress_->Finish());
-    return std::move(result_);
+    return results;
   }
 
  private:
@@ -109,18 +122,63 @@ class CudaPrefillLoop {
   struct LayerEvents {
     Event begin, projected, attended, end;
   };
+  // A search of the layer under way.
+  struct Search {
+    int64_t begin, count;
+  };
+
+  absl::Status RunLayers() {
+    HW_RETURN_IF_ERROR(Prepare());
+    HW_RETURN_IF_ERROR(ForChunks(num_tokens_, [&](int64_t begin, int64_t count) {
+      return model_->Embed(ids_ + begin, count, Hidden(begin), stream_);
+    }));
+    for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
+      HW_RETURN_IF_ERROR(RunLayer(layer));
+      ++layers_done_;
+      for (Sequence& sequence : sequences_) {
+        sequence.result.progress.layers_done = static_cast<uint32_t>(layers_done_);
+        if (sequence.prompt->progress) sequence.prompt->progress(sequence.result.progress);
+      }
+    }
+    HW_RETURN_IF_ERROR(ScoreLastTokens());
+    HW_RETURN_IF_ERROR(egress_->Finish([this] { return Step(); }));
+    return Step();
+  }
+
+  // The heartbeat of all prompts. Drops those that have ended; the error of the last one to do so.
+  absl::Status Step() {
+    absl::Status last;
+    bool alive = false;
+    for (size_t i = 0; i < sequences_.size(); ++i) {
+      Sequence& sequence = sequences_[i];
+      if (sequence.status.ok()) {
+        sequence.status = sequence.prompt->control->Step();
+        if (egress_ != nullptr) {
+          if (sequence.status.ok()) sequence.status = egress_->item_status(i);
+          if (!sequence.status.ok()) egress_->Drop(i);
+        }
+      }
+      if (sequence.status.ok()) {
+        alive = true;
+      } else {
+        last = sequence.status;
+      }
+    }
+    return alive ? absl::OkStatus() : last;
+  }
+
+  bool packed() const { return sequences_.size() > 1; }
 
   absl::Status Prepare() {
-    if (job_.world_size() != 1) return absl::UnimplementedError("context parallelism between GPUs");
-    if (job_.policy->name() != "dense") {
-      return absl::UnimplementedError(absl::StrCat("policy '", job_.policy->name(), "' on a GPU"));
-    }
     HW_RETURN_IF_ERROR(FromCuda(cudaSetDevice(model_->device()), "cudaSetDevice"));
-    const CudaPrefillPlan plan = PlanCudaPrefill(config_, model_->chunk_tokens(), num_tokens_);
+    const CudaPrefillPlan plan = PlanCudaPrefill(config_, model_->chunk_tokens(), num_tokens_,
+                                                 static_cast<int64_t>(sequences_.size()));
     HW_ASSIGN_OR_RETURN(memory_, DeviceBuffer::Allocate(plan.total_bytes(), "the prompt"));
     char* at = memory_.data();
-    const auto take = [&](uint64_t bytes) { return std::exchange(at, at + Aligned(bytes)); };
+    const auto take = [&](uint64_t bytes) { return std::exchange(at, at + AlignedCudaPart(bytes)); };
     ids_ = reinterpret_cast<int32_t*>(take(plan.tokens));
+    positions_ = packed() ? reinterpret_cast<int32_t*>(take(plan.positions)) : nullptr;
+    cu_seqlens_ = packed() ? reinterpret_cast<int32_t*>(take(plan.cu_seqlens)) : nullptr;
     hidden_ = reinterpret_cast<float*>(take(plan.hidden));
     q_ = take(plan.q);
     for (char*& kv : kv_) kv = take(plan.kv);
@@ -128,7 +186,7 @@ class CudaPrefillLoop {
     bad_rows_ = reinterpret_cast<int64_t*>(take(plan.bad_rows));
     workspace_ = take(plan.workspace);
     workspace_bytes_ = plan.workspace;
-
+    chunks_ = CeilDiv(num_tokens_, model_->chunk_tokens());
     HW_RETURN_IF_ERROR(FromCuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream"));
     HW_RETURN_IF_ERROR(pacer_.Init(stream_));
     events_.resize(static_cast<size_t>(config_.num_layers));
@@ -137,15 +195,47 @@ class CudaPrefillLoop {
         HW_RETURN_IF_ERROR(event->Create(cudaEventDefault));
       }
     }
-    const int64_t chunks = Chunks(model_->chunk_tokens(), num_tokens_);
-    HW_ASSIGN_OR_RETURN(host_bad_rows_, DeviceBuffer::AllocatePinned(
-                                            Bytes(config_.num_layers, chunks, sizeof(int64_t)), "checks"));
-    HW_RETURN_IF_ERROR(
-        FromCuda(cudaMemcpyAsync(ids_, job_.tokens.data(), plan.tokens, cudaMemcpyHostToDevice, stream_),
-                 "token ids"));
-    HW_ASSIGN_OR_RETURN(egress_, CudaEgress::Start(job_, context_.sender, context_.control, context_.egress,
-                                                   context_.stall_timeout));
+    HW_ASSIGN_OR_RETURN(host_bad_rows_,
+                        DeviceBuffer::AllocatePinned(
+                            static_cast<uint64_t>(config_.num_layers * chunks_) * sizeof(int64_t), "checks"));
+    if (const kernels::ProbeParameters* probe = ProbeOf(*sequences_[0].prompt->job)) {
+      pattern_.emplace(config_, *probe, num_tokens_, at);
+      density_ = probe->forced_density > 0 ? probe->forced_density : kFirstDensity;
+      searches_.resize(static_cast<size_t>(config_.num_layers));
+      HW_ASSIGN_OR_RETURN(found_, DeviceBuffer::AllocatePinned(static_cast<uint64_t>(config_.num_layers) *
+                                                                   MaxSearches() * sizeof(CudaPatternCounts),
+                                                               "searches"));
+    }
+    HW_RETURN_IF_ERROR(Upload());
+    std::vector<CudaEgressItem> items;
+    for (const Sequence& sequence : sequences_) {
+      items.push_back({sequence.prompt->job, sequence.prompt->sender, sequence.first_row});
+    }
+    HW_ASSIGN_OR_RETURN(egress_, CudaEgress::Start(std::move(items), context_.egress));
     return absl::OkStatus();
+  }
+
+  // Ids, positions and where prompts begin. From pageable memory: CUDA has taken a copy when the call
+  // returns.
+  absl::Status Upload() {
+    std::vector<int32_t> ids, positions, begins = {0};
+    for (const Sequence& sequence : sequences_) {
+      const std::vector<int32_t>& tokens = sequence.prompt->job->tokens;
+      ids.insert(ids.end(), tokens.begin(), tokens.end());
+      begins.push_back(static_cast<int32_t>(sequence.first_row + sequence.num_tokens));
+      for (int32_t i = 0; packed() && i < sequence.num_tokens; ++i) positions.push_back(i);
+    }
+    const auto upload = [&](int32_t* to, const std::vector<int32_t>& from) {
+      return FromCuda(
+          cudaMemcpyAsync(to, from.data(), from.size() * sizeof(int32_t), cudaMemcpyHostToDevice, stream_),
+          "token ids");
+    };
+    HW_RETURN_IF_ERROR(upload(ids_, ids));
+    if (packed()) {
+      HW_RETURN_IF_ERROR(upload(positions_, positions));
+      HW_RETURN_IF_ERROR(upload(cu_seqlens_, begins));
+    }
+    return FromCuda(cudaStreamSynchronize(stream_), "token ids");
   }
 
   // Calls work(begin, count) for rows [0, num_rows), a model chunk at a time, at the device's pace.
@@ -165,25 +255,30 @@ class CudaPrefillLoop {
 
   absl::Status RunLayer(int32_t layer) {
     absl::Duration stalled;
-    if (layer >= kKvBuffers) HW_RETURN_IF_ERROR(egress_->WaitCopied(layer - kKvBuffers, &stalled));
+    if (layer >= kCudaKvBuffers) {
+      HW_RETURN_IF_ERROR(egress_->WaitCopied(
+          layer - kCudaKvBuffers, [this] { return Step(); }, &stalled));
+    }
     HW_RETURN_IF_ERROR(CheckFinishedLayers());
-    result_.egress_stall += stalled;
+    for (Sequence& sequence : sequences_) sequence.result.egress_stall += stalled;
     LayerEvents& events = events_[static_cast<size_t>(layer)];
-    char* const k = kv_[layer % kKvBuffers];
-    char* const v = k + Bytes(num_tokens_, kv_width_, 2);
+    char* const k = kv_[layer % kCudaKvBuffers];
+    char* const v = k + num_tokens_ * kv_width_ * 2;
     HW_RETURN_IF_ERROR(Record(events.begin));
+    const kernels::CudaBlockStats stats = pattern_ ? pattern_->stats() : kernels::CudaBlockStats{};
     HW_RETURN_IF_ERROR(ForChunks(
         num_tokens_,
         [&](int64_t begin, int64_t count) {
-          return model_->BeforeAttention(layer, Hidden(begin), count, begin, Q(begin),
-                                         k + begin * kv_width_ * 2, v + begin * kv_width_ * 2, {}, stream_);
+          return model_->BeforeAttention(
+              layer, Hidden(begin), count, begin, packed() ? positions_ + begin : nullptr, Q(begin),
+              k + begin * kv_width_ * 2, v + begin * kv_width_ * 2, stats, stream_);
         },
         2.0 * config_.hidden_size * static_cast<double>(q_width_ + 2 * kv_width_)));
     HW_RETURN_IF_ERROR(Record(events.projected));
     egress_->Send(layer, k, v, events.projected.get());
 
     const int64_t first = FirstRow(layer);
-    HW_RETURN_IF_ERROR(Attend(k, v, first));
+    HW_RETURN_IF_ERROR(packed() ? AttendPacked(k, v) : Attend(layer, k, v, first));
     HW_RETURN_IF_ERROR(Record(events.attended));
     HW_RETURN_IF_ERROR(FinishRows(layer, first));
     HW_RETURN_IF_ERROR(Record(events.end));
@@ -193,35 +288,76 @@ class CudaPrefillLoop {
   }
 
   // Of those whose attention is computed: in the last layer only the last token's result is used.
-  int64_t FirstRow(int32_t layer) const { return layer + 1 == config_.num_layers ? num_tokens_ - 1 : 0; }
+  int64_t FirstRow(int32_t layer) const {
+    return layer + 1 == config_.num_layers && !packed() ? num_tokens_ - 1 : 0;
+  }
+
+  kernels::CudaAttentionArgs AttentionArgs(const char* k, const char* v, int64_t begin, int64_t count) const {
+    kernels::CudaAttentionArgs args;
+    args.num_q_heads = config_.num_q_heads;
+    args.num_kv_heads = config_.num_kv_heads;
+    args.head_dim = config_.head_dim;
+    args.softmax_scale = static_cast<float>(1 / std::sqrt(static_cast<double>(config_.head_dim)));
+    args.q = args.out = Q(begin);
+    args.k = k;
+    args.v = v;
+    args.total_q = count;
+    args.total_k = begin + count;
+    return args;
+  }
+
+  absl::Status Launch(const kernels::CudaAttentionArgs& args) {
+    return FromKernels(kernels::CudaAttention(args, workspace_, workspace_bytes_, stream_), "attention");
+  }
 
   // Queries from `first` on, some at a time; each call's output takes the place of its queries.
-  absl::Status Attend(const char* k, const char* v, int64_t first) {
-    const double flop_per_pair = 4.0 * static_cast<double>(q_width_);
+  absl::Status Attend(int32_t layer, const char* k, const char* v, int64_t first) {
+    const bool searched = pattern_.has_value() && first == 0;
+    if (searched) HW_RETURN_IF_ERROR(pattern_->StartLayer(stream_));
+    const double flop_per_pair = 4.0 * static_cast<double>(q_width_) * (searched ? density_ : 1);
+    PrefillProgress& progress = sequences_[0].result.progress;
     for (int64_t begin = first; begin < num_tokens_;) {
-      const int64_t count = std::min(num_tokens_ - begin, QueriesOfCall(flop_per_pair, begin));
-      kernels::CudaAttentionArgs args = AttentionShape(config_);
-      args.q = args.out = Q(begin);
-      args.k = k;
-      args.v = v;
-      args.total_q = count;
-      args.total_k = begin + count;
-      HW_RETURN_IF_ERROR(
-          FromKernels(kernels::CudaAttention(args, workspace_, workspace_bytes_, stream_), "attention"));
+      int64_t count = std::min(num_tokens_ - begin, QueriesOfCall(flop_per_pair, begin));
+      if (searched) count = std::min(count, CudaPatternPlan::kMaxQueries);
+      kernels::CudaAttentionArgs args = AttentionArgs(k, v, begin, count);
+      if (searched) {
+        std::vector<Search>& searches = searches_[static_cast<size_t>(layer)];
+        HW_RETURN_IF_ERROR(pattern_->Select(begin, &args, &Found(layer, searches.size()), stream_));
+        searches.push_back({begin, count});
+      }
+      HW_RETURN_IF_ERROR(Launch(args));
       const double pairs =
           static_cast<double>(count) * (static_cast<double>(begin) + static_cast<double>(count) / 2);
-      result_.progress.pairs_computed +=
-          static_cast<uint64_t>(pairs) * static_cast<uint64_t>(config_.num_q_heads);
+      if (!searched) {
+        const uint64_t all = static_cast<uint64_t>(pairs) * static_cast<uint64_t>(config_.num_q_heads);
+        progress.pairs_computed += all;
+        progress.pairs_possible += all;
+      }
       begin += count;
       HW_RETURN_IF_ERROR(pacer_.Enqueued(flop_per_pair * pairs));
     }
-    result_.progress.pairs_possible = result_.progress.pairs_computed;
     return absl::OkStatus();
   }
 
+  // All prompts at once.
+  absl::Status AttendPacked(const char* k, const char* v) {
+    kernels::CudaAttentionArgs args = AttentionArgs(k, v, 0, num_tokens_);
+    args.num_sequences = static_cast<int32_t>(sequences_.size());
+    args.cu_seqlens_q = args.cu_seqlens_k = cu_seqlens_;
+    HW_RETURN_IF_ERROR(Launch(args));
+    double flop = 0;
+    for (Sequence& sequence : sequences_) {
+      const auto count = static_cast<uint64_t>(sequence.num_tokens);
+      const uint64_t pairs = count * (count + 1) / 2 * static_cast<uint64_t>(config_.num_q_heads);
+      sequence.result.progress.pairs_computed += pairs;
+      sequence.result.progress.pairs_possible += pairs;
+      flop += 4.0 * config_.head_dim * static_cast<double>(pairs);
+    }
+    return pacer_.Enqueued(flop);
+  }
+
   absl::Status FinishRows(int32_t layer, int64_t first) {
-    const int64_t chunks = Chunks(model_->chunk_tokens(), num_tokens_);
-    int64_t* const bad = bad_rows_ + layer % kKvBuffers * chunks;
+    int64_t* const bad = bad_rows_ + layer % kCudaKvBuffers * chunks_;
     const double flop_per_row =
         2.0 * config_.hidden_size * (static_cast<double>(q_width_) + 3.0 * config_.intermediate_size);
     HW_RETURN_IF_ERROR(ForChunks(
@@ -231,37 +367,70 @@ class CudaPrefillLoop {
                                         bad + begin / model_->chunk_tokens(), stream_);
         },
         flop_per_row));
-    const int64_t used = Chunks(model_->chunk_tokens(), num_tokens_ - first);
-    std::fill_n(HostBadRows(layer), chunks, -1);
-    return FromCuda(cudaMemcpyAsync(HostBadRows(layer), bad, Bytes(used, 1, sizeof(int64_t)),
+    const int64_t used = CeilDiv(num_tokens_ - first, model_->chunk_tokens());
+    std::fill_n(HostBadRows(layer), chunks_, -1);
+    return FromCuda(cudaMemcpyAsync(HostBadRows(layer), bad, static_cast<size_t>(used) * sizeof(int64_t),
                                     cudaMemcpyDeviceToHost, stream_),
                     "checks");
   }
 
   int64_t* HostBadRows(int32_t layer) const {
-    return reinterpret_cast<int64_t*>(host_bad_rows_.data()) +
-           layer * Chunks(model_->chunk_tokens(), num_tokens_);
+    return reinterpret_cast<int64_t*>(host_bad_rows_.data()) + layer * chunks_;
   }
 
-  // Layers that have run since the last look: their values must be finite. Their times are taken, too.
+  // Of one layer.
+  uint64_t MaxSearches() const { return static_cast<uint64_t>(CeilDiv(num_tokens_, kLeastQueries)); }
+  CudaPatternCounts& Found(int32_t layer, size_t search) const {
+    return reinterpret_cast<CudaPatternCounts*>(
+        found_.data())[static_cast<uint64_t>(layer) * MaxSearches() + search];
+  }
+
+  // Layers that have run since the last look: their values must be finite. Their times and densities are
+  // taken, too.
   absl::Status CheckFinishedLayers() {
-    for (; checked_ < config_.num_layers; ++checked_) {
+    for (; checked_ < layers_done_; ++checked_) {
       const LayerEvents& events = events_[static_cast<size_t>(checked_)];
-      if (static_cast<uint32_t>(checked_) >= result_.progress.layers_done) break;
       const cudaError_t state = cudaEventQuery(events.end.get());
       if (state == cudaErrorNotReady) break;
       HW_RETURN_IF_ERROR(FromCuda(state, absl::StrCat("layer ", checked_)));
       const int64_t chunk = model_->chunk_tokens(), first = FirstRow(checked_);
-      for (int64_t i = 0; i < Chunks(chunk, num_tokens_); ++i) {
+      for (int64_t i = 0; i < chunks_; ++i) {
         if (HostBadRows(checked_)[i] < 0) continue;
         return MakeError(absl::StatusCode::kInternal, v1::ERROR_REASON_NON_FINITE,
                          absl::StrCat("layer ", checked_, ": non-finite hidden state in row ",
-                                      first + i * chunk + HostBadRows(checked_)[i]),
+                                      first + i * chunk + HostBadRows(checked_)[i], " of the pass"),
                          {{"layer", absl::StrCat(checked_)}});
       }
       HW_RETURN_IF_ERROR(AddTimes(events));
+      if (pattern_) CountSearches(checked_);
     }
     return absl::OkStatus();
+  }
+
+  void CountSearches(int32_t layer) {
+    constexpr uint64_t kPairs = uint64_t{128} * kernels::kStatsBlockTokens;
+    uint64_t computed = 0, possible = 0;
+    const std::vector<Search>& searches = searches_[static_cast<size_t>(layer)];
+    for (size_t i = 0; i < searches.size(); ++i) {
+      const CudaPatternCounts& found = Found(layer, i);
+      const CudaPattern::Blocks blocks = pattern_->CountBlocks(searches[i].begin, searches[i].count, found);
+      computed += blocks.computed;
+      possible += blocks.possible;
+      if (found.overflows > 0 && context_.metrics != nullptr) {
+        context_.metrics->search_overflows.Increment(found.overflows);
+      }
+      if (found.overflows > 0 && !std::exchange(overflow_logged_, true)) {
+        HW_LOG(WARNING).Field("request_id", sequences_[0].prompt->job->request_id)
+            << "layer " << layer << ": the lists of " << found.overflows
+            << " query tiles found no room among " << CudaPatternPlan::kMaxEntries
+            << " entries; these tiles are computed densely";
+      }
+    }
+    if (possible == 0) return;
+    PrefillProgress& progress = sequences_[0].result.progress;
+    progress.pairs_computed += computed * kPairs;
+    progress.pairs_possible += possible * kPairs;
+    density_ = std::max(kLeastDensity, static_cast<double>(computed) / static_cast<double>(possible));
   }
 
   absl::Status AddTimes(const LayerEvents& events) {
@@ -272,8 +441,10 @@ class CudaPrefillLoop {
         FromCuda(cudaEventElapsedTime(&attention, events.projected.get(), events.attended.get()), "times"));
     HW_RETURN_IF_ERROR(
         FromCuda(cudaEventElapsedTime(&after, events.attended.get(), events.end.get()), "times"));
-    result_.linear += absl::Milliseconds(before + after);
-    result_.attention += absl::Milliseconds(attention);
+    for (Sequence& sequence : sequences_) {
+      sequence.result.linear += absl::Milliseconds(before + after);
+      sequence.result.attention += absl::Milliseconds(attention);
+    }
     if (context_.metrics != nullptr) {
       context_.metrics->layer_linear.Observe((before + after) / 1e3);
       context_.metrics->layer_attention.Observe(attention / 1e3);
@@ -281,37 +452,46 @@ class CudaPrefillLoop {
     return absl::OkStatus();
   }
 
-  absl::Status ScoreLastToken() {
-    HW_RETURN_IF_ERROR(model_->Logits(Hidden(num_tokens_ - 1), logits_, stream_));
-    std::vector<float> logits(static_cast<size_t>(config_.vocab_size));
+  absl::Status ScoreLastTokens() {
+    std::vector<int64_t> rows;
+    for (const Sequence& sequence : sequences_) rows.push_back(sequence.first_row + sequence.num_tokens - 1);
+    HW_RETURN_IF_ERROR(model_->Logits(hidden_, rows, logits_, stream_));
     HW_RETURN_IF_ERROR(pacer_.Drain());
     HW_RETURN_IF_ERROR(CheckFinishedLayers());
-    HW_RETURN_IF_ERROR(FromCuda(
-        cudaMemcpy(logits.data(), logits_, logits.size() * sizeof(float), cudaMemcpyDeviceToHost), "logits"));
-    if (!std::all_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); })) {
-      return MakeError(absl::StatusCode::kInternal, v1::ERROR_REASON_NON_FINITE, "non-finite logits",
-                       {{"layer", absl::StrCat(config_.num_layers)}});
+    std::vector<float> logits(static_cast<size_t>(config_.vocab_size));
+    for (size_t i = 0; i < sequences_.size(); ++i) {
+      HW_RETURN_IF_ERROR(FromCuda(cudaMemcpy(logits.data(), logits_ + i * logits.size(),
+                                             logits.size() * sizeof(float), cudaMemcpyDeviceToHost),
+                                  "logits"));
+      if (!std::all_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); })) {
+        return MakeError(absl::StatusCode::kInternal, v1::ERROR_REASON_NON_FINITE, "non-finite logits",
+                         {{"layer", absl::StrCat(config_.num_layers)}});
+      }
+      sequences_[i].result.top = TopTokens(logits, std::max(1, sequences_[i].prompt->job->top_logprobs));
     }
-    result_.top = TopTokens(logits, std::max(1, job_.top_logprobs));
     return absl::OkStatus();
   }
 
   float* Hidden(int64_t row) const { return hidden_ + row * config_.hidden_size; }
   char* Q(int64_t row) const { return q_ + row * q_width_ * 2; }
 
-  const PrefillJob& job_;
   const CudaPrefillContext& context_;
   CudaModel* const model_;
   const ModelConfig& config_;
-  const int64_t num_tokens_;
   const int64_t q_width_;
   const int64_t kv_width_;
+  std::vector<Sequence> sequences_;
+  int64_t num_tokens_ = 0;
+  int64_t chunks_ = 0;
   DeviceBuffer memory_;
   DeviceBuffer host_bad_rows_;
+  DeviceBuffer found_;
   int32_t* ids_ = nullptr;
+  int32_t* positions_ = nullptr;
+  int32_t* cu_seqlens_ = nullptr;
   float* hidden_ = nullptr;
   char* q_ = nullptr;
-  char* kv_[kKvBuffers] = {};
+  char* kv_[kCudaKvBuffers] = {};
   float* logits_ = nullptr;
   int64_t* bad_rows_ = nullptr;
   char* workspace_ = nullptr;
@@ -319,35 +499,38 @@ class CudaPrefillLoop {
   cudaStream_t stream_ = nullptr;
   GpuPacer pacer_;
   std::vector<LayerEvents> events_;
+  std::optional<CudaPattern> pattern_;
+  std::vector<std::vector<Search>> searches_;  // of each layer
+  double density_ = 1;                         // of the last layer that has run
+  bool overflow_logged_ = false;
+  int32_t layers_done_ = 0;
   int32_t checked_ = 0;
   std::unique_ptr<CudaEgress> egress_;
-  PrefillResult result_;
 };
+
+absl::Status CheckPass(absl::Span<const CudaPrefillPrompt> prompts) {
+  if (prompts.empty()) return absl::OkStatus();
+  for (const CudaPrefillPrompt& prompt : prompts) {
+    HW_RETURN_IF_ERROR(CheckJob(*prompt.job));
+    if (prompts.size() > 1 && !MayPackCuda(*prompt.job)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("request ", prompt.job->request_id, " cannot share a pass: policy '",
+                       prompt.job->policy->name(), "', ", prompt.job->tokens.size(), " tokens"));
+    }
+  }
+  return absl::OkStatus();
+}
 
 }  // namespace
 
-uint64_t CudaPrefillPlan::total_bytes() const {
-  return Aligned(tokens) + Aligned(hidden) + Aligned(q) + static_cast<uint64_t>(num_kv) * Aligned(kv) +
-         Aligned(logits) + Aligned(bad_rows) + Aligned(workspace);
-}
+bool MayPackCuda(const PrefillJob& job) { return CheckJob(job).ok() && ProbeOf(job) == nullptr; }
 
-CudaPrefillPlan PlanCudaPrefill(const ModelConfig& config, int64_t chunk_tokens, int64_t num_tokens) {
-  const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
-  const int64_t kv_width = int64_t{config.num_kv_heads} * config.head_dim;
-  CudaPrefillPlan plan;
-  plan.tokens = Bytes(num_tokens, 1, sizeof(int32_t));
-  plan.hidden = Bytes(num_tokens, config.hidden_size, sizeof(float));
-  plan.q = Bytes(num_tokens, q_width, 2);
-  plan.kv = Bytes(num_tokens, 2 * kv_width, 2);
-  plan.num_kv = kKvBuffers;
-  plan.logits = Bytes(config.vocab_size, 1, sizeof(float));
-  plan.bad_rows = Bytes(kKvBuffers, Chunks(chunk_tokens, num_tokens), sizeof(int64_t));
-  plan.workspace = 4096;  // dense attention's: a few bytes
-  return plan;
-}
-
-absl::StatusOr<PrefillResult> RunCudaPrefill(const PrefillJob& job, const CudaPrefillContext& context) {
-  return CudaPrefillLoop(job, context).Run();
+std::vector<absl::StatusOr<PrefillResult>> RunCudaPrefill(absl::Span<const CudaPrefillPrompt> prompts,
+                                                          const CudaPrefillContext& context) {
+  const absl::Status status = CheckPass(prompts);
+  if (!status.ok()) return std::vector<absl::StatusOr<PrefillResult>>(prompts.size(), status);
+  if (prompts.empty()) return {};
+  return CudaPass(prompts, context).Run();
 }
 
 }  // namespace headwater

@@ -2,19 +2,22 @@
 #ifndef HW_WORKER_CUDA_GPU_PACER_H_
 #define HW_WORKER_CUDA_GPU_PACER_H_
 
+#include <functional>
+#include <utility>
+
 #include <cuda_runtime_api.h>
 
 #include "absl/status/status.h"
 
 #include "base/status_macros.h"
 #include "model/cuda/device_buffer.h"
-#include "worker/job_control.h"
 
 namespace headwater {
 
 class GpuPacer {
  public:
-  explicit GpuPacer(JobControl* control) : control_(control) {}
+  // step: the loop's heartbeat; an error ends it.
+  explicit GpuPacer(std::function<absl::Status()> step) : step_(std::move(step)) {}
   ~GpuPacer() {
     for (const cudaEvent_t event : events_) {
       if (event != nullptr) (void)cudaEventDestroy(event);
@@ -36,7 +39,7 @@ class GpuPacer {
   // `flop` more have been enqueued. Waits until no more than kMarks marks of kFlopPerMark are ahead of the
   // device. The job's error, or the device's.
   absl::Status Enqueued(double flop) {
-    HW_RETURN_IF_ERROR(control_->Step());
+    HW_RETURN_IF_ERROR(step_());
     flop_ += flop;
     if (flop_ < kFlopPerMark) return absl::OkStatus();
     flop_ = 0;
@@ -44,7 +47,7 @@ class GpuPacer {
     // Set kMarks marks ago, or never.
     HW_RETURN_IF_ERROR(FromCuda(cudaEventSynchronize(event), "the device"));
     HW_RETURN_IF_ERROR(FromCuda(cudaEventRecord(event, stream_), "an event"));
-    return control_->Step();
+    return step_();
   }
 
   // Waits until all that is enqueued has run.
@@ -54,7 +57,7 @@ class GpuPacer {
   static constexpr unsigned kMarks = 2;
   static constexpr double kFlopPerMark = 5e12;  // about 8 ms of an H100
 
-  JobControl* const control_;
+  const std::function<absl::Status()> step_;
   cudaStream_t stream_ = nullptr;
   cudaEvent_t events_[kMarks] = {};
   unsigned marks_ = 0;

@@ -1,0 +1,81 @@
+#include "worker/cuda/cuda_plan.h"
+
+#include <algorithm>
+
+#include "kernels/cuda/block_stats.h"
+
+namespace headwater {
+namespace {
+
+constexpr uint64_t kPartAlignment = 256;
+constexpr int64_t kTileRows = 128;
+
+uint64_t Bytes(int64_t rows, int64_t width, int64_t size) {
+  return static_cast<uint64_t>(rows) * static_cast<uint64_t>(width) * static_cast<uint64_t>(size);
+}
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+uint64_t AlignedCudaPart(uint64_t bytes) {
+  return (bytes + kPartAlignment - 1) / kPartAlignment * kPartAlignment;
+}
+
+uint64_t CudaPatternPlan::total_bytes() const {
+  uint64_t total = 0;
+  for (const uint64_t part : {k_mean, k_table, search, counts, offsets, blocks, counters}) {
+    total += AlignedCudaPart(part);
+  }
+  return total;
+}
+
+uint64_t CudaPrefillPlan::total_bytes() const {
+  uint64_t total = static_cast<uint64_t>(num_kv) * AlignedCudaPart(kv) + pattern.total_bytes();
+  for (const uint64_t part : {tokens, positions, cu_seqlens, hidden, q, logits, bad_rows, workspace}) {
+    total += AlignedCudaPart(part);
+  }
+  return total;
+}
+
+CudaPatternPlan PlanCudaPattern(const ModelConfig& config, int64_t num_tokens) {
+  const int64_t kv_heads = config.num_kv_heads, pack = config.num_q_heads / kv_heads;
+  int64_t probes_per_tile = 1;  // a tile's probes fill a power of two
+  while (probes_per_tile < pack) probes_per_tile *= 2;
+  const int64_t blocks = kernels::CudaStatsBlocks(num_tokens);
+  const int64_t tiles =
+      CeilDiv(std::min(num_tokens, CudaPatternPlan::kMaxQueries), kTileRows / pack) * kv_heads;
+  CudaPatternPlan plan;
+  plan.k_mean = Bytes(blocks, kv_heads * config.head_dim, sizeof(float));
+  plan.k_table = Bytes(kernels::CudaMeanTableRows(num_tokens), kv_heads * config.head_dim, 2);
+  plan.search = Bytes(tiles * probes_per_tile, config.head_dim, 2);
+  plan.counts = Bytes(tiles, 1, sizeof(int32_t));
+  plan.offsets = Bytes(tiles, 1, sizeof(int64_t));
+  plan.blocks = Bytes(std::min(CudaPatternPlan::kMaxEntries, tiles * blocks), 1, sizeof(int32_t));
+  plan.counters = 16;
+  return plan;
+}
+
+CudaPrefillPlan PlanCudaPrefill(const ModelConfig& config, int64_t chunk_tokens, int64_t num_tokens,
+                                int64_t num_prompts) {
+  const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
+  const int64_t kv_width = int64_t{config.num_kv_heads} * config.head_dim;
+  CudaPrefillPlan plan;
+  plan.tokens = Bytes(num_tokens, 1, sizeof(int32_t));
+  plan.hidden = Bytes(num_tokens, config.hidden_size, sizeof(float));
+  plan.q = Bytes(num_tokens, q_width, 2);
+  plan.kv = Bytes(num_tokens, 2 * kv_width, 2);
+  plan.num_kv = kCudaKvBuffers;
+  plan.logits = Bytes(num_prompts, config.vocab_size, sizeof(float));
+  plan.bad_rows = Bytes(kCudaKvBuffers, CeilDiv(num_tokens, chunk_tokens), sizeof(int64_t));
+  plan.workspace = 4096 + Bytes(num_prompts, 1, 64);
+  if (num_prompts > 1) {
+    plan.positions = plan.tokens;
+    plan.cu_seqlens = Bytes(num_prompts + 1, 1, sizeof(int32_t));
+  } else {
+    plan.pattern = PlanCudaPattern(config, num_tokens);
+  }
+  return plan;
+}
+
+}  // namespace headwater

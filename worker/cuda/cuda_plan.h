@@ -1,0 +1,58 @@
+// CudaPrefillPlan: device memory of one pass besides the model's, known before it starts. Pure.
+#ifndef HW_WORKER_CUDA_CUDA_PLAN_H_
+#define HW_WORKER_CUDA_CUDA_PLAN_H_
+
+#include <cstdint>
+
+#include "model/config.h"
+
+namespace headwater {
+
+// Layers whose K and V are on the device at once.
+inline constexpr int kCudaKvBuffers = 2;
+
+// Of the block lists of one layer after another, for a part of the queries at a time.
+struct CudaPatternPlan {
+  // Queries of one search, and entries of its lists; a tile for which there is no room left goes dense.
+  static constexpr int64_t kMaxQueries = 1 << 17;
+  static constexpr int64_t kMaxEntries = 8 << 20;
+
+  uint64_t k_mean = 0;   // [blocks, num_kv_heads, head_dim] f32
+  uint64_t k_table = 0;  // the same in bf16, as the search reads them
+  uint64_t search = 0;   // its workspace
+  uint64_t counts = 0;   // [num_kv_heads, tiles]
+  uint64_t offsets = 0;
+  uint64_t blocks = 0;
+  uint64_t counters = 0;
+
+  uint64_t total_bytes() const;
+};
+CudaPatternPlan PlanCudaPattern(const ModelConfig& config, int64_t num_tokens);
+
+// Bytes.
+struct CudaPrefillPlan {
+  uint64_t tokens = 0;      // ids
+  uint64_t positions = 0;   // of packed prompts' tokens, int32
+  uint64_t cu_seqlens = 0;  // of packed prompts, int32
+  uint64_t hidden = 0;      // [tokens, hidden_size] f32
+  uint64_t q = 0;           // [tokens, num_q_heads, head_dim] bf16; attention writes its output in its place
+  uint64_t kv = 0;          // K and V of one layer, bf16
+  int num_kv = 0;           // of those
+  uint64_t logits = 0;      // [prompts, vocab_size] f32
+  uint64_t bad_rows = 0;
+  uint64_t workspace = 0;  // attention's
+  CudaPatternPlan pattern;
+
+  // Each part rounded up to 256 bytes.
+  uint64_t total_bytes() const;
+};
+// num_prompts: over 1, packed in one pass; they go dense and need nothing for lists.
+CudaPrefillPlan PlanCudaPrefill(const ModelConfig& config, int64_t chunk_tokens, int64_t num_tokens,
+                                int64_t num_prompts = 1);
+
+// Rounded up to the alignment of a part.
+uint64_t AlignedCudaPart(uint64_t bytes);
+
+}  // namespace headwater
+
+#endif  // HW_WORKER_CUDA_CUDA_PLAN_H_
