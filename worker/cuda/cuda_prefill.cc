@@ -13,7 +13,9 @@
 #include "kernels/cuda/attention.h"
 #include "model/cuda/device_buffer.h"
 #include "model/kernel_status.h"
+#include "worker/cuda/cuda_layer_log.h"
 #include "worker/cuda/cuda_pattern.h"
+#include "worker/cuda/cuda_sequences.h"
 #include "worker/cuda/gpu_pacer.h"
 
 namespace headwater {
@@ -51,33 +53,6 @@ absl::Status CheckJob(const PrefillJob& job) {
   return absl::OkStatus();
 }
 
-// Owns an event.
-class Event {
- public:
-  Event() = default;
-  Event(Event&& other) noexcept : event_(std::exchange(other.event_, nullptr)) {}
-  Event& operator=(Event&&) = delete;
-  ~Event() {
-    if (event_ != nullptr) (void)cudaEventDestroy(event_);
-  }
-  absl::Status Create(unsigned flags) {
-    return FromCuda(cudaEventCreateWithFlags(&event_, flags), "an event");
-  }
-  cudaEvent_t get() const { return event_; }
-
- private:
-  cudaEvent_t event_ = nullptr;
-};
-
-// A prompt on its way.
-struct Sequence {
-  const CudaPrefillPrompt* prompt;
-  int64_t first_row;
-  int64_t num_tokens;
-  absl::Status status;
-  PrefillResult result;
-};
-
 class CudaPass {
  public:
   CudaPass(absl::Span<const CudaPrefillPrompt> prompts, const CudaPrefillContext& context)
@@ -87,11 +62,7 @@ class CudaPass {
         q_width_(int64_t{config_.num_q_heads} * config_.head_dim),
         kv_width_(int64_t{config_.num_kv_heads} * config_.head_dim),
         pacer_([this] { return Step(); }) {
-    for (const CudaPrefillPrompt& prompt : prompts) {
-      const auto count = static_cast<int64_t>(prompt.job->tokens.size());
-      sequences_.push_back({&prompt, num_tokens_, count, {}, {}});
-      num_tokens_ += count;
-    }
+    sequences_ = MakeSequences(prompts, &num_tokens_);
   }
 
   // Nothing may be running on the device when its memory goes.
@@ -106,7 +77,7 @@ class CudaPass {
   std::vector<absl::StatusOr<PrefillResult>> Run() {
     const absl::Status pass = RunLayers();
     std::vector<absl::StatusOr<PrefillResult>> results;
-    for (Sequence& sequence : sequences_) {
+    for (CudaSequence& sequence : sequences_) {
       if (sequence.status.ok()) sequence.status = pass;
       if (sequence.status.ok()) {
         results.emplace_back(std::move(sequence.result));
@@ -118,15 +89,6 @@ class CudaPass {
   }
 
  private:
-  // Events of one layer: its begin, K and V ready, attention's end, its end.
-  struct LayerEvents {
-    Event begin, projected, attended, end;
-  };
-  // A search of the layer under way.
-  struct Search {
-    int64_t begin, count;
-  };
-
   absl::Status RunLayers() {
     HW_RETURN_IF_ERROR(Prepare());
     HW_RETURN_IF_ERROR(ForChunks(num_tokens_, [&](int64_t begin, int64_t count) {
@@ -135,7 +97,7 @@ class CudaPass {
     for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
       HW_RETURN_IF_ERROR(RunLayer(layer));
       ++layers_done_;
-      for (Sequence& sequence : sequences_) {
+      for (CudaSequence& sequence : sequences_) {
         sequence.result.progress.layers_done = static_cast<uint32_t>(layers_done_);
         if (sequence.prompt->progress) sequence.prompt->progress(sequence.result.progress);
       }
@@ -145,27 +107,7 @@ class CudaPass {
     return Step();
   }
 
-  // The heartbeat of all prompts. Drops those that have ended; the error of the last one to do so.
-  absl::Status Step() {
-    absl::Status last;
-    bool alive = false;
-    for (size_t i = 0; i < sequences_.size(); ++i) {
-      Sequence& sequence = sequences_[i];
-      if (sequence.status.ok()) {
-        sequence.status = sequence.prompt->control->Step();
-        if (egress_ != nullptr) {
-          if (sequence.status.ok()) sequence.status = egress_->item_status(i);
-          if (!sequence.status.ok()) egress_->Drop(i);
-        }
-      }
-      if (sequence.status.ok()) {
-        alive = true;
-      } else {
-        last = sequence.status;
-      }
-    }
-    return alive ? absl::OkStatus() : last;
-  }
+  absl::Status Step() { return StepSequences(egress_.get(), &sequences_); }
 
   bool packed() const { return sequences_.size() > 1; }
 
@@ -189,53 +131,34 @@ class CudaPass {
     chunks_ = CeilDiv(num_tokens_, model_->chunk_tokens());
     HW_RETURN_IF_ERROR(FromCuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream"));
     HW_RETURN_IF_ERROR(pacer_.Init(stream_));
-    events_.resize(static_cast<size_t>(config_.num_layers));
-    for (LayerEvents& events : events_) {
-      for (Event* event : {&events.begin, &events.projected, &events.attended, &events.end}) {
-        HW_RETURN_IF_ERROR(event->Create(cudaEventDefault));
-      }
-    }
-    HW_ASSIGN_OR_RETURN(host_bad_rows_,
-                        DeviceBuffer::AllocatePinned(
-                            static_cast<uint64_t>(config_.num_layers * chunks_) * sizeof(int64_t), "checks"));
     if (const kernels::ProbeParameters* probe = ProbeOf(*sequences_[0].prompt->job)) {
       pattern_.emplace(config_, *probe, num_tokens_, at);
       density_ = probe->forced_density > 0 ? probe->forced_density : kFirstDensity;
-      searches_.resize(static_cast<size_t>(config_.num_layers));
-      HW_ASSIGN_OR_RETURN(found_, DeviceBuffer::AllocatePinned(static_cast<uint64_t>(config_.num_layers) *
-                                                                   MaxSearches() * sizeof(CudaPatternCounts),
-                                                               "searches"));
     }
+    HW_RETURN_IF_ERROR(
+        log_.Init(config_.num_layers, chunks_, pattern_ ? CeilDiv(num_tokens_, kLeastQueries) : 0));
     HW_RETURN_IF_ERROR(Upload());
     std::vector<CudaEgressItem> items;
-    for (const Sequence& sequence : sequences_) {
+    for (const CudaSequence& sequence : sequences_) {
       items.push_back({sequence.prompt->job, sequence.prompt->sender, sequence.first_row});
     }
     HW_ASSIGN_OR_RETURN(egress_, CudaEgress::Start(std::move(items), context_.egress));
     return absl::OkStatus();
   }
 
-  // Ids, positions and where prompts begin. From pageable memory: CUDA has taken a copy when the call
-  // returns.
   absl::Status Upload() {
-    std::vector<int32_t> ids, positions, begins = {0};
-    for (const Sequence& sequence : sequences_) {
-      const std::vector<int32_t>& tokens = sequence.prompt->job->tokens;
-      ids.insert(ids.end(), tokens.begin(), tokens.end());
-      begins.push_back(static_cast<int32_t>(sequence.first_row + sequence.num_tokens));
-      for (int32_t i = 0; packed() && i < sequence.num_tokens; ++i) positions.push_back(i);
-    }
+    const CudaPassInputs inputs = MakePassInputs(sequences_);
     const auto upload = [&](int32_t* to, const std::vector<int32_t>& from) {
       return FromCuda(
           cudaMemcpyAsync(to, from.data(), from.size() * sizeof(int32_t), cudaMemcpyHostToDevice, stream_),
           "token ids");
     };
-    HW_RETURN_IF_ERROR(upload(ids_, ids));
+    HW_RETURN_IF_ERROR(upload(ids_, inputs.ids));
     if (packed()) {
-      HW_RETURN_IF_ERROR(upload(positions_, positions));
-      HW_RETURN_IF_ERROR(upload(cu_seqlens_, begins));
+      HW_RETURN_IF_ERROR(upload(positions_, inputs.positions));
+      HW_RETURN_IF_ERROR(upload(cu_seqlens_, inputs.cu_seqlens));
     }
-    return FromCuda(cudaStreamSynchronize(stream_), "token ids");
+    return pacer_.Drain();
   }
 
   // Calls work(begin, count) for rows [0, num_rows), a model chunk at a time, at the device's pace.
@@ -249,10 +172,6 @@ class CudaPass {
     return absl::OkStatus();
   }
 
-  absl::Status Record(const Event& event) {
-    return FromCuda(cudaEventRecord(event.get(), stream_), "an event");
-  }
-
   absl::Status RunLayer(int32_t layer) {
     absl::Duration stalled;
     if (layer >= kCudaKvBuffers) {
@@ -260,11 +179,11 @@ class CudaPass {
           layer - kCudaKvBuffers, [this] { return Step(); }, &stalled));
     }
     HW_RETURN_IF_ERROR(CheckFinishedLayers());
-    for (Sequence& sequence : sequences_) sequence.result.egress_stall += stalled;
-    LayerEvents& events = events_[static_cast<size_t>(layer)];
+    for (CudaSequence& sequence : sequences_) sequence.result.egress_stall += stalled;
+    const CudaLayerLog::Events& events = log_.events(layer);
     char* const k = kv_[layer % kCudaKvBuffers];
     char* const v = k + num_tokens_ * kv_width_ * 2;
-    HW_RETURN_IF_ERROR(Record(events.begin));
+    HW_RETURN_IF_ERROR(events.begin.Record(stream_));
     const kernels::CudaBlockStats stats = pattern_ ? pattern_->stats() : kernels::CudaBlockStats{};
     HW_RETURN_IF_ERROR(ForChunks(
         num_tokens_,
@@ -274,14 +193,14 @@ class CudaPass {
               k + begin * kv_width_ * 2, v + begin * kv_width_ * 2, stats, stream_);
         },
         2.0 * config_.hidden_size * static_cast<double>(q_width_ + 2 * kv_width_)));
-    HW_RETURN_IF_ERROR(Record(events.projected));
+    HW_RETURN_IF_ERROR(events.projected.Record(stream_));
     egress_->Send(layer, k, v, events.projected.get());
 
     const int64_t first = FirstRow(layer);
     HW_RETURN_IF_ERROR(packed() ? AttendPacked(k, v) : Attend(layer, k, v, first));
-    HW_RETURN_IF_ERROR(Record(events.attended));
+    HW_RETURN_IF_ERROR(events.attended.Record(stream_));
     HW_RETURN_IF_ERROR(FinishRows(layer, first));
-    HW_RETURN_IF_ERROR(Record(events.end));
+    HW_RETURN_IF_ERROR(events.end.Record(stream_));
     if (context_.metrics != nullptr)
       context_.metrics->layer_egress_stall.Observe(absl::ToDoubleSeconds(stalled));
     return absl::OkStatus();
@@ -321,9 +240,7 @@ class CudaPass {
       if (searched) count = std::min(count, CudaPatternPlan::kMaxQueries);
       kernels::CudaAttentionArgs args = AttentionArgs(k, v, begin, count);
       if (searched) {
-        std::vector<Search>& searches = searches_[static_cast<size_t>(layer)];
-        HW_RETURN_IF_ERROR(pattern_->Select(begin, &args, &Found(layer, searches.size()), stream_));
-        searches.push_back({begin, count});
+        HW_RETURN_IF_ERROR(pattern_->Select(begin, &args, log_.AddSearch(layer, begin, count), stream_));
       }
       HW_RETURN_IF_ERROR(Launch(args));
       const double pairs =
@@ -346,7 +263,7 @@ class CudaPass {
     args.cu_seqlens_q = args.cu_seqlens_k = cu_seqlens_;
     HW_RETURN_IF_ERROR(Launch(args));
     double flop = 0;
-    for (Sequence& sequence : sequences_) {
+    for (CudaSequence& sequence : sequences_) {
       const auto count = static_cast<uint64_t>(sequence.num_tokens);
       const uint64_t pairs = count * (count + 1) / 2 * static_cast<uint64_t>(config_.num_q_heads);
       sequence.result.progress.pairs_computed += pairs;
@@ -367,94 +284,54 @@ class CudaPass {
                                         bad + begin / model_->chunk_tokens(), stream_);
         },
         flop_per_row));
-    const int64_t used = CeilDiv(num_tokens_ - first, model_->chunk_tokens());
-    std::fill_n(HostBadRows(layer), chunks_, -1);
-    return FromCuda(cudaMemcpyAsync(HostBadRows(layer), bad, static_cast<size_t>(used) * sizeof(int64_t),
-                                    cudaMemcpyDeviceToHost, stream_),
-                    "checks");
+    return log_.CopyBadRows(layer, bad, CeilDiv(num_tokens_ - first, model_->chunk_tokens()), first, stream_);
   }
 
-  int64_t* HostBadRows(int32_t layer) const {
-    return reinterpret_cast<int64_t*>(host_bad_rows_.data()) + layer * chunks_;
-  }
-
-  // Of one layer.
-  uint64_t MaxSearches() const { return static_cast<uint64_t>(CeilDiv(num_tokens_, kLeastQueries)); }
-  CudaPatternCounts& Found(int32_t layer, size_t search) const {
-    return reinterpret_cast<CudaPatternCounts*>(
-        found_.data())[static_cast<uint64_t>(layer) * MaxSearches() + search];
-  }
-
-  // Layers that have run since the last look: their values must be finite. Their times and densities are
-  // taken, too.
+  // Layers that have run since the last look: checks them and takes their times and densities.
   absl::Status CheckFinishedLayers() {
     for (; checked_ < layers_done_; ++checked_) {
-      const LayerEvents& events = events_[static_cast<size_t>(checked_)];
-      const cudaError_t state = cudaEventQuery(events.end.get());
-      if (state == cudaErrorNotReady) break;
-      HW_RETURN_IF_ERROR(FromCuda(state, absl::StrCat("layer ", checked_)));
-      const int64_t chunk = model_->chunk_tokens(), first = FirstRow(checked_);
-      for (int64_t i = 0; i < chunks_; ++i) {
-        if (HostBadRows(checked_)[i] < 0) continue;
-        return MakeError(absl::StatusCode::kInternal, v1::ERROR_REASON_NON_FINITE,
-                         absl::StrCat("layer ", checked_, ": non-finite hidden state in row ",
-                                      first + i * chunk + HostBadRows(checked_)[i], " of the pass"),
-                         {{"layer", absl::StrCat(checked_)}});
+      bool has_run = false;
+      HW_RETURN_IF_ERROR(log_.CheckLayer(checked_, model_->chunk_tokens(), &has_run));
+      if (!has_run) break;
+      CudaLayerLog::Times times;
+      HW_RETURN_IF_ERROR(log_.ReadTimes(checked_, &times));
+      for (CudaSequence& sequence : sequences_) {
+        sequence.result.linear += times.linear;
+        sequence.result.attention += times.attention;
       }
-      HW_RETURN_IF_ERROR(AddTimes(events));
-      if (pattern_) CountSearches(checked_);
+      if (context_.metrics != nullptr) {
+        context_.metrics->layer_linear.Observe(absl::ToDoubleSeconds(times.linear));
+        context_.metrics->layer_attention.Observe(absl::ToDoubleSeconds(times.attention));
+      }
+      if (pattern_) TakeDensity(checked_);
     }
     return absl::OkStatus();
   }
 
-  void CountSearches(int32_t layer) {
+  void TakeDensity(int32_t layer) {
     constexpr uint64_t kPairs = uint64_t{128} * kernels::kStatsBlockTokens;
-    uint64_t computed = 0, possible = 0;
-    const std::vector<Search>& searches = searches_[static_cast<size_t>(layer)];
-    for (size_t i = 0; i < searches.size(); ++i) {
-      const CudaPatternCounts& found = Found(layer, i);
-      const CudaPattern::Blocks blocks = pattern_->CountBlocks(searches[i].begin, searches[i].count, found);
-      computed += blocks.computed;
-      possible += blocks.possible;
-      if (found.overflows > 0 && context_.metrics != nullptr) {
-        context_.metrics->search_overflows.Increment(found.overflows);
-      }
-      if (found.overflows > 0 && !std::exchange(overflow_logged_, true)) {
+    const CudaLayerLog::Searches found = log_.CountSearches(layer, *pattern_);
+    if (found.overflows > 0) {
+      if (context_.metrics != nullptr) context_.metrics->search_overflows.Increment(found.overflows);
+      if (!std::exchange(overflow_logged_, true)) {
         HW_LOG(WARNING).Field("request_id", sequences_[0].prompt->job->request_id)
             << "layer " << layer << ": the lists of " << found.overflows
             << " query tiles found no room among " << CudaPatternPlan::kMaxEntries
             << " entries; these tiles are computed densely";
       }
     }
-    if (possible == 0) return;
+    if (found.blocks.possible == 0) return;
     PrefillProgress& progress = sequences_[0].result.progress;
-    progress.pairs_computed += computed * kPairs;
-    progress.pairs_possible += possible * kPairs;
-    density_ = std::max(kLeastDensity, static_cast<double>(computed) / static_cast<double>(possible));
-  }
-
-  absl::Status AddTimes(const LayerEvents& events) {
-    float before = 0, attention = 0, after = 0;
-    HW_RETURN_IF_ERROR(
-        FromCuda(cudaEventElapsedTime(&before, events.begin.get(), events.projected.get()), "times"));
-    HW_RETURN_IF_ERROR(
-        FromCuda(cudaEventElapsedTime(&attention, events.projected.get(), events.attended.get()), "times"));
-    HW_RETURN_IF_ERROR(
-        FromCuda(cudaEventElapsedTime(&after, events.attended.get(), events.end.get()), "times"));
-    for (Sequence& sequence : sequences_) {
-      sequence.result.linear += absl::Milliseconds(before + after);
-      sequence.result.attention += absl::Milliseconds(attention);
-    }
-    if (context_.metrics != nullptr) {
-      context_.metrics->layer_linear.Observe((before + after) / 1e3);
-      context_.metrics->layer_attention.Observe(attention / 1e3);
-    }
-    return absl::OkStatus();
+    progress.pairs_computed += found.blocks.computed * kPairs;
+    progress.pairs_possible += found.blocks.possible * kPairs;
+    density_ = std::max(kLeastDensity, static_cast<double>(found.blocks.computed) /
+                                           static_cast<double>(found.blocks.possible));
   }
 
   absl::Status ScoreLastTokens() {
     std::vector<int64_t> rows;
-    for (const Sequence& sequence : sequences_) rows.push_back(sequence.first_row + sequence.num_tokens - 1);
+    for (const CudaSequence& sequence : sequences_)
+      rows.push_back(sequence.first_row + sequence.num_tokens - 1);
     HW_RETURN_IF_ERROR(model_->Logits(hidden_, rows, logits_, stream_));
     HW_RETURN_IF_ERROR(pacer_.Drain());
     HW_RETURN_IF_ERROR(CheckFinishedLayers());
@@ -480,12 +357,10 @@ class CudaPass {
   const ModelConfig& config_;
   const int64_t q_width_;
   const int64_t kv_width_;
-  std::vector<Sequence> sequences_;
+  std::vector<CudaSequence> sequences_;
   int64_t num_tokens_ = 0;
   int64_t chunks_ = 0;
   DeviceBuffer memory_;
-  DeviceBuffer host_bad_rows_;
-  DeviceBuffer found_;
   int32_t* ids_ = nullptr;
   int32_t* positions_ = nullptr;
   int32_t* cu_seqlens_ = nullptr;
@@ -498,10 +373,9 @@ class CudaPass {
   uint64_t workspace_bytes_ = 0;
   cudaStream_t stream_ = nullptr;
   GpuPacer pacer_;
-  std::vector<LayerEvents> events_;
+  CudaLayerLog log_;
   std::optional<CudaPattern> pattern_;
-  std::vector<std::vector<Search>> searches_;  // of each layer
-  double density_ = 1;                         // of the last layer that has run
+  double density_ = 1;  // of the last layer that has run
   bool overflow_logged_ = false;
   int32_t layers_done_ = 0;
   int32_t checked_ = 0;

@@ -1,0 +1,41 @@
+// The prompts of a pass on their way.
+#ifndef HW_WORKER_CUDA_CUDA_SEQUENCES_H_
+#define HW_WORKER_CUDA_CUDA_SEQUENCES_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/types/span.h"
+
+#include "worker/cuda/cuda_egress.h"
+#include "worker/cuda/cuda_prefill.h"
+
+namespace headwater {
+
+struct CudaSequence {
+  const CudaPrefillPrompt* prompt = nullptr;
+  int64_t first_row = 0;  // in the pass
+  int64_t num_tokens = 0;
+  absl::Status status;  // not OK: it has ended
+  PrefillResult result;
+};
+
+// One behind the other; *num_tokens: of all.
+std::vector<CudaSequence> MakeSequences(absl::Span<const CudaPrefillPrompt> prompts, int64_t* num_tokens);
+
+// What the device is told of them.
+struct CudaPassInputs {
+  std::vector<int32_t> ids;
+  std::vector<int32_t> positions;   // of each token in its prompt
+  std::vector<int32_t> cu_seqlens;  // first rows, and the number of rows
+};
+CudaPassInputs MakePassInputs(const std::vector<CudaSequence>& sequences);
+
+// The heartbeat of all prompts: ends those that are cancelled, late, or failed in egress (null: none has
+// begun), and drops their blocks. The error of one that has ended once all have.
+absl::Status StepSequences(CudaEgress* egress, std::vector<CudaSequence>* sequences);
+
+}  // namespace headwater
+
+#endif  // HW_WORKER_CUDA_CUDA_SEQUENCES_H_
