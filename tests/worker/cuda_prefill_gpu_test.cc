@@ -180,7 +180,8 @@ TEST_F(CudaPrefillGpuTest, PackedPromptsEqualTheCpu) {
     ExpectEqualsTheCpu(*got[i], prompts[i], run, absl::StrCat(prompts[i].size(), " tokens"));
     const uint64_t count = prompts[i].size();
     EXPECT_EQ(got[i]->result->progress.pairs_computed,
-              count * (count + 1) / 2 * static_cast<uint64_t>(host_->config().num_q_heads));
+              count * (count + 1) / 2 *
+                  static_cast<uint64_t>(host_->config().num_q_heads * host_->config().num_layers));
   }
 }
 

@@ -74,6 +74,7 @@ CudaPrefillPlan PlanCudaPrefill(const ModelConfig& config, int64_t chunk_tokens,
     plan.cu_seqlens = Bytes(num_prompts + 1, 1, sizeof(int32_t));
   } else {
     plan.pattern = PlanCudaPattern(config, num_tokens);
+    plan.workspace += plan.pattern.counts;  // the attention kernel orders the tiles of lists
   }
   return plan;
 }
