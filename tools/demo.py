@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The demo: a real model's long prompt is prefilled by several workers, and a decode node writes on.
 
-    demo.py [--model DIR] [--prompt FILE] [--question TEXT] [--workers 2]
+    demo.py [--model DIR] [--prompt FILE] [--question TEXT] [--workers 2] [--device cpu]
 
 make demo builds the programs and calls this. With --check the generated tokens must be those that transformers
 generates from the same weights and prompt (tests/demo/reference.json).
@@ -206,7 +206,9 @@ def parse_arguments():
     parser.add_argument("--model", default="", help="Hugging Face model directory; default: SmolLM2-135M-Instruct, fetched")
     parser.add_argument("--prompt", default="", help="text file; default: 7,000 tokens of the GPL-3 that Debian ships")
     parser.add_argument("--question", default=demo_prompt.QUESTION)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=0, help="default: 2, or 1 on GPUs")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu",
+                        help="what the workers compute on; cuda: each on a GPU of its own, each prompt on one of them")
     parser.add_argument("--max_new_tokens", type=int, default=demo_prompt.MAX_NEW_TOKENS)
     parser.add_argument("--compute", choices=["auto", "f32", "bf16"], default="auto")
     parser.add_argument("--kv_dtype", choices=["f32", "f16", "bf16"], default="bf16")
@@ -218,6 +220,8 @@ def parse_arguments():
     parser.add_argument("--first_step", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.workers == 0:
+        arguments.workers = 1 if arguments.device == "cuda" else 2
     if not 1 <= arguments.workers <= 64:
         parser.error(f"--workers is {arguments.workers}, must be 1 to 64")
     if not 1 <= arguments.max_new_tokens <= 65536:
@@ -233,8 +237,9 @@ def run(arguments) -> int:
     ids = build_prompt(tokenizer, model, arguments)
 
     steps.begin(f"Start a coordinator, {arguments.workers} workers and a decode node on loopback "
-                f"({usable_cpus()} CPUs, logs in {os.path.relpath(arguments.state)}/logs)")
-    with Cluster(arguments.bin, model, arguments.state, arguments.workers, arguments.compute) as cluster, \
+                f"({usable_cpus()} CPUs, workers on {arguments.device}, logs in {os.path.relpath(arguments.state)}/logs)")
+    with Cluster(arguments.bin, model, arguments.state, arguments.workers, arguments.compute,
+                 arguments.device) as cluster, \
             Client(cluster.coordinator) as client:
         cluster.wait_registered(client, lambda workers, nodes: print(
             f"    {workers}/{arguments.workers} workers, {nodes}/1 decode nodes registered", flush=True))

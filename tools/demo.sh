@@ -12,7 +12,12 @@ step 2 "Python environment"
 bash tools/venv.sh
 step 3 "Build the four programs (preset release)"
 cuda=OFF
-if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then cuda=AUTO; fi
+gpus=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null) || gpus=
+case $gpus in
+  "") ;;
+  *9.0*) cuda=AUTO ;;
+  *) echo "    the GPUs here are of compute capability" $gpus "and not 9.0: workers compute on the CPU" ;;
+esac
 mkdir -p .demo
 if ! cmake --preset release -DHW_CUDA=$cuda -DBUILD_TESTING=OFF >.demo/configure.log 2>&1; then
   tail -n 30 .demo/configure.log >&2
@@ -26,4 +31,11 @@ arguments=(--first_step=4 --steps=$steps)
 [ -z "${PROMPT:-}" ] || arguments+=("--prompt=$PROMPT")
 [ -z "${QUESTION:-}" ] || arguments+=("--question=$QUESTION")
 [ -z "${WORKERS:-}" ] || arguments+=("--workers=$WORKERS")
+if [ "$cuda" = AUTO ]; then
+  if grep -q '^CMAKE_CUDA_COMPILER:[A-Z]*=/' build/release/CMakeCache.txt; then
+    arguments+=(--device=cuda)
+  else
+    echo "    there is a GPU, but no nvcc to build for it: workers compute on the CPU"
+  fi
+fi
 exec .venv/bin/python tools/demo.py "${arguments[@]}"

@@ -56,11 +56,12 @@ class Process:
 class Cluster:
     """A context manager: leaving it ends every process."""
 
-    def __init__(self, binaries: Path, model: Path, state: Path, workers: int, compute: str = "auto"):
+    def __init__(self, binaries: Path, model: Path, state: Path, workers: int, compute: str = "auto", device: str = "cpu"):
         self._binaries = binaries
         self._model = model
         self._state = state
         self._compute = compute
+        self._device = device
         self._num_workers = workers
         self.processes = []
         self.coordinator = ""
@@ -80,7 +81,8 @@ class Cluster:
             for index in range(self._num_workers):
                 self._start(f"worker-{index}", "headwater-worker", ports, f"--worker_id=w{index}",
                             f"--coordinator={self.coordinator}", f"--model={self._model}",
-                            f"--threads={threads}", f"--compute={self._compute}")
+                            f"--threads={threads}", f"--compute={self._compute}",
+                            "--device=" + (f"cuda:{index}" if self._device == "cuda" else "cpu"))
             self._start("decode", "headwater-decode", ports, f"--coordinator={self.coordinator}",
                         "--decode_node=decode-0", f"--model={self._model}", f"--kv_dir={kv}",
                         f"--compute={self._compute}")
