@@ -33,8 +33,12 @@ class Backend final : public PrefillBackend {
   uint32_t max_world_size() const override { return 1; }
 
   std::string Describe() const override {
+    const v1::MemoryModel memory = memory_model();
+    const uint64_t taken = memory.weight_bytes() + memory.fixed_bytes();
+    const uint64_t tokens = budget_bytes_ > taken ? (budget_bytes_ - taken) / memory.bytes_per_token() : 0;
     return absl::StrCat("bf16, ", model_->weight_bytes(), " bytes of weights and ", model_->scratch_bytes(),
-                        " of scratch on the device, budget ", budget_bytes_, " bytes");
+                        " of scratch on the device, budget ", budget_bytes_, " bytes: prompts of up to ",
+                        tokens, " tokens at ", memory.bytes_per_token(), " bytes each");
   }
 
   v1::MemoryModel memory_model() const override {
