@@ -206,7 +206,7 @@ def parse_arguments():
     parser.add_argument("--model", default="", help="Hugging Face model directory; default: SmolLM2-135M-Instruct, fetched")
     parser.add_argument("--prompt", default="", help="text file; default: 7,000 tokens of the GPL-3 that Debian ships")
     parser.add_argument("--question", default=demo_prompt.QUESTION)
-    parser.add_argument("--workers", type=int, default=0, help="default: 2, or 1 on GPUs")
+    parser.add_argument("--workers", type=int, help="default: 2, or 1 on GPUs")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu",
                         help="what the workers compute on; cuda: each on a GPU of its own, each prompt on one of them")
     parser.add_argument("--max_new_tokens", type=int, default=demo_prompt.MAX_NEW_TOKENS)
@@ -220,7 +220,7 @@ def parse_arguments():
     parser.add_argument("--first_step", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.workers == 0:
+    if arguments.workers is None:
         arguments.workers = 1 if arguments.device == "cuda" else 2
     if not 1 <= arguments.workers <= 64:
         parser.error(f"--workers is {arguments.workers}, must be 1 to 64")
