@@ -11,7 +11,7 @@
 // Two passes and no quadratic buffer: the first finds each row's maximum and sum, the second computes the
 // scores again and sets a bit per listed block.
 //
-// Grid: one CTA per KV head and up to kSearchRows probes (128 / pack tiles), long ones first. Warpgroup 0
+// Grid: one CTA per KV head and up to kSearchRows probes (128 / row_pack tiles), long ones first. Warpgroup 0
 // copies the means, 128 blocks a stage, twice; two warpgroups take 64 probes each: S = probes * kbar^T in
 // registers, the next 128 blocks' under this one's statistics. At the end a warp per tile draws room from a
 // global cursor and writes the list, ascending. A list that finds no room becomes a dense tile, counted.
@@ -76,15 +76,16 @@ struct SearchConsumer {
   int uses = 0;            // of the ring of means
   float top[2] = {-INFINITY, -INFINITY},
         sum[2] = {0, 0};  // of the rows so far: raw score; log2 units under it
-  int limit[2];           // complete blocks of the row's tile
+  int limit[2];           // complete blocks of the row's tile; 0 for a row that is no probe
   int row[2];
 
   __device__ __forceinline__ void Prepare() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       row[r] = warpgroup * 64 + (thread >> 5) * 16 + ((thread & 31) >> 2) + 8 * r;
-      const int tile = row[r] / p.pack;
-      limit[r] = tile < tiles ? BlocksOfTile(p, first_tile + tile).complete : 0;
+      const int tile = row[r] / p.row_pack;
+      const bool is_probe = tile < tiles && row[r] % p.row_pack < p.pack;
+      limit[r] = is_probe ? BlocksOfTile(p, first_tile + tile).complete : 0;
     }
   }
 
@@ -194,7 +195,7 @@ struct SearchConsumer {
     for (int i = 0; i < 64; ++i) {
       const int r = i >> 1 & 1, block = column + 8 * (i >> 2) + (i & 1);
       if (s[i] >= threshold[r] && block < limit[r]) {
-        atomicOr(&shared.bitmap[row[r] / p.pack * p.bitmap_words + (block >> 5)], 1u << (block & 31));
+        atomicOr(&shared.bitmap[row[r] / p.row_pack * p.bitmap_words + (block >> 5)], 1u << (block & 31));
       }
     }
   }
@@ -213,10 +214,10 @@ struct SearchConsumer {
 
   // Raw score from which on a block is listed, after StoreRows() of all rows; infinity: none is.
   __device__ __forceinline__ float Threshold(int r) const {
-    const int tile = row[r] / p.pack;
+    const int tile = row[r] / p.row_pack;
     float best = -INFINITY;
     for (int h = 0; h < p.pack && tile < tiles; ++h) {
-      const int other = tile * p.pack + h;
+      const int other = tile * p.row_pack + h;
       if (shared.row_lse[other] > -INFINITY)
         best = fmaxf(best, shared.row_max[other] - shared.row_lse[other]);
     }
@@ -301,8 +302,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       const uint64_t policy = PolicyEvictLast();
       const uint32_t full = SharedAddress(&shared.probes_full);
       BarrierExpect(full, Traits::kTileBytes);
-      LoadTensor4(SharedAddress(shared.probes), &probe_map, full, 0, (first_tile - p.begin_tile) * p.pack, 0,
-                  head, PolicyEvictFirst());
+      LoadTensor5(SharedAddress(shared.probes), &probe_map, full, 0, 0, first_tile - p.begin_tile, 0, head,
+                  PolicyEvictFirst());
       for (int use = 0; use < 2 * steps; ++use) {
         const int stage = use % Traits::kStages, step = use < steps ? use : use - steps;
         if (use >= Traits::kStages) {

@@ -29,7 +29,8 @@ struct SearchParams {
   int32_t end_tile;
   int32_t num_heads;  // KV heads: each packs its group
   int32_t pack;
-  int32_t tiles_per_cta;  // at most kSearchRows / pack
+  int32_t row_pack;       // rows of a tile among a CTA's: pack, rounded up to 1, 2, 4 or 8
+  int32_t tiles_per_cta;  // at most kSearchRows / row_pack
   int32_t bitmap_words;   // of a tile; tiles_per_cta * bitmap_words <= kSearchBitmapWords
   int32_t tile_positions;
   int32_t q_len;
