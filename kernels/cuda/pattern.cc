@@ -34,7 +34,11 @@ Status Validate(const CudaSearchArgs& a) {
     return InvalidArgument("softmax_scale is " + std::to_string(a.softmax_scale) +
                            "; a positive number is wanted");
   }
-  if (!(a.threshold > 0 && a.threshold <= 1)) {
+  if (!(a.forced_density >= 0 && a.forced_density <= 1)) {
+    return InvalidArgument("forced_density is " + std::to_string(a.forced_density) +
+                           "; 0 (by threshold), or over 0 and at most 1 is wanted");
+  }
+  if (a.forced_density == 0 && !(a.threshold > 0 && a.threshold <= 1)) {
     return InvalidArgument("threshold is " + std::to_string(a.threshold) +
                            "; over 0 and at most 1 is wanted");
   }
@@ -51,7 +55,7 @@ Status Validate(const CudaSearchArgs& a) {
 }
 
 struct Plan {
-  int32_t pack, row_pack, tile_positions, tiles, tiles_per_cta, bitmap_words;
+  int32_t pack, row_pack, tile_positions, tiles, tiles_per_cta, bitmap_words, tile_words;
   int32_t chunk_tiles;  // whose probes are in the workspace at once; whole CTAs
   int64_t blocks;
   size_t mean_bytes, probe_bytes;
@@ -65,8 +69,10 @@ Plan MakePlan(const CudaSearchArgs& a) {
   plan.tiles = static_cast<int32_t>((a.total_q + plan.tile_positions - 1) / plan.tile_positions);
   plan.blocks = (a.total_k + sm90::kBlockKeys - 1) / sm90::kBlockKeys;
   plan.bitmap_words = static_cast<int32_t>((plan.blocks + 31) / 32);
+  plan.tile_words =
+      a.forced_density == 0 ? plan.bitmap_words : std::max(sm90::kSearchBins, 2 * plan.bitmap_words);
   plan.tiles_per_cta =
-      std::min(sm90::kSearchRows / plan.row_pack, sm90::kSearchBitmapWords / plan.bitmap_words);
+      std::min(sm90::kSearchRows / plan.row_pack, sm90::kSearchBitmapWords / plan.tile_words);
   const int64_t tile_bytes = int64_t{a.num_q_heads} * a.head_dim * 2;
   const int64_t most = std::max<int64_t>(1, kProbeBytes / tile_bytes / std::max(1, plan.tiles_per_cta)) *
                        std::max(1, plan.tiles_per_cta);
@@ -115,8 +121,9 @@ Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t work
   HW_KERNELS_RETURN_IF_ERROR(Validate(args));
   const Plan plan = MakePlan(args);
   if (plan.tiles_per_cta == 0) {
-    return {StatusCode::kUnimplemented, "kv_len " + std::to_string(args.total_k) + " is over " +
-                                            std::to_string(int64_t{sm90::kSearchBitmapWords} * 32 * 128)};
+    const int64_t words = sm90::kSearchBitmapWords / (args.forced_density == 0 ? 1 : 2);
+    return {StatusCode::kUnimplemented,
+            "kv_len " + std::to_string(args.total_k) + " is over " + std::to_string(words * 32 * 128)};
   }
   if (workspace == nullptr || workspace_bytes < plan.mean_bytes + plan.probe_bytes || Misaligned(workspace)) {
     return InvalidArgument("the workspace has " + std::to_string(workspace_bytes) + " bytes; " +
@@ -134,6 +141,7 @@ Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t work
   p.row_pack = plan.row_pack;
   p.tiles_per_cta = plan.tiles_per_cta;
   p.bitmap_words = plan.bitmap_words;
+  p.tile_words = plan.tile_words;
   p.tile_positions = plan.tile_positions;
   p.q_len = static_cast<int32_t>(args.total_q);
   p.kv_len = static_cast<int32_t>(args.total_k);
@@ -141,6 +149,7 @@ Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t work
                                                                                : args.query_position;
   p.scale_log2 = static_cast<float>(args.softmax_scale * kLog2E);
   p.threshold_log2 = std::log2(args.threshold);
+  p.forced_density = args.forced_density;
   p.sink_blocks = args.sink_blocks;
   p.window_blocks = args.window_blocks;
   p.first_dense_tile =

@@ -21,9 +21,10 @@ struct SearchTraits {
   struct Shared {
     alignas(1024) uint8_t probes[kTileBytes];
     alignas(1024) uint8_t means[kStages][kTileBytes];
-    uint32_t bitmap[kSearchBitmapWords];  // of the CTA's tiles, bitmap_words each
+    uint32_t bitmap[kSearchBitmapWords];  // of the CTA's tiles, tile_words each
     float row_max[kSearchRows];
     float row_lse[kSearchRows];
+    uint32_t bin_begin[kSearchRows], wanted[kSearchRows];  // of a tile: DensitySearch
     uint64_t probes_full, means_full[kStages], means_empty[kStages];
   };
   static_assert(sizeof(Shared) <= 227 * 1024);
@@ -44,6 +45,22 @@ __device__ __forceinline__ TileBlocks BlocksOfTile(const SearchParams& p, int ti
   return {max(0, first_key) / kBlockKeys, (max(0, last_key) + kBlockKeys - 1) / kBlockKeys};
 }
 
+// First of a tile's last blocks that are always listed: the window, and what is not visible to all rows.
+__device__ __forceinline__ int WindowBegin(const SearchParams& p, const TileBlocks& blocks) {
+  return max(0, min(blocks.total - p.window_blocks, blocks.complete));
+}
+
+// Sum over the lower lanes, and over all.
+__device__ __forceinline__ uint32_t SumOfLowerLanes(uint32_t value, uint32_t* total) {
+  uint32_t sum = value;
+  for (int step = 1; step < 32; step *= 2) {
+    const uint32_t other = __shfl_up_sync(~0u, sum, step);
+    if (static_cast<int>(threadIdx.x & 31) >= step) sum += other;
+  }
+  *total = __shfl_sync(~0u, sum, 31);
+  return sum - value;
+}
+
 // --- consumer ---
 
 template <class Traits>
@@ -58,7 +75,7 @@ struct SearchConsumer {
   int uses = 0;            // of the ring of means
   float top[2] = {-INFINITY, -INFINITY},
         sum[2] = {0, 0};  // of the rows so far: raw score; log2 units under it
-  int limit[2];           // complete blocks of the row's tile; 0 for a row that is no probe
+  int limit[2];           // complete blocks of the row's tile
   int row[2];
 
   __device__ __forceinline__ void Prepare() {
@@ -66,8 +83,7 @@ struct SearchConsumer {
     for (int r = 0; r < 2; ++r) {
       row[r] = warpgroup * 64 + (thread >> 5) * 16 + ((thread & 31) >> 2) + 8 * r;
       const int tile = row[r] / p.row_pack;
-      const bool is_probe = tile < tiles && row[r] % p.row_pack < p.pack;
-      limit[r] = is_probe ? BlocksOfTile(p, first_tile + tile).complete : 0;
+      limit[r] = tile < tiles ? BlocksOfTile(p, first_tile + tile).complete : 0;
     }
   }
 
@@ -177,11 +193,12 @@ struct SearchConsumer {
     for (int i = 0; i < 64; ++i) {
       const int r = i >> 1 & 1, block = column + 8 * (i >> 2) + (i & 1);
       if (s[i] >= threshold[r] && block < limit[r]) {
-        atomicOr(&shared.bitmap[row[r] / p.row_pack * p.bitmap_words + (block >> 5)], 1u << (block & 31));
+        atomicOr(&shared.bitmap[row[r] / p.row_pack * p.tile_words + (block >> 5)], 1u << (block & 31));
       }
     }
   }
 
+  // Rows between the probes of two tiles are zeros, and have no say.
   __device__ __forceinline__ void StoreRows() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -189,13 +206,14 @@ struct SearchConsumer {
       sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
       if ((thread & 3) == 0) {
         shared.row_max[row[r]] = top[r] * p.scale_log2;
-        shared.row_lse[row[r]] = sum[r] > 0 ? top[r] * p.scale_log2 + log2f(sum[r]) : -INFINITY;
+        const bool is_probe = row[r] % p.row_pack < p.pack;
+        shared.row_lse[row[r]] = is_probe && sum[r] > 0 ? top[r] * p.scale_log2 + log2f(sum[r]) : -INFINITY;
       }
     }
   }
 
-  // Raw score from which on a block is listed, after StoreRows() of all rows; infinity: none is.
-  __device__ __forceinline__ float Threshold(int r) const {
+  // The best score of the row's tile under its head's softmax, after StoreRows() of all rows; log2 units.
+  __device__ __forceinline__ float Best(int r) const {
     const int tile = row[r] / p.row_pack;
     float best = -INFINITY;
     for (int h = 0; h < p.pack && tile < tiles; ++h) {
@@ -203,14 +221,19 @@ struct SearchConsumer {
       if (shared.row_lse[other] > -INFINITY)
         best = fmaxf(best, shared.row_max[other] - shared.row_lse[other]);
     }
-    const float threshold = (shared.row_lse[row[r]] + p.threshold_log2 + best) / p.scale_log2;
+    return best;
+  }
+
+  // Raw score from which on a block is listed; infinity: none is.
+  __device__ __forceinline__ float Threshold(int r) const {
+    const float threshold = (shared.row_lse[row[r]] + p.threshold_log2 + Best(r)) / p.scale_log2;
     return threshold > -INFINITY ? threshold : INFINITY;
   }
 
   // The list of one tile, by one warp.
   __device__ __forceinline__ void WriteList(int local, int head) {
     const int lane = thread & 31, tile = first_tile + local;
-    uint32_t* const bitmap = shared.bitmap + local * p.bitmap_words;
+    uint32_t* const bitmap = shared.bitmap + local * p.tile_words;
     const TileBlocks blocks = BlocksOfTile(p, tile);
     const int64_t segment = static_cast<int64_t>(head) * p.num_tiles + tile;
     const int words = (blocks.total + 31) / 32;
@@ -220,8 +243,9 @@ struct SearchConsumer {
       for (int i = lane; i < min(p.sink_blocks, blocks.total); i += 32) {
         atomicOr(&bitmap[i >> 5], 1u << (i & 31));
       }
-      const int window = max(0, min(blocks.total - p.window_blocks, blocks.complete));
-      for (int i = window + lane; i < blocks.total; i += 32) atomicOr(&bitmap[i >> 5], 1u << (i & 31));
+      for (int i = WindowBegin(p, blocks) + lane; i < blocks.total; i += 32) {
+        atomicOr(&bitmap[i >> 5], 1u << (i & 31));
+      }
       __syncwarp();
       for (int i = lane; i < words; i += 32) total += __popc(bitmap[i]);
       total = __reduce_add_sync(~0u, total);
@@ -240,14 +264,9 @@ struct SearchConsumer {
     if (dense) return;
     for (int base = 0; base < words; base += 32) {
       uint32_t word = base + lane < words ? bitmap[base + lane] : 0;
-      uint32_t before = __popc(word);
-      const uint32_t own = before;
-      for (int step = 1; step < 32; step *= 2) {
-        const uint32_t other = __shfl_up_sync(~0u, before, step);
-        if (lane >= step) before += other;
-      }
-      uint64_t at = begin + before - own;
-      begin += __shfl_sync(~0u, before, 31);
+      uint32_t in_words = 0;
+      uint64_t at = begin + SumOfLowerLanes(__popc(word), &in_words);
+      begin += in_words;
       for (; word != 0; word &= word - 1) p.blocks[at++] = (base + lane) * 32 + __ffs(word) - 1;
     }
   }

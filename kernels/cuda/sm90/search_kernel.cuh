@@ -9,25 +9,28 @@
 // scores means against means.)
 //
 // Two passes and no quadratic buffer: the first finds each row's maximum and sum, the second computes the
-// scores again and sets a bit per listed block.
+// scores again and sets a bit per listed block. A forced density takes four passes: search_density.cuh.
 //
 // Grid: one CTA per KV head and up to kSearchRows probes (128 / row_pack tiles), long ones first. Warpgroup 0
-// copies the means, 128 blocks a stage, twice; two warpgroups take 64 probes each: S = probes * kbar^T in
-// registers, the next 128 blocks' under this one's statistics. At the end a warp per tile draws room from a
-// global cursor and writes the list, ascending. A list that finds no room becomes a dense tile, counted.
+// copies the means, 128 blocks a stage, once a pass; two warpgroups take 64 probes each: S = probes * kbar^T
+// in registers, the next 128 blocks' under this one's statistics. At the end a warp per tile draws room from
+// a global cursor and writes the list, ascending. A list that finds no room becomes a dense tile, counted.
 //
 // Per pass and step: 2 * 128 * 128 * head_dim FLOP, 256 * head_dim bytes from L2.
 #pragma once
 
 #include "kernels/cuda/sm90/search_consumer.cuh"
+#include "kernels/cuda/sm90/search_density.cuh"
 
 namespace headwater::kernels::sm90 {
 
-template <class Traits>
+// kForcedRows: 0, blocks are listed by threshold; else by forced density, and it is row_pack.
+template <class Traits, int kForcedRows>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     SearchKernel(const __grid_constant__ CUtensorMap probe_map, const __grid_constant__ CUtensorMap mean_map,
                  const __grid_constant__ SearchParams p) {
   extern __shared__ __align__(1024) uint8_t storage[];
+  constexpr int kPasses = kForcedRows == 0 ? 2 : DensitySearch<Traits, kForcedRows>::kPasses;
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(storage);
   const int groups = (p.end_tile - p.begin_tile + p.tiles_per_cta - 1) / p.tiles_per_cta;
   const int head = static_cast<int>(blockIdx.x) % p.num_heads;
@@ -36,7 +39,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int tiles = min(p.tiles_per_cta, p.end_tile - first_tile);
   const int complete = BlocksOfTile(p, first_tile + tiles - 1).complete;
   const int steps = first_tile >= p.first_dense_tile ? 0 : (complete + 127) / 128;
-  for (int i = threadIdx.x; i < tiles * p.bitmap_words; i += Traits::kThreads) shared.bitmap[i] = 0;
+  for (int i = threadIdx.x; i < tiles * p.tile_words; i += Traits::kThreads) shared.bitmap[i] = 0;
   if (threadIdx.x == 0) {
     BarrierInit(SharedAddress(&shared.probes_full), 1);
     for (int i = 0; i < Traits::kStages; ++i) {
@@ -54,8 +57,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       BarrierExpect(full, Traits::kTileBytes);
       LoadTensor5(SharedAddress(shared.probes), &probe_map, full, 0, 0, first_tile - p.begin_tile, 0, head,
                   PolicyEvictFirst());
-      for (int use = 0; use < 2 * steps; ++use) {
-        const int stage = use % Traits::kStages, step = use < steps ? use : use - steps;
+      for (int use = 0, step = 0; use < kPasses * steps; ++use, step = step + 1 < steps ? step + 1 : 0) {
+        const int stage = use % Traits::kStages;
         if (use >= Traits::kStages) {
           BarrierWait(SharedAddress(&shared.means_empty[stage]), (use / Traits::kStages & 1) ^ 1);
         }
@@ -81,9 +84,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     consumer.Pass(steps, [&](float(&s)[64], int first_block) { consumer.Gather(s, first_block); });
     consumer.StoreRows();
     NamedSync(1, 256);
-    const float threshold[2] = {consumer.Threshold(0), consumer.Threshold(1)};
-    consumer.Pass(steps, [&](float(&s)[64], int first_block) { consumer.Mark(s, first_block, threshold); });
-    NamedSync(1, 256);
+    if constexpr (kForcedRows == 0) {
+      const float threshold[2] = {consumer.Threshold(0), consumer.Threshold(1)};
+      consumer.Pass(steps, [&](float(&s)[64], int first_block) { consumer.Mark(s, first_block, threshold); });
+      NamedSync(1, 256);
+    } else {
+      DensitySearch<Traits, kForcedRows>{consumer}.Mark(steps);
+    }
     for (int local = warpgroup * 4 + (consumer.thread >> 5); local < tiles; local += 8) {
       consumer.WriteList(local, head);
     }
