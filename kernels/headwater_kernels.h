@@ -87,7 +87,8 @@ typedef struct {
   int64_t capacity;
   uint64_t* used;
   uint32_t* overflows;
-  const void* k_means; /* table of hw_mean_tables(), or null: means are taken from k */
+  const void* k_means;   /* table of hw_mean_tables(), or null: means are taken from k */
+  double forced_density; /* 0: by threshold */
 } hw_search_args;
 
 /* Both 0 for invalid arguments (outputs must be non-null). */

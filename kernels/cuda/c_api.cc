@@ -56,6 +56,7 @@ headwater::kernels::CudaSearchArgs FromC(const hw_search_args& c) {
   args.used = c.used;
   args.overflows = c.overflows;
   args.k_means = c.k_means;
+  args.forced_density = c.forced_density;
   return args;
 }
 

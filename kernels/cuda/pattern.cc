@@ -1,6 +1,7 @@
 #include "kernels/cuda/pattern.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "kernels/cuda/block_stats.h"
@@ -33,7 +34,11 @@ Status Validate(const CudaSearchArgs& a) {
     return InvalidArgument("softmax_scale is " + std::to_string(a.softmax_scale) +
                            "; a positive number is wanted");
   }
-  if (!(a.threshold > 0 && a.threshold <= 1)) {
+  if (!(a.forced_density >= 0 && a.forced_density <= 1)) {
+    return InvalidArgument("forced_density is " + std::to_string(a.forced_density) +
+                           "; 0 (by threshold), or over 0 and at most 1 is wanted");
+  }
+  if (a.forced_density == 0 && !(a.threshold > 0 && a.threshold <= 1)) {
     return InvalidArgument("threshold is " + std::to_string(a.threshold) +
                            "; over 0 and at most 1 is wanted");
   }
@@ -50,7 +55,7 @@ Status Validate(const CudaSearchArgs& a) {
 }
 
 struct Plan {
-  int32_t pack, tile_positions, tiles, tiles_per_cta, bitmap_words;
+  int32_t pack, row_pack, tile_positions, tiles, tiles_per_cta, bitmap_words, tile_words;
   int32_t chunk_tiles;  // whose probes are in the workspace at once; whole CTAs
   int64_t blocks;
   size_t mean_bytes, probe_bytes;
@@ -59,11 +64,15 @@ struct Plan {
 Plan MakePlan(const CudaSearchArgs& a) {
   Plan plan;
   plan.pack = a.num_q_heads / a.num_kv_heads;
+  plan.row_pack = static_cast<int32_t>(std::bit_ceil(static_cast<uint32_t>(plan.pack)));
   plan.tile_positions = sm90::kSearchRows / plan.pack;
   plan.tiles = static_cast<int32_t>((a.total_q + plan.tile_positions - 1) / plan.tile_positions);
   plan.blocks = (a.total_k + sm90::kBlockKeys - 1) / sm90::kBlockKeys;
   plan.bitmap_words = static_cast<int32_t>((plan.blocks + 31) / 32);
-  plan.tiles_per_cta = std::min(sm90::kSearchRows / plan.pack, sm90::kSearchBitmapWords / plan.bitmap_words);
+  plan.tile_words =
+      a.forced_density == 0 ? plan.bitmap_words : std::max(sm90::kSearchBins, 2 * plan.bitmap_words);
+  plan.tiles_per_cta =
+      std::min(sm90::kSearchRows / plan.row_pack, sm90::kSearchBitmapWords / plan.tile_words);
   const int64_t tile_bytes = int64_t{a.num_q_heads} * a.head_dim * 2;
   const int64_t most = std::max<int64_t>(1, kProbeBytes / tile_bytes / std::max(1, plan.tiles_per_cta)) *
                        std::max(1, plan.tiles_per_cta);
@@ -74,7 +83,20 @@ Plan MakePlan(const CudaSearchArgs& a) {
   return plan;
 }
 
-// Rows of means as the search reads them, 128 a box.
+// Means of Q as the search reads them, kSearchRows a box: a tile's rows are padded with zeros to row_pack.
+Status ProbeMap(const void* probes, const Plan& plan, int32_t tiles, int32_t heads, int32_t head_dim,
+                CUtensorMap* map) {
+  const int64_t panels = head_dim / 64, row = int64_t{head_dim} * 2, tile = plan.pack * row;
+  return MakeTensorMap(probes,
+                       {{64, 2, 64},
+                        {plan.pack, row, plan.row_pack},
+                        {tiles, tile, sm90::kSearchRows / plan.row_pack},
+                        {panels, 128, static_cast<int32_t>(panels)},
+                        {heads, tiles * tile, 1}},
+                       map);
+}
+
+// Rows of block means as the search reads them, 128 a box.
 Status MeanMap(const void* means, int64_t rows, int32_t heads, int32_t head_dim, CUtensorMap* map) {
   const int64_t panels = head_dim / 64, row = int64_t{head_dim} * 2;
   // Panels of a head are 128 bytes apart, heads rows * row: one dimension cannot step through both.
@@ -99,8 +121,9 @@ Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t work
   HW_KERNELS_RETURN_IF_ERROR(Validate(args));
   const Plan plan = MakePlan(args);
   if (plan.tiles_per_cta == 0) {
-    return {StatusCode::kUnimplemented, "kv_len " + std::to_string(args.total_k) + " is over " +
-                                            std::to_string(int64_t{sm90::kSearchBitmapWords} * 32 * 128)};
+    const int64_t words = sm90::kSearchBitmapWords / (args.forced_density == 0 ? 1 : 2);
+    return {StatusCode::kUnimplemented,
+            "kv_len " + std::to_string(args.total_k) + " is over " + std::to_string(words * 32 * 128)};
   }
   if (workspace == nullptr || workspace_bytes < plan.mean_bytes + plan.probe_bytes || Misaligned(workspace)) {
     return InvalidArgument("the workspace has " + std::to_string(workspace_bytes) + " bytes; " +
@@ -115,8 +138,10 @@ Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t work
   p.num_tiles = plan.tiles;
   p.num_heads = args.num_kv_heads;
   p.pack = plan.pack;
+  p.row_pack = plan.row_pack;
   p.tiles_per_cta = plan.tiles_per_cta;
   p.bitmap_words = plan.bitmap_words;
+  p.tile_words = plan.tile_words;
   p.tile_positions = plan.tile_positions;
   p.q_len = static_cast<int32_t>(args.total_q);
   p.kv_len = static_cast<int32_t>(args.total_k);
@@ -124,6 +149,7 @@ Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t work
                                                                                : args.query_position;
   p.scale_log2 = static_cast<float>(args.softmax_scale * kLog2E);
   p.threshold_log2 = std::log2(args.threshold);
+  p.forced_density = args.forced_density;
   p.sink_blocks = args.sink_blocks;
   p.window_blocks = args.window_blocks;
   p.first_dense_tile =
@@ -160,8 +186,8 @@ Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t work
                                  args.num_q_heads, args.head_dim, plan.tile_positions, plan.pack},
                                 stream));
     CUtensorMap probe_map;
-    HW_KERNELS_RETURN_IF_ERROR(MeanMap(probes, int64_t{end - p.begin_tile} * plan.pack, args.num_kv_heads,
-                                       args.head_dim, &probe_map));
+    HW_KERNELS_RETURN_IF_ERROR(
+        ProbeMap(probes, plan, end - p.begin_tile, args.num_kv_heads, args.head_dim, &probe_map));
     HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchSearch(probe_map, mean_map, p, args.head_dim, stream));
     end = p.begin_tile;
   }

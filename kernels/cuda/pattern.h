@@ -29,6 +29,10 @@ struct CudaSearchArgs {
   int32_t query_position = CudaAttentionArgs::kBottomRightAligned;
   // A block is listed if it is worth `threshold` (over 0, at most 1) of the tile's best one.
   float threshold = 0.18f;
+  // Over 0, at most 1: the ceil(forced_density * visible) best blocks are listed, sinks and window among
+  // them; `visible` blocks are seen by the tile's last query, and threshold is not used. For measuring on
+  // inputs without a pattern: every list has just this length (or that of sinks and window, where they are
+  // more), and all lists together need capacity for their sum. 0: by threshold.
   double forced_density = 0;
   int32_t sink_blocks = 2;         // always listed, 0 and more
   int32_t window_blocks = 4;       // last ones of a tile, its own included, always listed; 1 and more
@@ -52,11 +56,13 @@ int64_t CudaSearchTiles(const CudaSearchArgs& args);
 // invalid arguments.
 size_t CudaSearchWorkspaceBytes(const CudaSearchArgs& args);
 
-// Finds the block lists: sm90/search_kernel.cuh has the rule. Enqueues on `stream`, no host synchronisation;
-// same lifetimes and errors as CudaAttention(). Deterministic but for the order of lists within `blocks`,
-// and, where there is not room for all, for which tiles go dense.
+// Finds the block lists: sm90/search_kernel.cuh has the rule, sm90/search_density.cuh that of a forced
+// density, whose best blocks are exact but for margins within 2^-12 of the last one's. Enqueues on `stream`,
+// no host synchronisation; same lifetimes and errors as CudaAttention(). Deterministic but for the order of
+// lists within `blocks`, and, where there is not room for all, for which tiles go dense.
 //
-// Cost: one read of q and k (or k_means), and 2 * head_dim FLOP per (probe, block).
+// Cost: one read of q and k (or k_means), and 4 * head_dim FLOP per (probe, block), 8 * head_dim with a
+// forced density.
 Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t workspace_bytes,
                         cudaStream_t stream);
 

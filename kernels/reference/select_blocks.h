@@ -19,6 +19,9 @@ struct SelectBlocksArgs {
   double softmax_scale = 0;
   int64_t query_position = 0;
   double threshold = 0;
+  // Over 0: ceil(forced_density * visible blocks) are listed, those of the highest scores; of equal scores
+  // the one of the higher number.
+  double forced_density = 0;
   int32_t sink_blocks = 0;
   int32_t window_blocks = 1;
   int32_t dense_last_tokens = 0;
@@ -27,8 +30,8 @@ struct SelectBlocksArgs {
 struct SelectedBlocks {
   bool dense = false;
   std::vector<int32_t> blocks;  // ascending
-  // Blocks whose log2 score lies within `near` of the threshold: arithmetic in f32 may decide them either
-  // way.
+  // Blocks whose log2 score lies within `near` of the threshold, or of the last one that a forced density
+  // lists: arithmetic in f32 may decide them either way.
   std::vector<int32_t> undecided;
 };
 

@@ -42,6 +42,8 @@ class LibraryTest(unittest.TestCase):
             self.lib.attention(attention(k_means=ADDRESS), ADDRESS, 1 << 20, 0)
         with self.assertRaisesRegex(ValueError, "k or k_means"):
             self.lib.select_blocks(search(k_means=ADDRESS + 8), ADDRESS, 1 << 20, 0)
+        with self.assertRaisesRegex(ValueError, "forced_density is 1.5"):
+            self.lib.select_blocks(search(forced_density=1.5), ADDRESS, 1 << 20, 0)
         with self.assertRaisesRegex(NotImplementedError, "head_dim 96"):
             self.lib.merge_partials(library.MergeArgs(num_rows=1, head_dim=96), 0)
 

@@ -53,16 +53,34 @@ __global__ void __launch_bounds__(kLanes* kGroups) WindowMeanKernel(const Window
       make_uint4(mean[0], mean[1], mean[2], mean[3]);
 }
 
-template <class Traits>
+template <class Traits, int kForcedRows>
 cudaError_t Launch(const CUtensorMap& probes, const CUtensorMap& means, const SearchParams& p,
                    cudaStream_t stream) {
   constexpr int kBytes = static_cast<int>(sizeof(typename Traits::Shared));
-  auto* const kernel = SearchKernel<Traits>;
+  auto* const kernel = SearchKernel<Traits, kForcedRows>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   const int groups = (p.end_tile - p.begin_tile + p.tiles_per_cta - 1) / p.tiles_per_cta;
   kernel<<<static_cast<unsigned>(groups * p.num_heads), Traits::kThreads, kBytes, stream>>>(probes, means, p);
   return cudaGetLastError();
+}
+
+template <class Traits>
+cudaError_t LaunchFor(const CUtensorMap& probes, const CUtensorMap& means, const SearchParams& p,
+                      cudaStream_t stream) {
+  if (p.forced_density == 0) return Launch<Traits, 0>(probes, means, p, stream);
+  switch (p.row_pack) {
+    case 1:
+      return Launch<Traits, 1>(probes, means, p, stream);
+    case 2:
+      return Launch<Traits, 2>(probes, means, p, stream);
+    case 4:
+      return Launch<Traits, 4>(probes, means, p, stream);
+    case 8:
+      return Launch<Traits, 8>(probes, means, p, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace
@@ -77,8 +95,8 @@ cudaError_t LaunchWindowMeans(const WindowMeanParams& p, cudaStream_t stream) {
 
 cudaError_t LaunchSearch(const CUtensorMap& probes, const CUtensorMap& means, const SearchParams& params,
                          int head_dim, cudaStream_t stream) {
-  return head_dim == 128 ? Launch<SearchTraits<128>>(probes, means, params, stream)
-                         : Launch<SearchTraits<64>>(probes, means, params, stream);
+  return head_dim == 128 ? LaunchFor<SearchTraits<128>>(probes, means, params, stream)
+                         : LaunchFor<SearchTraits<64>>(probes, means, params, stream);
 }
 
 }  // namespace headwater::kernels::sm90

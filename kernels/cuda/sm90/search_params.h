@@ -9,6 +9,7 @@ namespace headwater::kernels::sm90 {
 
 inline constexpr int32_t kSearchRows = 128;           // probes of one CTA
 inline constexpr int32_t kSearchBitmapWords = 20480;  // of all its tiles
+inline constexpr int32_t kSearchBins = 512;  // of a tile's histogram, which shares the bitmaps' memory
 
 // Means over windows of `window` tokens of x [tokens, heads, head_dim] bf16, in f32, rounded to bf16:
 // out [heads / pack, windows, pack, head_dim]. The last window may be short.
@@ -29,14 +30,19 @@ struct SearchParams {
   int32_t end_tile;
   int32_t num_heads;  // KV heads: each packs its group
   int32_t pack;
-  int32_t tiles_per_cta;  // at most kSearchRows / pack
-  int32_t bitmap_words;   // of a tile; tiles_per_cta * bitmap_words <= kSearchBitmapWords
+  int32_t row_pack;       // rows of a tile among a CTA's: pack, rounded up to 1, 2, 4 or 8
+  int32_t tiles_per_cta;  // at most kSearchRows / row_pack
+  int32_t bitmap_words;   // of one bit per block
+  // Of a tile: one bitmap; with a forced density two, and room for a histogram. tiles_per_cta * tile_words <=
+  // kSearchBitmapWords.
+  int32_t tile_words;
   int32_t tile_positions;
   int32_t q_len;
   int32_t kv_len;
   int32_t q_position;
-  float scale_log2;      // softmax scale * log2(e)
-  float threshold_log2;  // log2(alpha)
+  float scale_log2;       // softmax scale * log2(e)
+  float threshold_log2;   // log2(alpha); unused with a forced density
+  double forced_density;  // 0: by threshold
   int32_t sink_blocks;
   int32_t window_blocks;  // the tile's last block included
   int32_t first_dense_tile;

@@ -135,14 +135,24 @@ def _stream(tensor: torch.Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
+def _forced_room(density: float, tiles: int, positions: int, q_len: int, kv_len: int, always: int) -> int:
+    """Entries a tile, on average, that lists of a forced density fit in: tile t sees at most 1 + (kv_len - q_len + (t + 1) *
+    positions) / 128 blocks, and at most two more than sinks and window are always listed."""
+    visible = 1 + (kv_len - q_len + (tiles + 1) / 2 * positions) / BLOCK_KEYS
+    return math.ceil(density * visible) + 1 + always + 2
+
+
 def select_blocks(q: torch.Tensor, k: torch.Tensor, *, threshold: float = 0.18, sink_blocks: int = 2,
                   window_blocks: int = 4, dense_last_tokens: int = 32, softmax_scale: Optional[float] = None,
-                  blocks_per_tile: int = 64, k_means: Optional[torch.Tensor] = None) -> BlockIndex:
+                  blocks_per_tile: Optional[int] = None, k_means: Optional[torch.Tensor] = None,
+                  forced_density: float = 0.0) -> BlockIndex:
     """Searches the pattern of one sequence (k may be longer than q: bottom-right aligned). One list per KV head.
 
     A block is listed if it is worth `threshold` of its tile's best one, or is among the first or last ones
-    (kernels/cuda/sm90/search_kernel.cuh). blocks_per_tile: mean room of a list; a tile that finds none left goes dense and
-    is counted in index.overflows. k_means: K's table of mean_tables(), where there is one; saves a read of k.
+    (kernels/cuda/sm90/search_kernel.cuh). blocks_per_tile: mean room of a list, by default 64, or what forced_density needs;
+    a tile that finds none left goes dense and is counted in index.overflows. k_means: K's table of mean_tables(), where
+    there is one; saves a read of k. forced_density: over 0, at most 1, for measuring on inputs without a pattern: every
+    tile lists that share of the blocks that it sees, the best ones; threshold is not used.
     """
     _check("q", q)
     _check("k", k, q)
@@ -154,11 +164,16 @@ def select_blocks(q: torch.Tensor, k: torch.Tensor, *, threshold: float = 0.18, 
         q=q.data_ptr(), k=k.data_ptr(), total_q=q.shape[0], total_k=k.shape[0], num_q_heads=q.shape[1],
         num_kv_heads=k.shape[1], head_dim=q.shape[2], softmax_scale=_scale(softmax_scale, q),
         query_position=library.BOTTOM_RIGHT, threshold=threshold, sink_blocks=sink_blocks, window_blocks=window_blocks,
-        dense_last_tokens=dense_last_tokens, k_means=None if k_means is None else k_means.data_ptr())
-    if blocks_per_tile < 1:
-        raise ValueError(f"blocks_per_tile is {blocks_per_tile}; at least 1 is wanted")
+        dense_last_tokens=dense_last_tokens, k_means=None if k_means is None else k_means.data_ptr(),
+        forced_density=forced_density)
     positions = 128 // max(1, q.shape[1] // max(1, k.shape[1]))
     tiles = -(-q.shape[0] // positions)
+    if blocks_per_tile is None:
+        blocks_per_tile = 64
+        if 0 < forced_density <= 1:  # else refused by the library, or not used
+            blocks_per_tile = _forced_room(forced_density, tiles, positions, q.shape[0], k.shape[0], sink_blocks + window_blocks)
+    if blocks_per_tile < 1:
+        raise ValueError(f"blocks_per_tile is {blocks_per_tile}; at least 1 is wanted")
     segments = tiles * k.shape[1]
     with torch.cuda.device(device):
         counts = torch.empty(segments, dtype=torch.int32, device=device)

@@ -42,7 +42,8 @@ SearchArgs = _sized("SearchArgs", [
     *_pointers("q", "k"), ("total_q", ctypes.c_int64), ("total_k", ctypes.c_int64),
     *_ints("num_q_heads", "num_kv_heads", "head_dim"), ("softmax_scale", ctypes.c_float), *_ints("query_position"),
     ("threshold", ctypes.c_float), *_ints("sink_blocks", "window_blocks", "dense_last_tokens"),
-    *_pointers("counts", "offsets", "blocks"), ("capacity", ctypes.c_int64), *_pointers("used", "overflows", "k_means")])
+    *_pointers("counts", "offsets", "blocks"), ("capacity", ctypes.c_int64), *_pointers("used", "overflows", "k_means"),
+    ("forced_density", ctypes.c_double)])
 
 
 def _longs(*names: str) -> list:

@@ -57,11 +57,13 @@ def checks():
                 out, _ = ops.prefill_attention(q, k, v)
                 wanted = reference(q, k, v, kv_len - q_len)
                 yield f"dense d{d} {q_heads}/{kv_heads} {q_len}x{kv_len}", float((out - wanted).norm() / wanted.norm())
-                index = ops.select_blocks(q, k, threshold=0.5)
-                index.validate(q_len, kv_len)
-                out, _ = ops.prefill_attention(q, k, v, index=index)
-                wanted = reference(q, k, v, kv_len - q_len, mask_of(index, q_heads, q_len, kv_len))
-                yield f"listed d{d} {q_heads}/{kv_heads} {q_len}x{kv_len}", float((out - wanted).norm() / wanted.norm())
+                for search in (dict(threshold=0.5), dict(forced_density=0.9, sink_blocks=0, window_blocks=1)):
+                    index = ops.select_blocks(q, k, **search)
+                    index.validate(q_len, kv_len)
+                    out, _ = ops.prefill_attention(q, k, v, index=index)
+                    wanted = reference(q, k, v, kv_len - q_len, mask_of(index, q_heads, q_len, kv_len))
+                    yield (f"listed by {next(iter(search))} d{d} {q_heads}/{kv_heads} {q_len}x{kv_len}",
+                           float((out - wanted).norm() / wanted.norm()))
 
 
 def main() -> int:

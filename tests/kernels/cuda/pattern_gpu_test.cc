@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <tuple>
 
 #include "gtest/gtest.h"
 
@@ -24,6 +25,11 @@ struct Case {
   int dense_last_tokens = 32;
   int capacity_per_tile = 64;
   bool given_means = false;
+  double forced_density = 0;
+  double near = kNear;
+
+  int Positions() const { return 128 / (q_heads / kv_heads); }
+  int Tiles() const { return (q_len + Positions() - 1) / Positions(); }
 };
 
 std::ostream& operator<<(std::ostream& out, const Case& c) { return out << c.name; }
@@ -33,6 +39,12 @@ struct Result {
   std::vector<int64_t> offsets;
   uint64_t used;
   uint32_t overflows;
+
+  // Of a segment that is not dense.
+  std::vector<int32_t> List(size_t segment) const {
+    const auto begin = blocks.begin() + offsets[segment];
+    return {begin, begin + counts[segment]};
+  }
 };
 
 // Queries and keys of a few topics, so that some blocks stand out.
@@ -46,6 +58,37 @@ std::vector<float> Topics(int tokens, int heads, int dim, float strength, uint32
     }
   }
   return ToFloat(ToBf16(x));
+}
+
+// What a tile sees, and the length that a forced density gives its list.
+struct Forced {
+  int64_t total, sinks, window_begin, length;
+};
+
+Forced ForcedOf(const Case& c, int tile) {
+  const CudaSearchArgs defaults;
+  const int64_t position =
+      c.q_position == CudaAttentionArgs::kBottomRightAligned ? c.kv_len - c.q_len : c.q_position;
+  const int64_t first = int64_t{tile} * c.Positions(),
+                last = std::min<int64_t>(c.q_len, first + c.Positions());
+  const int64_t complete = std::clamp<int64_t>(first + position + 1, 0, c.kv_len) / 128;
+  const int64_t total = (std::clamp<int64_t>(last + position, 0, c.kv_len) + 127) / 128;
+  const int64_t sinks = std::min<int64_t>(defaults.sink_blocks, total);
+  const int64_t window_begin = std::max(sinks, std::min(total - defaults.window_blocks, complete));
+  const auto wanted = static_cast<int64_t>(std::ceil(c.forced_density * static_cast<double>(total)));
+  return {total, sinks, window_begin, std::max(wanted, sinks + total - window_begin)};
+}
+
+bool IsDense(const Case& c, int tile) {
+  return c.dense_last_tokens > 0 && (tile + 1) * c.Positions() > c.q_len - c.dense_last_tokens;
+}
+
+// Room for lists: with a forced density just what they take.
+size_t Capacity(const Case& c) {
+  if (c.forced_density == 0) return static_cast<size_t>(c.kv_heads) * c.Tiles() * c.capacity_per_tile;
+  int64_t entries = 0;
+  for (int tile = 0; tile < c.Tiles(); ++tile) entries += IsDense(c, tile) ? 0 : ForcedOf(c, tile).length;
+  return std::max<size_t>(1, static_cast<size_t>(entries) * c.kv_heads);
 }
 
 // given_means: K's means come from a table in place of K itself.
@@ -74,9 +117,12 @@ Status Select(const Case& c, const std::vector<float>& q, const std::vector<floa
   args.softmax_scale = static_cast<float>(1 / std::sqrt(c.head_dim));
   args.query_position = c.q_position;
   args.dense_last_tokens = c.dense_last_tokens;
-  const int positions = 128 / (c.q_heads / c.kv_heads);
-  const size_t segments = static_cast<size_t>((c.q_len + positions - 1) / positions) * c.kv_heads;
-  DeviceArray<int32_t> counts(segments), blocks(segments * c.capacity_per_tile);
+  if (c.forced_density > 0) {
+    args.forced_density = c.forced_density;
+    args.threshold = 0;
+  }
+  const size_t segments = static_cast<size_t>(c.Tiles()) * c.kv_heads;
+  DeviceArray<int32_t> counts(segments), blocks(Capacity(c));
   DeviceArray<int64_t> offsets(segments);
   DeviceArray<uint64_t> used(1);
   DeviceArray<uint32_t> overflows(1);
@@ -95,13 +141,8 @@ Status Select(const Case& c, const std::vector<float>& q, const std::vector<floa
   return status;
 }
 
-class CudaSelectBlocksGpuTest : public ::testing::TestWithParam<Case> {};
-
-TEST_P(CudaSelectBlocksGpuTest, MatchesReference) {
-  HW_REQUIRE_SM90();
-  const Case& c = GetParam();
-  const std::vector<float> q = Topics(c.q_len, c.q_heads, c.head_dim, 1.0f, 1);
-  const std::vector<float> k = Topics(c.kv_len, c.kv_heads, c.head_dim, 0.5f, 2);
+std::vector<reference::SelectedBlocks> Reference(const Case& c, const std::vector<float>& q,
+                                                 const std::vector<float>& k) {
   reference::SelectBlocksArgs args;
   args.q = q.data();
   args.k = k.data();
@@ -117,12 +158,17 @@ TEST_P(CudaSelectBlocksGpuTest, MatchesReference) {
   args.sink_blocks = CudaSearchArgs().sink_blocks;
   args.window_blocks = CudaSearchArgs().window_blocks;
   args.dense_last_tokens = c.dense_last_tokens;
+  args.forced_density = c.forced_density;
+  return reference::SelectBlocks(args, c.near);
+}
+
+void ExpectMatchesReference(const Case& c, const std::vector<float>& q, const std::vector<float>& k) {
   Result got;
 
   const Status status = Select(c, q, k, &got, c.given_means);
 
   ASSERT_TRUE(status.ok()) << status.message();
-  const std::vector<reference::SelectedBlocks> wanted = reference::SelectBlocks(args, kNear);
+  const std::vector<reference::SelectedBlocks> wanted = Reference(c, q, k);
   ASSERT_EQ(got.counts.size(), wanted.size());
   EXPECT_EQ(got.overflows, 0u);
   uint64_t used = 0;
@@ -133,17 +179,32 @@ TEST_P(CudaSelectBlocksGpuTest, MatchesReference) {
     }
     ASSERT_GE(got.counts[i], 0) << "segment " << i;
     used += static_cast<uint64_t>(got.counts[i]);
-    const auto begin = got.blocks.begin() + got.offsets[i];
-    std::vector<int32_t> blocks(begin, begin + got.counts[i]), differ, unexplained;
+    if (c.forced_density > 0) {
+      ASSERT_EQ(got.counts[i], ForcedOf(c, static_cast<int>(i) % c.Tiles()).length) << "segment " << i;
+    }
+    const std::vector<int32_t> blocks = got.List(i);
+    std::vector<int32_t> differ, unexplained;
     ASSERT_TRUE(std::is_sorted(blocks.begin(), blocks.end())) << "segment " << i;
     ASSERT_EQ(std::adjacent_find(blocks.begin(), blocks.end()), blocks.end()) << "segment " << i;
     std::set_symmetric_difference(blocks.begin(), blocks.end(), wanted[i].blocks.begin(),
                                   wanted[i].blocks.end(), std::back_inserter(differ));
     std::set_difference(differ.begin(), differ.end(), wanted[i].undecided.begin(), wanted[i].undecided.end(),
                         std::back_inserter(unexplained));
-    ASSERT_TRUE(unexplained.empty()) << "segment " << i << ", block " << unexplained[0];
+    ASSERT_TRUE(unexplained.empty()) << "segment " << i << ", block " << unexplained[0] << " of "
+                                     << unexplained.size() << "; listed " << ::testing::PrintToString(blocks)
+                                     << ", wanted " << ::testing::PrintToString(wanted[i].blocks);
   }
   EXPECT_EQ(got.used, used);
+}
+
+class CudaSelectBlocksGpuTest : public ::testing::TestWithParam<Case> {};
+
+TEST_P(CudaSelectBlocksGpuTest, MatchesReference) {
+  HW_REQUIRE_SM90();
+  const Case& c = GetParam();
+
+  ExpectMatchesReference(c, Topics(c.q_len, c.q_heads, c.head_dim, 1.0f, 1),
+                         Topics(c.kv_len, c.kv_heads, c.head_dim, 0.5f, 2));
 }
 
 constexpr int kAligned = CudaAttentionArgs::kBottomRightAligned;
@@ -200,6 +261,126 @@ TEST(CudaSelectBlocksGpuTest, NanInAQueryLeavesForcedBlocks) {
     } else {
       EXPECT_EQ(spoilt.counts[i], clean.counts[i]) << "segment " << i;
     }
+  }
+}
+
+// --- forced density ---
+
+class ForcedDensityGpuTest : public ::testing::TestWithParam<std::tuple<Case, double>> {};
+
+TEST_P(ForcedDensityGpuTest, MatchesReference) {
+  HW_REQUIRE_SM90();
+  Case c = std::get<0>(GetParam());
+  c.forced_density = std::get<1>(GetParam());
+
+  ExpectMatchesReference(c, Topics(c.q_len, c.q_heads, c.head_dim, 1.0f, 1),
+                         Topics(c.kv_len, c.kv_heads, c.head_dim, 0.5f, 2));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, ForcedDensityGpuTest,
+    ::testing::Combine(
+        ::testing::Values(
+            Case{"one_token", 8, 2, 128, 1, 1}, Case{"one_block", 8, 2, 128, 128, 128, kAligned, 0},
+            Case{"block_plus_1", 8, 2, 128, 129, 129, kAligned, 0}, Case{"mha", 2, 2, 128, 5003, 5003},
+            Case{"mha_of_several_ctas", 2, 2, 64, 9001, 9001}, Case{"gqa2", 4, 2, 128, 5003, 5003},
+            Case{"gqa3", 9, 3, 128, 3001, 3001}, Case{"gqa4", 8, 2, 128, 5003, 5003},
+            Case{"gqa4_d64", 8, 2, 64, 5003, 5003}, Case{"gqa5", 5, 1, 128, 3001, 3001},
+            Case{"gqa6", 6, 1, 64, 3001, 3001}, Case{"gqa7", 7, 1, 128, 3001, 3001},
+            Case{"gqa7_d64", 14, 2, 64, 3001, 3001}, Case{"gqa8", 8, 1, 128, 5003, 5003},
+            Case{"chunk", 8, 2, 128, 700, 5003}, Case{"chunk_in_the_middle", 8, 2, 128, 700, 5003, 2000},
+            Case{"one_query", 8, 2, 128, 1, 5003, kAligned, 0},
+            Case{"some_rows_see_nothing", 8, 2, 128, 1000, 700, -100, 0},
+            Case{"everything_dense", 8, 2, 128, 2000, 2000, kAligned, 5000},
+            Case{"given_means", 7, 1, 128, 700, 5003, kAligned, 32, 64, true}),
+        ::testing::Values(0.01, 0.1, 0.5, 1.0)),
+    [](const auto& test) {
+      return std::string(std::get<0>(test.param).name) + "_percent_" +
+             std::to_string(std::lround(100 * std::get<1>(test.param)));
+    });
+
+// Inputs as forced densities are for: all scores are close. Equal calls list equal blocks.
+TEST(ForcedDensityGpuTest, RandomInputsOf64KTokens) {
+  HW_REQUIRE_SM90();
+  Case c{"", 4, 1, 128, 65536, 65536};
+  c.forced_density = 0.1;
+  c.near = 2e-4;
+  const std::vector<float> q = RandomBf16(size_t{65536} * 4 * 128, 1), k = RandomBf16(size_t{65536} * 128, 2);
+  ExpectMatchesReference(c, q, k);
+  Result first, second;
+
+  ASSERT_TRUE(Select(c, q, k, &first).ok());
+  ASSERT_TRUE(Select(c, q, k, &second).ok());
+
+  ASSERT_EQ(first.counts, second.counts);
+  for (size_t i = 0; i < first.counts.size(); ++i) {
+    if (first.counts[i] >= 0) {
+      ASSERT_EQ(first.List(i), second.List(i)) << "segment " << i;
+    }
+  }
+}
+
+// Over 1,048,576 keys a tile's two bitmaps are larger than its histogram.
+TEST(ForcedDensityGpuTest, BitmapsOfManyBlocks) {
+  HW_REQUIRE_SM90();
+  Case c{"", 2, 1, 64, 200, 1'100'000};
+  c.forced_density = 0.03;
+  c.near = 2e-4;
+
+  ExpectMatchesReference(c, RandomBf16(size_t{200} * 2 * 64, 1), RandomBf16(size_t{1'100'000} * 64, 2));
+}
+
+// Sinks, and then the last blocks: what a forced density lists where no score differs.
+std::vector<int32_t> ListOfTies(const Forced& forced) {
+  std::vector<int32_t> list;
+  for (int64_t block = 0; block < forced.total; ++block) {
+    if (block < forced.sinks || block >= forced.total - (forced.length - forced.sinks)) {
+      list.push_back(static_cast<int32_t>(block));
+    }
+  }
+  return list;
+}
+
+TEST(ForcedDensityGpuTest, OfEqualScoresTheHigherNumbersAreListed) {
+  HW_REQUIRE_SM90();
+  for (const double density : {0.01, 0.3, 0.5, 1.0}) {
+    for (const int group : {1, 2, 4, 7}) {
+      Case c{"", 2 * group, 2, 128, 5003, 5003, kAligned, 0};
+      c.forced_density = density;
+      Result got;
+
+      const std::vector<float> q(size_t{5003} * c.q_heads * 128, 0.5f), k(size_t{5003} * 2 * 128, 0.25f);
+      ASSERT_TRUE(Select(c, q, k, &got).ok());
+
+      EXPECT_EQ(got.overflows, 0u);
+      for (size_t i = 0; i < got.counts.size(); ++i) {
+        const Forced forced = ForcedOf(c, static_cast<int>(i) % c.Tiles());
+        ASSERT_EQ(got.counts[i], forced.length) << "segment " << i << ", group " << group << ", " << density;
+        ASSERT_EQ(got.List(i), ListOfTies(forced))
+            << "segment " << i << ", group " << group << ", " << density;
+      }
+    }
+  }
+}
+
+// Without a score blocks count as equal, so that lists keep their length; other tiles keep their lists.
+TEST(ForcedDensityGpuTest, NanInAQueryKeepsTheLength) {
+  HW_REQUIRE_SM90();
+  Case c{"", 8, 2, 128, 5003, 5003, kAligned, 0};
+  c.forced_density = 0.5;
+  std::vector<float> q = Topics(c.q_len, 8, 128, 1.0f, 1);
+  const std::vector<float> k = Topics(c.kv_len, 2, 128, 0.5f, 2);
+  Result clean, spoilt;
+  ASSERT_TRUE(Select(c, q, k, &clean).ok());
+  for (int i = 0; i < 8 * 128; ++i) q[4000 * 8 * 128 + i] = std::nanf("");
+
+  ASSERT_TRUE(Select(c, q, k, &spoilt).ok());
+
+  ASSERT_EQ(spoilt.counts, clean.counts);
+  for (size_t i = 0; i < clean.counts.size(); ++i) {
+    const int tile = static_cast<int>(i) % c.Tiles();
+    ASSERT_EQ(spoilt.List(i), tile == 4000 / 32 ? ListOfTies(ForcedOf(c, tile)) : clean.List(i))
+        << "segment " << i;
   }
 }
 

@@ -63,6 +63,12 @@ INSTANTIATE_TEST_SUITE_P(
         Case(
             "threshold_nan", [](auto* a) { a->threshold = std::nanf(""); }, kBad, "threshold"),
         Case(
+            "density_negative", [](auto* a) { a->forced_density = -0.5; }, kBad, "forced_density is -0.5"),
+        Case(
+            "density_over_one", [](auto* a) { a->forced_density = 1.5; }, kBad, "forced_density is 1.5"),
+        Case(
+            "density_nan", [](auto* a) { a->forced_density = std::nan(""); }, kBad, "forced_density is nan"),
+        Case(
             "no_window", [](auto* a) { a->window_blocks = 0; }, kBad, "window_blocks 0"),
         Case(
             "negative_sink", [](auto* a) { a->sink_blocks = -1; }, kBad, "sink_blocks -1"),
@@ -75,7 +81,14 @@ INSTANTIATE_TEST_SUITE_P(
             "to 2147483291 is wanted"),
         Case(
             "too_long", [](auto* a) { a->total_q = a->total_k = 100'000'000; }, StatusCode::kUnimplemented,
-            "kv_len 100000000 is over 83886080")),
+            "kv_len 100000000 is over 83886080"),
+        Case(
+            "too_long_for_a_density",
+            [](auto* a) {
+              a->total_q = a->total_k = 50'000'000;
+              a->forced_density = 0.1;
+            },
+            StatusCode::kUnimplemented, "kv_len 50000000 is over 41943040")),
     [](const auto& test) { return test.param.name; });
 
 // The search must fit beside a model: means of K, and at most 64 MiB for those of Q.
@@ -89,6 +102,15 @@ TEST(CudaSearchWorkspaceTest, IsLinearInTokens) {
   EXPECT_EQ(CudaSearchTiles(args), (1 << 20) / 32);
   args.threshold = 0;
   EXPECT_EQ(CudaSearchWorkspaceBytes(args), 0u);
+}
+
+TEST(CudaSearchWorkspaceTest, AForcedDensityNeedsNoThreshold) {
+  CudaSearchArgs args = ValidArgs();
+  const size_t by_threshold = CudaSearchWorkspaceBytes(args);
+  args.threshold = 0;
+  args.forced_density = 1;
+
+  EXPECT_EQ(CudaSearchWorkspaceBytes(args), by_threshold);
 }
 
 }  // namespace
