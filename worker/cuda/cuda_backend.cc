@@ -33,7 +33,8 @@ class Backend final : public PrefillBackend {
   uint32_t max_world_size() const override { return 1; }
 
   std::string Describe() const override {
-    return absl::StrCat("bf16, ", model_->weight_bytes(), " bytes of weights and ", model_->scratch_bytes(),
+    return absl::StrCat("bf16, ", NameOf(model_->linear()), " linear layers, ", model_->weight_bytes(),
+                        " bytes of weights and ", model_->scratch_bytes(),
                         " of scratch on the device, budget ", budget_bytes_, " bytes");
   }
 
@@ -94,6 +95,7 @@ absl::StatusOr<std::unique_ptr<PrefillBackend>> CudaBackend::Load(const WorkerOp
   }
   CudaModelOptions model;
   model.directory = options.model;
+  model.linear = options.linear == "fp8" ? LinearType::kFP8 : LinearType::kBF16;
   int count = 0;
   HW_RETURN_IF_ERROR(FromCuda(cudaGetDeviceCount(&count), absl::StrCat("--device=", options.device)));
   if (!absl::SimpleAtoi(options.device.substr(options.device.find(':') + 1), &model.device) ||
