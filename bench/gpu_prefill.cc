@@ -22,6 +22,7 @@
 #include "base/status_macros.h"
 #include "bench/prefill_job.h"
 #include "kernels/cuda/linear.h"
+#include "kernels/cuda/quantize.h"
 #include "kvtransfer/receiver.h"
 #include "kvtransfer/sender.h"
 #include "kvtransfer/store.h"
@@ -40,6 +41,7 @@ ABSL_FLAG(std::string, sink, "none",
 ABSL_FLAG(int, kv_channels, 8, "connections to the receiver");
 ABSL_FLAG(double, density, 0, "over 0: policy probe at this forced density; else dense");
 ABSL_FLAG(int, chunk_tokens, 8192, "tokens that a linear layer takes at once");
+ABSL_FLAG(std::string, linear, "bf16", "bf16 or fp8: operands of linear layers");
 
 namespace headwater {
 namespace {
@@ -65,8 +67,21 @@ absl::StatusOr<std::unique_ptr<Receiver>> StartReceiver() {
   return receiver;
 }
 
+// bf16 [rows, width] becomes e4m3 with a scale a row.
+absl::Status Quantize(int64_t rows, int64_t width, DeviceBuffer* x, DeviceBuffer* scale) {
+  HW_ASSIGN_OR_RETURN(DeviceBuffer out,
+                      DeviceBuffer::Allocate(static_cast<uint64_t>(rows * width), "operands in fp8"));
+  HW_ASSIGN_OR_RETURN(*scale, DeviceBuffer::Allocate(static_cast<uint64_t>(rows) * sizeof(float), "scales"));
+  HW_RETURN_IF_ERROR(
+      FromKernels(kernels::CudaQuantizeRows(
+                      {x->data(), out.data(), reinterpret_cast<float*>(scale->data()), rows, width}, nullptr),
+                  "operands in fp8"));
+  *x = std::move(out);
+  return absl::OkStatus();
+}
+
 // Seconds that a layer's linear layers take for each token, alone on the device, a chunk at a time.
-absl::StatusOr<double> LinearSecondsPerToken(const ModelConfig& config, int64_t rows) {
+absl::StatusOr<double> LinearSecondsPerToken(const ModelConfig& config, LinearType type, int64_t rows) {
   const int64_t hidden = config.hidden_size, inner = config.intermediate_size;
   const int64_t q = int64_t{config.num_q_heads} * config.head_dim,
                 kv = int64_t{config.num_kv_heads} * config.head_dim;
@@ -83,9 +98,8 @@ absl::StatusOr<double> LinearSecondsPerToken(const ModelConfig& config, int64_t 
   double seconds = 0;
   for (const auto& shape : shapes) {
     const auto bytes = [](int64_t a, int64_t b, int64_t size) { return static_cast<uint64_t>(a * b * size); };
-    HW_ASSIGN_OR_RETURN(const DeviceBuffer x, DeviceBuffer::Allocate(bytes(rows, shape.in, 2), "x"));
-    HW_ASSIGN_OR_RETURN(const DeviceBuffer w,
-                        DeviceBuffer::Allocate(bytes(shape.out, shape.in, 2), "weight"));
+    HW_ASSIGN_OR_RETURN(DeviceBuffer x, DeviceBuffer::Allocate(bytes(rows, shape.in, 2), "x"));
+    HW_ASSIGN_OR_RETURN(DeviceBuffer w, DeviceBuffer::Allocate(bytes(shape.out, shape.in, 2), "weight"));
     HW_ASSIGN_OR_RETURN(const DeviceBuffer y, DeviceBuffer::Allocate(bytes(rows, shape.out, 4), "y"));
     // Numbers of ordinary size: a device that multiplies zeros draws less power and is faster.
     std::mt19937 random(kSeed);
@@ -100,12 +114,19 @@ absl::StatusOr<double> LinearSecondsPerToken(const ModelConfig& config, int64_t 
       }
     }
     HW_RETURN_IF_ERROR(FromCuda(cudaMemset(y.data(), 0, y.bytes()), "outputs"));
+    DeviceBuffer x_scale, w_scale;
+    if (type == LinearType::kFP8) {
+      HW_RETURN_IF_ERROR(Quantize(rows, shape.in, &x, &x_scale));
+      HW_RETURN_IF_ERROR(Quantize(shape.out, shape.in, &w, &w_scale));
+    }
     const auto run = [&](int times) -> absl::Status {
       for (int i = 0; i < times; ++i) {
-        HW_RETURN_IF_ERROR(FromKernels(linear->Run({x.data(), w.data(), nullptr, y.data(), shape.y,
-                                                    shape.accumulate, rows, shape.in, shape.out},
-                                                   nullptr),
-                                       "linear"));
+        HW_RETURN_IF_ERROR(
+            FromKernels(linear->Run({x.data(), w.data(), nullptr, y.data(), shape.y, shape.accumulate, rows,
+                                     shape.in, shape.out, reinterpret_cast<const float*>(x_scale.data()),
+                                     reinterpret_cast<const float*>(w_scale.data())},
+                                    nullptr),
+                        "linear"));
       }
       return FromCuda(cudaDeviceSynchronize(), "linear");
     };
@@ -179,6 +200,7 @@ absl::Status RunLength(int64_t num_tokens, CudaModel* model, CudaEgressMemory* e
   const uint64_t device_bytes = PlanCudaPrefill(config, model->chunk_tokens(), num_tokens).total_bytes() +
                                 model->weight_bytes() + model->scratch_bytes();
   nlohmann::json row;
+  row["linear"] = NameOf(model->linear());
   row["tokens"] = num_tokens;
   row["ttft_s"] = median.ttft_s;
   row["kv_acked_s"] = median.kv_acked_s;
@@ -213,6 +235,11 @@ absl::Status Run() {
   CudaModelOptions options;
   options.directory = absl::GetFlag(FLAGS_model);
   options.chunk_tokens = absl::GetFlag(FLAGS_chunk_tokens);
+  const std::string linear_type = absl::GetFlag(FLAGS_linear);
+  if (linear_type != "bf16" && linear_type != "fp8") {
+    return absl::InvalidArgumentError(absl::StrCat("--linear: '", linear_type, "' is not one of bf16, fp8"));
+  }
+  options.linear = linear_type == "fp8" ? LinearType::kFP8 : LinearType::kBF16;
   std::unique_ptr<CudaModel> model;
   if (options.directory.empty()) {
     HW_ASSIGN_OR_RETURN(
@@ -227,7 +254,8 @@ absl::Status Run() {
   if (sink == "verify") {
     HW_ASSIGN_OR_RETURN(receiver, StartReceiver());
   }
-  HW_ASSIGN_OR_RETURN(const double linear, LinearSecondsPerToken(model->config(), options.chunk_tokens));
+  HW_ASSIGN_OR_RETURN(const double linear,
+                      LinearSecondsPerToken(model->config(), options.linear, options.chunk_tokens));
   for (const int64_t length : lengths) {
     HW_RETURN_IF_ERROR(RunLength(length, model.get(), egress.get(), receiver.get(), linear));
   }

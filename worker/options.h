@@ -23,6 +23,7 @@ struct WorkerOptions {
   std::string model_name;  // empty: the directory's last part
   std::string device = "cpu";
   std::string compute = "auto";
+  std::string linear = "bf16";
   int64_t threads = 0;               // 0: all cores that this process may use
   uint64_t memory_budget_bytes = 0;  // 0: 80 % of what is available at the start
   int64_t kv_channels = 2;

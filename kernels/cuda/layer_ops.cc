@@ -5,7 +5,9 @@
 #include "kernels/cuda/block_stats_check.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/quantize.h"
 #include "kernels/cuda/sm90/layer_ops_launch.h"
+#include "kernels/cuda/sm90/quantize_launch.h"
 
 namespace headwater::kernels {
 namespace {
@@ -63,6 +65,7 @@ Status CudaRmsNorm(const CudaRmsNormArgs& a, cudaStream_t stream) {
   HW_KERNELS_RETURN_IF_ERROR(CheckOptionalArray("delta", a.delta));
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("weight", a.weight));
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("out", a.out));
+  HW_KERNELS_RETURN_IF_ERROR(CheckOptionalArray("scale", a.scale));
   HW_KERNELS_RETURN_IF_ERROR(CheckDevice());
   HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchRmsNorm(a, stream));
   return {};
@@ -126,13 +129,16 @@ Status CudaSplitQkv(const CudaSplitQkvArgs& a, cudaStream_t stream) {
 }
 
 Status CudaSiluMul(const CudaSiluMulArgs& a, cudaStream_t stream) {
-  HW_KERNELS_RETURN_IF_ERROR(CheckShape(a.num_tokens, a.width, kMostWidth));
+  const bool quantize = a.scale != nullptr;
+  HW_KERNELS_RETURN_IF_ERROR(CheckShape(a.num_tokens, a.width, quantize ? kMaxQuantizedWidth : kMostWidth));
   if (a.num_tokens == 0) return {};
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("gate_up", a.gate_up));
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("out", a.out));
+  HW_KERNELS_RETURN_IF_ERROR(CheckOptionalArray("scale", a.scale));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_tokens * width", a.num_tokens * a.width, 1, kMostElements));
   HW_KERNELS_RETURN_IF_ERROR(CheckDevice());
-  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchSiluMul(a, stream));
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(quantize ? sm90::LaunchQuantizedSiluMul(a, stream)
+                                           : sm90::LaunchSiluMul(a, stream));
   return {};
 }
 

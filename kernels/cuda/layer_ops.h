@@ -45,10 +45,11 @@ struct CudaRmsNormArgs {
   const void* delta = nullptr;        // bf16 [num_tokens, width], or null
   const void* weight = nullptr;       // [width]
   DType weight_dtype = DType::kBF16;  // or f32
-  void* out = nullptr;                // bf16 [num_tokens, width]
+  void* out = nullptr;                // bf16 [num_tokens, width]; with `scale`: e4m3
   float epsilon = 0;                  // 0 or more
   int64_t num_tokens = 0;
-  int64_t width = 0;  // at most kMaxNormWidth
+  int64_t width = 0;       // at most kMaxNormWidth
+  float* scale = nullptr;  // [num_tokens], or null: quantizes the rows (quantize.h), before any rounding
 };
 Status CudaRmsNorm(const CudaRmsNormArgs& args, cudaStream_t stream);
 
@@ -102,9 +103,10 @@ Status CudaSplitQkv(const CudaSplitQkvArgs& args, cudaStream_t stream);
 // out[i, j] = silu(gate_up[i, j]) * gate_up[i, width + j]. A gate of minus infinity gives NaN.
 struct CudaSiluMulArgs {
   const void* gate_up = nullptr;  // bf16 [num_tokens, 2 * width]
-  void* out = nullptr;            // bf16 [num_tokens, width]
+  void* out = nullptr;            // bf16 [num_tokens, width]; with `scale`: e4m3
   int64_t num_tokens = 0;
-  int64_t width = 0;
+  int64_t width = 0;       // with `scale`: at most kMaxQuantizedWidth
+  float* scale = nullptr;  // as CudaRmsNormArgs's
 };
 Status CudaSiluMul(const CudaSiluMulArgs& args, cudaStream_t stream);
 

@@ -38,16 +38,19 @@ Status CublasStatus(cublasStatus_t status, const char* call) {
 
 #define HW_RETURN_IF_CUBLAS_ERROR(call) HW_KERNELS_RETURN_IF_ERROR(CublasStatus((call), #call))
 
-Status CheckFeatures(const char* name, int64_t features) {
+bool IsFp8(const CudaLinearArgs& a) { return a.x_scale != nullptr; }
+
+Status CheckFeatures(const char* name, int64_t features, int64_t multiple) {
   HW_KERNELS_RETURN_IF_ERROR(CheckRange(name, features, 1, kMostFeatures));
-  if (features % 8 == 0) return {};
-  return InvalidArgument(std::string(name) + " is " + std::to_string(features) +
-                         "; a multiple of 8 is wanted");
+  if (features % multiple == 0) return {};
+  return InvalidArgument(std::string(name) + " is " + std::to_string(features) + "; a multiple of " +
+                         std::to_string(multiple) + " is wanted");
 }
 
 std::string Describe(const CudaLinearArgs& a) {
   return std::to_string(a.num_tokens) + " tokens, " + std::to_string(a.in_features) + " to " +
-         std::to_string(a.out_features) + " features, " + NameOf(a.y_dtype);
+         std::to_string(a.out_features) + " features, " + (IsFp8(a) ? "e4m3" : "bf16") + " to " +
+         NameOf(a.y_dtype) + (a.bias != nullptr ? ", with bias" : "") + (a.accumulate ? ", accumulated" : "");
 }
 
 uint32_t AlignmentOf(const CudaLinearArgs& a) {
@@ -56,11 +59,11 @@ uint32_t AlignmentOf(const CudaLinearArgs& a) {
   return bits % kBestAlignment == 0 ? kBestAlignment : kLeastAlignment;
 }
 
-using Key = std::tuple<int64_t, int64_t, int64_t, DType, bool, bool, uint32_t>;
+using Key = std::tuple<int64_t, int64_t, int64_t, bool, DType, bool, bool, uint32_t>;
 
 Key KeyOf(const CudaLinearArgs& a) {
-  return {a.num_tokens,      a.in_features, a.out_features, a.y_dtype,
-          a.bias != nullptr, a.accumulate,  AlignmentOf(a)};
+  return {a.num_tokens, a.in_features,     a.out_features, IsFp8(a),
+          a.y_dtype,    a.bias != nullptr, a.accumulate,   AlignmentOf(a)};
 }
 
 // cuBLASLt counts in columns: y^T [out, tokens] = W [out, in] x^T [in, tokens], where a row-major matrix is
@@ -71,27 +74,49 @@ struct Plan {
   cublasLtMatmulAlgo_t algorithm;
 };
 
-Status Shape(const CudaLinearArgs& a, Plan* plan) {
+template <typename T>
+Status Set(Plan* plan, cublasLtMatmulDescAttributes_t attribute, const T& value) {
+  HW_RETURN_IF_CUBLAS_ERROR(Lt().MatmulDescSetAttribute(&plan->operation, attribute, &value, sizeof value));
+  return {};
+}
+
+// Of one call; the rest of a plan serves all of its shape.
+Status SetPointers(const CudaLinearArgs& a, Plan* plan) {
+  if (a.bias != nullptr) HW_KERNELS_RETURN_IF_ERROR(Set(plan, CUBLASLT_MATMUL_DESC_BIAS_POINTER, a.bias));
+  if (!IsFp8(a)) return {};
+  HW_KERNELS_RETURN_IF_ERROR(Set(plan, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, a.weight_scale));
+  return Set(plan, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, a.x_scale);
+}
+
+// A scale for each row of both operands.
+Status SetFp8(const CudaLinearArgs& a, bool fast_accumulation, Plan* plan) {
+  constexpr auto kPerRow = static_cast<int32_t>(CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F);
+  HW_KERNELS_RETURN_IF_ERROR(Set(plan, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, kPerRow));
+  HW_KERNELS_RETURN_IF_ERROR(Set(plan, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, kPerRow));
+  HW_KERNELS_RETURN_IF_ERROR(
+      Set(plan, CUBLASLT_MATMUL_DESC_FAST_ACCUM, static_cast<int8_t>(fast_accumulation ? 1 : 0)));
+  if (a.bias == nullptr) return {};
+  return Set(plan, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, static_cast<int32_t>(CUDA_R_16BF));
+}
+
+Status Shape(const CudaLinearArgs& a, bool fast_accumulation, Plan* plan) {
   const cudaDataType_t y_type = a.y_dtype == DType::kF32 ? CUDA_R_32F : CUDA_R_16BF;
+  const cudaDataType_t x_type = IsFp8(a) ? CUDA_R_8F_E4M3 : CUDA_R_16BF;
   const auto in = static_cast<uint64_t>(a.in_features), out = static_cast<uint64_t>(a.out_features);
   const auto tokens = static_cast<uint64_t>(a.num_tokens);
   HW_RETURN_IF_CUBLAS_ERROR(
       Lt().MatmulDescInit_internal(&plan->operation, sizeof plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-  const cublasOperation_t transpose = CUBLAS_OP_T;
-  HW_RETURN_IF_CUBLAS_ERROR(Lt().MatmulDescSetAttribute(&plan->operation, CUBLASLT_MATMUL_DESC_TRANSA,
-                                                        &transpose, sizeof transpose));
+  HW_KERNELS_RETURN_IF_ERROR(Set(plan, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T));
+  // A bias's type is y's unless told otherwise.
   if (a.bias != nullptr) {
-    const cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
-    HW_RETURN_IF_CUBLAS_ERROR(Lt().MatmulDescSetAttribute(&plan->operation, CUBLASLT_MATMUL_DESC_EPILOGUE,
-                                                          &epilogue, sizeof epilogue));
-    // Its type is y's unless told otherwise.
-    HW_RETURN_IF_CUBLAS_ERROR(Lt().MatmulDescSetAttribute(&plan->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER,
-                                                          &a.bias, sizeof a.bias));
+    HW_KERNELS_RETURN_IF_ERROR(Set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS));
   }
-  HW_RETURN_IF_CUBLAS_ERROR(Lt().MatrixLayoutInit_internal(&plan->weight, sizeof plan->weight, CUDA_R_16BF,
-                                                           in, out, static_cast<int64_t>(in)));
-  HW_RETURN_IF_CUBLAS_ERROR(Lt().MatrixLayoutInit_internal(&plan->x, sizeof plan->x, CUDA_R_16BF, in, tokens,
-                                                           static_cast<int64_t>(in)));
+  if (IsFp8(a)) HW_KERNELS_RETURN_IF_ERROR(SetFp8(a, fast_accumulation, plan));
+  HW_KERNELS_RETURN_IF_ERROR(SetPointers(a, plan));
+  HW_RETURN_IF_CUBLAS_ERROR(Lt().MatrixLayoutInit_internal(&plan->weight, sizeof plan->weight, x_type, in,
+                                                           out, static_cast<int64_t>(in)));
+  HW_RETURN_IF_CUBLAS_ERROR(
+      Lt().MatrixLayoutInit_internal(&plan->x, sizeof plan->x, x_type, in, tokens, static_cast<int64_t>(in)));
   HW_RETURN_IF_CUBLAS_ERROR(Lt().MatrixLayoutInit_internal(&plan->y, sizeof plan->y, y_type, out, tokens,
                                                            static_cast<int64_t>(out)));
   return {};
@@ -130,6 +155,7 @@ struct CudaLinear::State {
   size_t workspace_bytes = 0;
   bool owns_workspace = false;
   size_t max_plans = 0;
+  bool fast_accumulation = false;
   std::list<std::pair<Key, Plan>> plans;  // last used first
 
   State() = default;
@@ -150,7 +176,7 @@ struct CudaLinear::State {
       return {};
     }
     Plan made;
-    HW_KERNELS_RETURN_IF_ERROR(Shape(args, &made));
+    HW_KERNELS_RETURN_IF_ERROR(Shape(args, fast_accumulation, &made));
     HW_KERNELS_RETURN_IF_ERROR(ChooseAlgorithm(handle, workspace_bytes, args, &made));
     try {
       plans.emplace_front(key, made);
@@ -187,6 +213,7 @@ Status CudaLinear::Create(const CudaLinearOptions& options, std::unique_ptr<Cuda
   state->workspace = options.workspace;
   state->workspace_bytes = options.workspace_bytes;
   state->max_plans = static_cast<size_t>(options.max_plans);
+  state->fast_accumulation = options.fast_accumulation;
   if (options.workspace == nullptr && options.workspace_bytes > 0) {
     HW_KERNELS_RETURN_IF_CUDA_ERROR(cudaMalloc(&state->workspace, options.workspace_bytes));
     state->owns_workspace = true;
@@ -197,8 +224,13 @@ Status CudaLinear::Create(const CudaLinearOptions& options, std::unique_ptr<Cuda
 
 Status CudaLinear::Check(const CudaLinearArgs& a) {
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_tokens", a.num_tokens, 0, INT32_MAX));
-  HW_KERNELS_RETURN_IF_ERROR(CheckFeatures("in_features", a.in_features));
-  HW_KERNELS_RETURN_IF_ERROR(CheckFeatures("out_features", a.out_features));
+  if ((a.x_scale == nullptr) != (a.weight_scale == nullptr)) {
+    return InvalidArgument(a.x_scale == nullptr ? "x_scale is null and weight_scale is not"
+                                                : "weight_scale is null and x_scale is not");
+  }
+  const int64_t multiple = IsFp8(a) ? 16 : 8;
+  HW_KERNELS_RETURN_IF_ERROR(CheckFeatures("in_features", a.in_features, multiple));
+  HW_KERNELS_RETURN_IF_ERROR(CheckFeatures("out_features", a.out_features, multiple));
   if (a.y_dtype != DType::kF32 && a.y_dtype != DType::kBF16) {
     return {StatusCode::kUnimplemented,
             std::string("y_dtype is ") + NameOf(a.y_dtype) + "; bf16 or f32 is known"};
@@ -207,6 +239,8 @@ Status CudaLinear::Check(const CudaLinearArgs& a) {
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("x", a.x));
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("weight", a.weight));
   HW_KERNELS_RETURN_IF_ERROR(CheckOptionalArray("bias", a.bias));
+  HW_KERNELS_RETURN_IF_ERROR(CheckOptionalArray("x_scale", a.x_scale));
+  HW_KERNELS_RETURN_IF_ERROR(CheckOptionalArray("weight_scale", a.weight_scale));
   return CheckArray("y", a.y);
 }
 
@@ -221,10 +255,7 @@ Status CudaLinear::Run(const CudaLinearArgs& args, cudaStream_t stream) {
   }
   Plan* plan = nullptr;
   HW_KERNELS_RETURN_IF_ERROR(state_->Find(args, &plan));
-  if (args.bias != nullptr) {
-    HW_RETURN_IF_CUBLAS_ERROR(Lt().MatmulDescSetAttribute(&plan->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER,
-                                                          &args.bias, sizeof args.bias));
-  }
+  HW_KERNELS_RETURN_IF_ERROR(SetPointers(args, plan));
   const float alpha = 1, beta = args.accumulate ? 1.0f : 0.0f;
   const cublasStatus_t status = Lt().Matmul(
       state_->handle, &plan->operation, &alpha, args.weight, &plan->weight, args.x, &plan->x, &beta, args.y,

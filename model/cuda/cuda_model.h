@@ -1,5 +1,7 @@
 // A checkpoint's layers as functions on one GPU: what Model is on the host, bf16 throughout but for the
-// hidden state, which stays f32. No loop over layers, no attention, no network.
+// hidden state, which stays f32, and for linear layers in fp8 where asked for. Their KV has the same layout
+// and fingerprint as bf16's, so that decode nodes take it, but not the same bits (linear_type.h). No loop
+// over layers, no attention, no network.
 #ifndef HW_MODEL_CUDA_CUDA_MODEL_H_
 #define HW_MODEL_CUDA_CUDA_MODEL_H_
 
@@ -15,6 +17,7 @@
 
 #include "kernels/cuda/block_stats.h"
 #include "model/config.h"
+#include "model/cuda/linear_type.h"
 
 namespace headwater {
 
@@ -26,6 +29,7 @@ struct CudaModelOptions {
   uint64_t budget_bytes = 0;
   // Tokens that one call below takes at most; a multiple of 128. Scratch grows with it.
   int64_t chunk_tokens = 8192;
+  LinearType linear = LinearType::kBF16;
 };
 
 // Calls enqueue on `stream` and return; pointers are device memory and must live until the stream has passed.
@@ -35,8 +39,8 @@ struct CudaModelOptions {
 class CudaModel {
  public:
   // Errors as Model::Load(). UNIMPLEMENTED names what the GPU kernels do not take: a head_dim other than 64
-  // and 128, a GQA ratio over 8, sizes that are no multiple of 8, a device that is not sm_90. The files are
-  // not needed afterwards.
+  // and 128, a GQA ratio over 8, sizes that are no multiple of 8 (fp8: 16), a device that is not sm_90. The
+  // files are not needed afterwards.
   static absl::StatusOr<std::unique_ptr<CudaModel>> Load(const CudaModelOptions& options);
   // A model of that shape with random weights; options.directory is not used.
   static absl::StatusOr<std::unique_ptr<CudaModel>> Random(const ModelConfig& config,
@@ -46,6 +50,7 @@ class CudaModel {
   virtual const ModelConfig& config() const = 0;
   virtual const std::string& fingerprint() const = 0;  // as Model's
   virtual int device() const = 0;
+  virtual LinearType linear() const = 0;
   virtual uint64_t weight_bytes() const = 0;
   virtual uint64_t scratch_bytes() const = 0;
   virtual int64_t chunk_tokens() const = 0;
@@ -67,7 +72,8 @@ class CudaModel {
   virtual absl::Status AfterAttention(int32_t layer, const void* attention, int64_t num_tokens, float* hidden,
                                       int64_t* bad_row, cudaStream_t stream) = 0;
 
-  // Final norm and LM head of some rows of hidden, at most chunk_tokens(). logits: f32 [rows, vocab_size].
+  // Final norm and LM head of some rows of hidden, at most chunk_tokens() / 2. logits: f32 [rows,
+  // vocab_size].
   virtual absl::Status Logits(const float* hidden, absl::Span<const int64_t> rows, float* logits,
                               cudaStream_t stream) = 0;
 };

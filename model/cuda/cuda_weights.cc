@@ -6,13 +6,16 @@
 #include <cstring>
 #include <random>
 #include <thread>
+#include <utility>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 
 #include "base/status_macros.h"
+#include "kernels/cuda/quantize.h"
 #include "model/fingerprint.h"
+#include "model/kernel_status.h"
 #include "model/tensor_reader.h"
 
 namespace headwater {
@@ -24,13 +27,15 @@ constexpr uint64_t kAlignment = 256;
 constexpr uint64_t kStageBytes = 8 << 20;
 // Values of random weights before they come again; prime to every width.
 constexpr size_t kRandomStretch = (1 << 20) + 7;
+constexpr uint64_t kNone = ~uint64_t{0};
 
 // Where a tensor's values go.
 struct Copy {
   std::string name;
   const Tensor* tensor = nullptr;
-  DType to = DType::kBF16;
-  uint64_t offset = 0;  // from the start of the weights' memory
+  DType to = DType::kBF16;        // what is quantized is bf16 first
+  uint64_t offset = 0;            // from the start of the weights' memory
+  uint64_t scale_offset = kNone;  // of a matrix that is quantized: its first row's scale
   uint64_t elements = 0;
   int64_t width = 0;   // of a matrix; 0: a vector
   bool first = false;  // counts into the fingerprint
@@ -43,10 +48,23 @@ struct Part {
   int64_t rows = 0;
 };
 
+// Rows of bf16 at `from` to their place in the weights, quantized: rows [first_row, first_row + num_rows).
+absl::Status QuantizeRows(const Copy& copy, const char* from, int64_t first_row, int64_t num_rows, char* base,
+                          cudaStream_t stream) {
+  kernels::CudaQuantizeRowsArgs args;
+  args.x = from;
+  args.out = base + copy.offset + first_row * copy.width;
+  args.scale = reinterpret_cast<float*>(base + copy.scale_offset) + first_row;
+  args.num_rows = num_rows;
+  args.width = copy.width;
+  return FromKernels(kernels::CudaQuantizeRows(args, stream), copy.name);
+}
+
 // Lays the weights out. With a reader it also checks the tensors and notes what to copy.
 class Layout {
  public:
-  Layout(const ModelConfig& config, TensorReader* reader) : config_(config), reader_(reader) {}
+  Layout(const ModelConfig& config, LinearType linear, TensorReader* reader)
+      : config_(config), fp8_(linear == LinearType::kFP8), reader_(reader) {}
 
   absl::Status Run() {
     HW_RETURN_IF_ERROR(
@@ -68,36 +86,56 @@ class Layout {
     const char* const base = weights->memory.data();
     const auto at = [&](uint64_t offset) -> const void* { return offset == kNone ? nullptr : base + offset; };
     const auto f32 = [&](uint64_t offset) { return static_cast<const float*>(at(offset)); };
+    const auto linear = [&](const LinearOffsets& o) {
+      return CudaLinearWeights{at(o.weight), f32(o.scale), at(o.bias)};
+    };
     weights->embedding = at(embedding_);
     weights->final_norm = f32(final_norm_);
     weights->lm_head = at(lm_head_);
     for (const Offsets& o : layers_) {
-      weights->layers.push_back({f32(o.input_norm), at(o.qkv), at(o.qkv_bias), f32(o.q_norm), f32(o.k_norm),
-                                 at(o.output), f32(o.output_bias), f32(o.post_attention_norm), at(o.gate_up),
-                                 at(o.gate_up_bias), at(o.down), f32(o.down_bias)});
+      weights->layers.push_back({f32(o.input_norm), linear(o.qkv), f32(o.q_norm), f32(o.k_norm),
+                                 linear(o.output), f32(o.post_attention_norm), linear(o.gate_up),
+                                 linear(o.down)});
     }
   }
 
  private:
-  static constexpr uint64_t kNone = ~uint64_t{0};
+  struct LinearOffsets {
+    uint64_t weight = kNone, scale = kNone, bias = kNone;
+  };
   struct Offsets {
-    uint64_t input_norm = kNone, qkv = kNone, qkv_bias = kNone, q_norm = kNone, k_norm = kNone,
-             output = kNone, output_bias = kNone, post_attention_norm = kNone, gate_up = kNone,
-             gate_up_bias = kNone, down = kNone, down_bias = kNone;
+    uint64_t input_norm = kNone, q_norm = kNone, k_norm = kNone, post_attention_norm = kNone;
+    LinearOffsets qkv, output, gate_up, down;
   };
 
-  // width 0: vectors.
-  absl::Status Add(const std::vector<Part>& parts, int64_t width, DType to, uint64_t* offset) {
+  // An aligned place of so many bytes.
+  uint64_t Take(uint64_t bytes) {
     bytes_ = (bytes_ + kAlignment - 1) / kAlignment * kAlignment;
-    *offset = bytes_;
+    return std::exchange(bytes_, bytes_ + bytes);
+  }
+
+  // width 0: vectors. scale: where the parts are quantized to, or null.
+  absl::Status Add(const std::vector<Part>& parts, int64_t width, DType to, uint64_t* offset,
+                   uint64_t* scale = nullptr) {
+    uint64_t next_scale = kNone;
+    if (scale != nullptr) {
+      uint64_t rows = 0;
+      for (const Part& part : parts) rows += static_cast<uint64_t>(part.rows);
+      *scale = next_scale = Take(rows * sizeof(float));
+    }
+    *offset = Take(0);
     for (const Part& part : parts) {
       Copy copy;
       copy.name = part.name;
       copy.to = to;
       copy.offset = bytes_;
       copy.elements = static_cast<uint64_t>(part.rows) * static_cast<uint64_t>(std::max<int64_t>(1, width));
-      bytes_ += copy.elements * kernels::SizeOf(to);
+      bytes_ += copy.elements * (scale != nullptr ? 1 : kernels::SizeOf(to));
       copy.width = width;
+      if (scale != nullptr) {
+        copy.scale_offset = next_scale;
+        next_scale += static_cast<uint64_t>(part.rows) * sizeof(float);
+      }
       if (reader_ == nullptr) {
         copies_.push_back(copy);
         continue;
@@ -111,14 +149,15 @@ class Layout {
   }
 
   absl::Status AddLinear(const std::string& prefix, const std::vector<Part>& parts, int64_t in_features,
-                         bool has_bias, DType bias_type, uint64_t* weight, uint64_t* bias) {
+                         bool has_bias, DType bias_type, LinearOffsets* o) {
     std::vector<Part> matrices, vectors;
     for (const Part& part : parts) {
       matrices.push_back({absl::StrCat(prefix, part.name, ".weight"), part.rows});
       vectors.push_back({absl::StrCat(prefix, part.name, ".bias"), part.rows});
     }
-    HW_RETURN_IF_ERROR(Add(matrices, in_features, DType::kBF16, weight));
-    return has_bias ? Add(vectors, 0, bias_type, bias) : absl::OkStatus();
+    HW_RETURN_IF_ERROR(Add(matrices, in_features, DType::kBF16, &o->weight, fp8_ ? &o->scale : nullptr));
+    // What cuBLASLt adds to products of e4m3 is bf16.
+    return has_bias ? Add(vectors, 0, fp8_ ? DType::kBF16 : bias_type, &o->bias) : absl::OkStatus();
   }
 
   absl::Status AddLayer(int32_t layer) {
@@ -133,21 +172,22 @@ class Layout {
     HW_RETURN_IF_ERROR(vector("input_layernorm", hidden, &o.input_norm));
     HW_RETURN_IF_ERROR(AddLinear(absl::StrCat(prefix, "self_attn."),
                                  {{"q_proj", q_rows}, {"k_proj", kv_rows}, {"v_proj", kv_rows}}, hidden,
-                                 config_.qkv_bias, DType::kBF16, &o.qkv, &o.qkv_bias));
+                                 config_.qkv_bias, DType::kBF16, &o.qkv));
     if (config_.qk_norm) {
       HW_RETURN_IF_ERROR(vector("self_attn.q_norm", head_dim, &o.q_norm));
       HW_RETURN_IF_ERROR(vector("self_attn.k_norm", head_dim, &o.k_norm));
     }
     HW_RETURN_IF_ERROR(AddLinear(absl::StrCat(prefix, "self_attn."), {{"o_proj", hidden}}, q_rows,
-                                 config_.output_bias, DType::kF32, &o.output, &o.output_bias));
+                                 config_.output_bias, DType::kF32, &o.output));
     HW_RETURN_IF_ERROR(vector("post_attention_layernorm", hidden, &o.post_attention_norm));
     HW_RETURN_IF_ERROR(AddLinear(absl::StrCat(prefix, "mlp."), {{"gate_proj", inner}, {"up_proj", inner}},
-                                 hidden, config_.mlp_bias, DType::kBF16, &o.gate_up, &o.gate_up_bias));
+                                 hidden, config_.mlp_bias, DType::kBF16, &o.gate_up));
     return AddLinear(absl::StrCat(prefix, "mlp."), {{"down_proj", hidden}}, inner, config_.mlp_bias,
-                     DType::kF32, &o.down, &o.down_bias);
+                     DType::kF32, &o.down);
   }
 
   const ModelConfig& config_;
+  const bool fp8_;
   TensorReader* const reader_;
   uint64_t bytes_ = 0;
   uint64_t embedding_ = kNone, final_norm_ = kNone, lm_head_ = kNone;
@@ -166,10 +206,14 @@ class Stager {
     if (stream_ != nullptr) (void)cudaStreamDestroy(stream_);
   }
 
-  absl::Status Init(int device) {
+  // quantizes: some of the copies do.
+  absl::Status Init(int device, bool quantizes) {
     HW_RETURN_IF_ERROR(FromCuda(cudaSetDevice(device), "cudaSetDevice"));
     HW_RETURN_IF_ERROR(FromCuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream"));
     HW_ASSIGN_OR_RETURN(memory_, DeviceBuffer::AllocatePinned(2 * kStageBytes, "loading weights"));
+    if (quantizes) {
+      HW_ASSIGN_OR_RETURN(rows_, DeviceBuffer::Allocate(kStageBytes, "quantizing weights"));
+    }
     for (cudaEvent_t& event : free_) {
       HW_RETURN_IF_ERROR(FromCuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "an event"));
     }
@@ -178,7 +222,10 @@ class Stager {
 
   absl::Status Put(const Copy& copy, char* base) {
     const uint64_t from_size = kernels::SizeOf(*copy.tensor->element), to_size = kernels::SizeOf(copy.to);
-    const uint64_t most = kStageBytes / std::max(from_size, to_size);
+    const bool quantizes = copy.scale_offset != kNone;
+    uint64_t most = kStageBytes / std::max(from_size, to_size);
+    // Whole rows, by fours: their scales are then 16-byte aligned.
+    if (quantizes) most -= most % (4 * static_cast<uint64_t>(copy.width));
     for (uint64_t done = 0; done < copy.elements; done += most, turn_ ^= 1) {
       const uint64_t count = std::min(most, copy.elements - done);
       char* const stage = memory_.data() + turn_ * kStageBytes;
@@ -191,9 +238,14 @@ class Stager {
         aligned_.assign(from, from + count * from_size);
         kernels::Convert(aligned_.data(), *copy.tensor->element, stage, copy.to, count);
       }
-      HW_RETURN_IF_ERROR(FromCuda(cudaMemcpyAsync(base + copy.offset + done * to_size, stage, count * to_size,
-                                                  cudaMemcpyHostToDevice, stream_),
-                                  "loading weights"));
+      char* const to = quantizes ? rows_.data() : base + copy.offset + done * to_size;
+      HW_RETURN_IF_ERROR(FromCuda(
+          cudaMemcpyAsync(to, stage, count * to_size, cudaMemcpyHostToDevice, stream_), "loading weights"));
+      if (quantizes) {
+        const auto width = static_cast<uint64_t>(copy.width);
+        HW_RETURN_IF_ERROR(QuantizeRows(copy, to, static_cast<int64_t>(done / width),
+                                        static_cast<int64_t>(count / width), base, stream_));
+      }
       HW_RETURN_IF_ERROR(FromCuda(cudaEventRecord(free_[turn_], stream_), "loading weights"));
     }
     return absl::OkStatus();
@@ -205,6 +257,7 @@ class Stager {
   cudaStream_t stream_ = nullptr;
   cudaEvent_t free_[2] = {nullptr, nullptr};
   DeviceBuffer memory_;
+  DeviceBuffer rows_;  // of a matrix that is quantized, in bf16; the stream's order guards it
   std::vector<uint8_t> aligned_;
   int turn_ = 0;
 };
@@ -212,12 +265,14 @@ class Stager {
 absl::Status CopyAll(std::vector<Copy>* copies, char* base, int num_threads) {
   int device = 0;
   HW_RETURN_IF_ERROR(FromCuda(cudaGetDevice(&device), "cudaGetDevice"));
+  const bool quantizes = std::any_of(copies->begin(), copies->end(),
+                                     [](const Copy& copy) { return copy.scale_offset != kNone; });
   std::atomic<size_t> next{0};
   absl::Mutex mutex;
   absl::Status first_error;
   const auto work = [&] {
     Stager stager;
-    absl::Status status = stager.Init(device);
+    absl::Status status = stager.Init(device, quantizes);
     while (status.ok()) {
       const size_t i = next.fetch_add(1);
       if (i >= copies->size()) break;
@@ -240,16 +295,16 @@ absl::Status CopyAll(std::vector<Copy>* copies, char* base, int num_threads) {
 
 }  // namespace
 
-uint64_t CudaWeightBytes(const ModelConfig& config) {
-  Layout layout(config, nullptr);
+uint64_t CudaWeightBytes(const ModelConfig& config, LinearType linear) {
+  Layout layout(config, linear, nullptr);
   (void)layout.Run();  // cannot fail without a reader
   return layout.bytes();
 }
 
 absl::StatusOr<CudaWeights> LoadCudaWeights(const ModelConfig& config, const Checkpoint& checkpoint,
-                                            int num_threads, uint64_t budget_bytes) {
+                                            LinearType linear, int num_threads, uint64_t budget_bytes) {
   TensorReader reader(checkpoint);
-  Layout layout(config, &reader);
+  Layout layout(config, linear, &reader);
   HW_RETURN_IF_ERROR(layout.Run());
   reader.LogUnused();
   if (budget_bytes != 0 && layout.bytes() > budget_bytes) {
@@ -268,11 +323,16 @@ absl::StatusOr<CudaWeights> LoadCudaWeights(const ModelConfig& config, const Che
   return weights;
 }
 
-absl::StatusOr<CudaWeights> RandomCudaWeights(const ModelConfig& config, uint32_t seed) {
-  Layout layout(config, nullptr);
+absl::StatusOr<CudaWeights> RandomCudaWeights(const ModelConfig& config, LinearType linear, uint32_t seed) {
+  Layout layout(config, linear, nullptr);
   HW_RETURN_IF_ERROR(layout.Run());
   CudaWeights weights;
   HW_ASSIGN_OR_RETURN(weights.memory, DeviceBuffer::Allocate(layout.bytes(), "weights"));
+  uint64_t most = 0;
+  for (const Copy& copy : layout.copies()) {
+    if (copy.scale_offset != kNone) most = std::max(most, copy.elements * kernels::SizeOf(copy.to));
+  }
+  HW_ASSIGN_OR_RETURN(const DeviceBuffer rows, DeviceBuffer::Allocate(most, "quantizing weights"));
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
   std::vector<float> stretch(kRandomStretch), scaled(kRandomStretch);
@@ -284,7 +344,8 @@ absl::StatusOr<CudaWeights> RandomCudaWeights(const ModelConfig& config, uint32_
     for (size_t i = 0; i < stretch.size(); ++i) scaled[i] = size * stretch[i] + (is_norm ? 1.0f : 0.0f);
     kernels::Convert(scaled.data(), DType::kF32, bytes.data(), copy.to, scaled.size());
     const uint64_t element = kernels::SizeOf(copy.to);
-    char* const to = weights.memory.data() + copy.offset;
+    const bool quantizes = copy.scale_offset != kNone;
+    char* const to = quantizes ? rows.data() : weights.memory.data() + copy.offset;
     // The stretch once from here, then as often as it takes from what is there.
     uint64_t done = std::min<uint64_t>(copy.elements, kRandomStretch);
     HW_RETURN_IF_ERROR(
@@ -295,7 +356,12 @@ absl::StatusOr<CudaWeights> RandomCudaWeights(const ModelConfig& config, uint32_
           cudaMemcpy(to + done * element, to, count * element, cudaMemcpyDeviceToDevice), "weights"));
       done += count;
     }
+    if (quantizes) {
+      HW_RETURN_IF_ERROR(QuantizeRows(copy, to, 0, static_cast<int64_t>(copy.elements) / copy.width,
+                                      weights.memory.data(), nullptr));
+    }
   }
+  HW_RETURN_IF_ERROR(FromCuda(cudaDeviceSynchronize(), "quantizing weights"));
   layout.Fill(&weights);
   weights.fingerprint = Fingerprint().Finish(config);
   return weights;

@@ -10,25 +10,27 @@
 
 #include "model/config.h"
 #include "model/cuda/device_buffer.h"
+#include "model/cuda/linear_type.h"
 #include "model/safetensors.h"
 
 namespace headwater {
 
-// Device memory. Matrices are bf16 [out_features, in_features]; a bias has the type of what it is added to;
-// null: the model has none.
+// Device memory; null: the model has none.
+struct CudaLinearWeights {
+  const void* weight = nullptr;  // [out_features, in_features], bf16, or e4m3 with `scale`
+  const float* scale = nullptr;  // [out_features] of fp8 linear layers
+  const void* bias = nullptr;    // [out_features], as CudaLinearArgs::bias
+};
+
 struct CudaLayerWeights {
   const float* input_norm = nullptr;  // [hidden_size]
-  const void* qkv = nullptr;          // rows of Q, K and V, one after the other
-  const void* qkv_bias = nullptr;     // bf16
+  CudaLinearWeights qkv;              // rows of Q, K and V, one after the other; to bf16
   const float* q_norm = nullptr;      // [head_dim]
   const float* k_norm = nullptr;
-  const void* output = nullptr;
-  const float* output_bias = nullptr;
+  CudaLinearWeights output;  // to f32
   const float* post_attention_norm = nullptr;
-  const void* gate_up = nullptr;       // rows of gate, then of up
-  const void* gate_up_bias = nullptr;  // bf16
-  const void* down = nullptr;
-  const float* down_bias = nullptr;
+  CudaLinearWeights gate_up;  // rows of gate, then of up; to bf16
+  CudaLinearWeights down;     // to f32
 };
 
 struct CudaWeights {
@@ -41,16 +43,18 @@ struct CudaWeights {
 };
 
 // Bytes of device memory that the weights take, from the config alone.
-uint64_t CudaWeightBytes(const ModelConfig& config);
+uint64_t CudaWeightBytes(const ModelConfig& config, LinearType linear);
 
 // Reads all weights, with `num_threads` threads, each through a pinned buffer of its own, and leaves them on
-// the current device. budget_bytes 0: no limit. Errors as LoadWeights() of model/weights.h, and FromCuda()'s.
+// the current device. budget_bytes 0: no limit. With fp8 linear layers a matrix's rows are quantized as they
+// arrive, from 8 MiB of device memory for each thread, given back before the call returns; the fingerprint is
+// of the files either way. Errors as LoadWeights() of model/weights.h, and FromCuda()'s.
 absl::StatusOr<CudaWeights> LoadCudaWeights(const ModelConfig& config, const Checkpoint& checkpoint,
-                                            int num_threads, uint64_t budget_bytes);
+                                            LinearType linear, int num_threads, uint64_t budget_bytes);
 
 // Random weights of a shape on the current device, for benchmarks: normal, of variance 1 / in_features,
-// norms 1. Equal seeds give equal weights. The fingerprint is of the config alone.
-absl::StatusOr<CudaWeights> RandomCudaWeights(const ModelConfig& config, uint32_t seed);
+// norms 1. Equal seeds give equal weights, quantized or not. The fingerprint is of the config alone.
+absl::StatusOr<CudaWeights> RandomCudaWeights(const ModelConfig& config, LinearType linear, uint32_t seed);
 
 }  // namespace headwater
 

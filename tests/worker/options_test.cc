@@ -47,6 +47,15 @@ TEST(WorkerOptionsTest, TakesWhatIsGiven) {
   EXPECT_EQ(options.metrics, "");
 }
 
+TEST(WorkerOptionsTest, AGpuTakesFp8LinearLayers) {
+  WorkerOptions options;
+  EXPECT_EQ(options.linear, "bf16");
+  const absl::Status status = Parse({"--model=m", "--device=cuda:0", "--linear=fp8"}, &options);
+
+  ASSERT_TRUE(status.ok()) << status;
+  EXPECT_EQ(options.linear, "fp8");
+}
+
 TEST(WorkerOptionsTest, NamesTheFlagAndTheValueThatIsWrong) {
   const struct {
     std::vector<std::string> arguments;
@@ -65,6 +74,8 @@ TEST(WorkerOptionsTest, NamesTheFlagAndTheValueThatIsWrong) {
       {{"--model=m", "--collective_timeout=soon"}, {"collective_timeout", "soon"}},
       {{"--model=m", "--device=tpu"}, {"device", "tpu"}},
       {{"--model=m", "--device=cuda:x"}, {"device", "cuda:x", "cpu or cuda:N"}},
+      {{"--model=m", "--device=cuda:0", "--linear=int8"}, {"linear", "int8"}},
+      {{"--model=m", "--linear=fp8"}, {"--linear=fp8", "--device=cpu"}},
       {{"--model=m", "extra"}, {"extra"}},
   };
   for (const auto& row : rows) {
@@ -81,8 +92,8 @@ TEST(WorkerOptionsTest, HelpNamesEveryFlag) {
   ASSERT_TRUE(ParseWorkerOptions(std::vector<std::string>{"--help"}, &options, &help).ok());
 
   for (const char* flag : {"model", "coordinator", "listen", "advertise", "metrics", "device", "compute",
-                           "threads", "memory_budget", "kv_channels", "egress_buffers", "collective_timeout",
-                           "kv_stall_timeout", "drain_timeout", "log_format"}) {
+                           "linear", "threads", "memory_budget", "kv_channels", "egress_buffers",
+                           "collective_timeout", "kv_stall_timeout", "drain_timeout", "log_format"}) {
     EXPECT_THAT(help, HasSubstr(flag));
   }
 }

@@ -36,7 +36,8 @@ class Backend final : public PrefillBackend {
     const v1::MemoryModel memory = memory_model();
     const uint64_t taken = memory.weight_bytes() + memory.fixed_bytes();
     const uint64_t tokens = budget_bytes_ > taken ? (budget_bytes_ - taken) / memory.bytes_per_token() : 0;
-    return absl::StrCat("bf16, ", model_->weight_bytes(), " bytes of weights and ", model_->scratch_bytes(),
+    return absl::StrCat("bf16, ", NameOf(model_->linear()), " linear layers, ", model_->weight_bytes(),
+                        " bytes of weights and ", model_->scratch_bytes(),
                         " of scratch on the device, budget ", budget_bytes_, " bytes: prompts of up to ",
                         tokens, " tokens at ", memory.bytes_per_token(), " bytes each");
   }
@@ -91,6 +92,7 @@ absl::StatusOr<std::unique_ptr<PrefillBackend>> CudaBackend::Load(const WorkerOp
   }
   CudaModelOptions model;
   model.directory = options.model;
+  model.linear = options.linear == "fp8" ? LinearType::kFP8 : LinearType::kBF16;
   int count = 0;
   HW_RETURN_IF_ERROR(FromCuda(cudaGetDeviceCount(&count), absl::StrCat("--device=", options.device)));
   if (!absl::SimpleAtoi(options.device.substr(options.device.find(':') + 1), &model.device) ||

@@ -170,6 +170,12 @@ __device__ __forceinline__ uint32_t PackBf16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
 }
+// Two e4m3, `low` in the lowest byte; beyond 448 they become 448, NaN stays NaN [9.7.9].
+__device__ __forceinline__ uint32_t PackE4m3(float low, float high) {
+  uint16_t packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
+  return packed;
+}
 // Stores four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8
 // [9.7.15].
 __device__ __forceinline__ void StoreMatrix4(uint32_t shared, uint32_t a, uint32_t b, uint32_t c,

@@ -1,6 +1,7 @@
 // The element-wise operations that need no shared tile: 16 bytes a load, one CTA per row or piece of a row.
 #include <cmath>
 
+#include "kernels/cuda/device/e4m3.cuh"
 #include "kernels/cuda/device/vectors.cuh"
 #include "kernels/cuda/sm90/layer_ops_launch.h"
 
@@ -49,7 +50,7 @@ __device__ __forceinline__ float SumThreads(float x, float* shared) {
 }
 
 // One row a CTA, which stays in registers between its sum and its use: kChunks times 8 elements a thread.
-template <typename X, typename Weight, int kChunks>
+template <typename X, typename Weight, bool kQuantized, int kChunks>
 __global__ void __launch_bounds__(kMostThreads) RmsNormKernel(const CudaRmsNormArgs p) {
   __shared__ float shared[kMostThreads / 32];
   X* const row = static_cast<X*>(p.x) + blockIdx.x * p.width;
@@ -75,7 +76,6 @@ __global__ void __launch_bounds__(kMostThreads) RmsNormKernel(const CudaRmsNormA
   }
   const float mean = SumThreads(square, shared) / static_cast<float>(p.width);
   const float scale = 1.0f / sqrtf(mean + p.epsilon);
-  auto* const out = static_cast<__nv_bfloat16*>(p.out) + blockIdx.x * p.width;
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     const int64_t at = (chunk * static_cast<int64_t>(blockDim.x) + threadIdx.x) * 8;
@@ -84,26 +84,37 @@ __global__ void __launch_bounds__(kMostThreads) RmsNormKernel(const CudaRmsNormA
     Load8(static_cast<const Weight*>(p.weight), at, weight);
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[chunk][i] *= scale * weight[i];
-    Store8(out, at, x[chunk]);
+    if constexpr (!kQuantized)
+      Store8(static_cast<__nv_bfloat16*>(p.out) + blockIdx.x * p.width, at, x[chunk]);
+  }
+  if constexpr (kQuantized) {
+    __shared__ float maxima[kMostThreads / 32];
+    StoreQuantized(x, p.width, static_cast<uint8_t*>(p.out) + blockIdx.x * p.width, p.scale + blockIdx.x,
+                   maxima);
   }
 }
 
-template <typename X, typename Weight>
+template <typename X, typename Weight, bool kQuantized>
 void LaunchNorm(const CudaRmsNormArgs& p, cudaStream_t stream) {
   const auto grid = static_cast<unsigned>(p.num_tokens);
   const int threads = RowThreads(p.width);
   const int64_t chunks = (p.width / 8 + threads - 1) / threads;
   if (chunks <= 1) {
-    RmsNormKernel<X, Weight, 1><<<grid, threads, 0, stream>>>(p);
+    RmsNormKernel<X, Weight, kQuantized, 1><<<grid, threads, 0, stream>>>(p);
   } else if (chunks <= 2) {
-    RmsNormKernel<X, Weight, 2><<<grid, threads, 0, stream>>>(p);
+    RmsNormKernel<X, Weight, kQuantized, 2><<<grid, threads, 0, stream>>>(p);
   } else if (chunks <= 4) {
-    RmsNormKernel<X, Weight, 4><<<grid, threads, 0, stream>>>(p);
+    RmsNormKernel<X, Weight, kQuantized, 4><<<grid, threads, 0, stream>>>(p);
   } else {
-    RmsNormKernel<X, Weight, 8><<<grid, threads, 0, stream>>>(p);
+    RmsNormKernel<X, Weight, kQuantized, 8><<<grid, threads, 0, stream>>>(p);
   }
 }
 static_assert(kMaxNormWidth <= 8 * 8 * kMostThreads);
+
+template <typename X, typename Weight>
+void LaunchNormOf(const CudaRmsNormArgs& p, cudaStream_t stream) {
+  p.scale != nullptr ? LaunchNorm<X, Weight, true>(p, stream) : LaunchNorm<X, Weight, false>(p, stream);
+}
 
 // --- rotary table ---
 
@@ -283,10 +294,10 @@ cudaError_t LaunchEmbedTokens(const CudaEmbedTokensArgs& p, cudaStream_t stream)
 cudaError_t LaunchRmsNorm(const CudaRmsNormArgs& p, cudaStream_t stream) {
   const bool wide_weight = p.weight_dtype == DType::kF32;
   if (p.x_dtype == DType::kF32) {
-    wide_weight ? LaunchNorm<float, float>(p, stream) : LaunchNorm<float, __nv_bfloat16>(p, stream);
+    wide_weight ? LaunchNormOf<float, float>(p, stream) : LaunchNormOf<float, __nv_bfloat16>(p, stream);
   } else {
-    wide_weight ? LaunchNorm<__nv_bfloat16, float>(p, stream)
-                : LaunchNorm<__nv_bfloat16, __nv_bfloat16>(p, stream);
+    wide_weight ? LaunchNormOf<__nv_bfloat16, float>(p, stream)
+                : LaunchNormOf<__nv_bfloat16, __nv_bfloat16>(p, stream);
   }
   return cudaGetLastError();
 }

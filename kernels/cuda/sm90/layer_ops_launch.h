@@ -15,6 +15,7 @@ cudaError_t LaunchEmbedTokens(const CudaEmbedTokensArgs& args, cudaStream_t stre
 cudaError_t LaunchRmsNorm(const CudaRmsNormArgs& args, cudaStream_t stream);
 cudaError_t LaunchRopeTable(const CudaRopeTableArgs& args, cudaStream_t stream);
 cudaError_t LaunchSplitQkv(const CudaSplitQkvArgs& args, int64_t ctas, cudaStream_t stream);
+// args.scale is null.
 cudaError_t LaunchSiluMul(const CudaSiluMulArgs& args, cudaStream_t stream);
 // *args.row is -1 before.
 cudaError_t LaunchFirstNonFiniteRow(const CudaFirstNonFiniteRowArgs& args, cudaStream_t stream);

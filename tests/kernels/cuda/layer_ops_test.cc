@@ -114,6 +114,9 @@ INSTANTIATE_TEST_SUITE_P(
         Make(
             "weight_type", NORM, [](auto* a) { a->weight_dtype = DType::kF16; }, "weight_dtype", kUnknown),
         Make(
+            "scale", NORM, [](auto* a) { a->scale = static_cast<float*>(kMisaligned); },
+            "scale is not 16-byte"),
+        Make(
             "epsilon", NORM, [](auto* a) { a->epsilon = -1; }, "epsilon is -1"),
         Make(
             "nan_epsilon", NORM, [](auto* a) { a->epsilon = NAN; }, "epsilon is"),
@@ -183,6 +186,12 @@ INSTANTIATE_TEST_SUITE_P(
             "silu_out", SILU, [](auto* a) { a->out = kMisaligned; }, "out is not 16-byte"),
         Make(
             "silu_width", SILU, [](auto* a) { a->width = 4; }, "width is 4"),
+        Make(
+            "silu_scale", SILU, [](auto* a) { a->scale = static_cast<float*>(kMisaligned); },
+            "scale is not 16-byte"),
+        Make(
+            "silu_wide", SILU, [](auto* a) { a->scale = kFloats, a->width = 32776; },
+            "width is 32776; 1 to 32768"),
         Make(
             "silu_tokens", SILU, [](auto* a) { a->num_tokens = int64_t{1} << 31; }, "2147483648"),
         Make(

@@ -7,6 +7,8 @@
 namespace headwater::kernels {
 namespace {
 
+void Scale(CudaLinearArgs* args) { args->x_scale = args->weight_scale = static_cast<const float*>(kAligned); }
+
 Refusal Run(const char* name, void (*change)(CudaLinearArgs*), const char* says,
             StatusCode code = StatusCode::kInvalidArgument) {
   CudaLinearArgs args;
@@ -50,6 +52,22 @@ INSTANTIATE_TEST_SUITE_P(
             "in_features", [](auto* a) { a->in_features = 60; }, "in_features is 60; a multiple of 8"),
         Run(
             "no_features", [](auto* a) { a->out_features = 0; }, "out_features is 0; 1 to 16777216"),
+        Run(
+            "one_scale", [](auto* a) { a->x_scale = static_cast<const float*>(kAligned); },
+            "weight_scale is null and x_scale is not"),
+        Run(
+            "other_scale", [](auto* a) { a->weight_scale = static_cast<const float*>(kAligned); },
+            "x_scale is null and weight_scale is not"),
+        Run(
+            "misaligned_scale",
+            [](auto* a) { Scale(a), a->x_scale = static_cast<const float*>(kMisaligned); },
+            "x_scale is not 16-byte"),
+        Run(
+            "fp8_in_features", [](auto* a) { Scale(a), a->in_features = 72; },
+            "in_features is 72; a multiple of 16"),
+        Run(
+            "fp8_out_features", [](auto* a) { Scale(a), a->out_features = 136; },
+            "out_features is 136; a multiple of 16"),
         Run(
             "type", [](auto* a) { a->y_dtype = DType::kF16; }, "y_dtype is f16", StatusCode::kUnimplemented),
         Options(
