@@ -8,7 +8,8 @@ inputs, in one process; appends rows to --output.
 
 The floor of what only moves memory is its bytes at 3.35 TB/s (an H100 SXM's HBM3), `floor_ms`; what this device reaches is
 the peer "copy": a device copy that reads and writes as many bytes together. The floor of a linear layer is its FLOP at 989
-TFLOP/s (dense bf16). Peers: torch as a model would spell the operation, eager and compiled; torch.nn.functional.linear.
+TFLOP/s (dense bf16), in fp8 at 1979. Peers: torch as a model would spell the operation, eager and compiled;
+torch.nn.functional.linear; in fp8 torch._scaled_mm, which does not add, and our bf16 layer.
 
 Times are medians of 7 by CUDA events after warm-up; engines take turns, twice, and the lower of the two counts. Errors are
 of the first and last 64 rows against float64, largest over the largest value wanted.
@@ -33,7 +34,7 @@ from headwater import ops  # noqa: E402
 
 HIDDEN, Q_HEADS, KV_HEADS, DIM, MLP, VOCAB = 4096, 32, 8, 128, 14336, 128256
 EPSILON, THETA = 1e-5, 500000.0
-HBM_BYTES, TENSOR_FLOP = 3.35e12, 989e12  # a second
+HBM_BYTES, TENSOR_FLOP, FP8_FLOP = 3.35e12, 989e12, 1979e12  # a second
 ROWS = 64
 TOLERANCE = 2**-7
 
@@ -64,6 +65,18 @@ def add_rms_norm(x, delta, weight):
 def silu_mul(gate_up):
     gate, up = gate_up.chunk(2, -1)
     return functional.silu(gate) * up
+
+
+def quantize(x):
+    """e4m3 and a scale for each row, from any float type; torch divides by a number less exactly than by a tensor."""
+    x = x.float()
+    most = x.abs().amax(1, keepdim=True).clamp(min=2**-64)
+    top = torch.full_like(most, 448)
+    return (x * (top / most)).clamp(-448, 448).to(torch.float8_e4m3fn), (most / top).squeeze(1)
+
+
+def dequantized_ends(values, scale):
+    return torch.cat([part.float() for part in (values[:ROWS], values[-ROWS:])]).double() * ends(scale[:, None])
 
 
 def split_qkv(qkv, cos, sin):
@@ -113,7 +126,7 @@ class Bench:
         return lambda: self.scratch[:size].copy_(self.scratch[size:2 * size])
 
     def time(self, n: int, op: str, ours, peers: dict, wrong: float, *, moved: int = 0, flop: float = 0.0,
-             tolerance: float = TOLERANCE) -> None:
+             tolerance: float = TOLERANCE, dtype: str = "bf16") -> None:
         """One row; moved: bytes read and written at least."""
         engines = {"headwater": ours}
         for name, peer in peers.items():
@@ -132,23 +145,24 @@ class Bench:
         if moved:
             metrics.update(floor_ms=moved / HBM_BYTES * 1e3, tb_per_s=moved / mine / 1e9, of_copy=times["copy"] / mine)
         if flop:
-            metrics.update(floor_ms=flop / TENSOR_FLOP * 1e3, tflops=flop / mine / 1e9)
-        self.row(n, op, metrics, {name: {"ms": ms} for name, ms in times.items()})
+            peak = FP8_FLOP if dtype == "fp8" else TENSOR_FLOP
+            metrics.update(floor_ms=flop / peak * 1e3, tflops=flop / mine / 1e9)
+        self.row(n, op, dtype, metrics, {name: {"ms": ms} for name, ms in times.items()})
         if not wrong <= tolerance:
             self.failed += 1
             print(f"FAILED {op}: error {wrong:.2e}, at most {tolerance:.0e} is wanted")
 
-    def row(self, n: int, op: str, metrics: dict, peers: dict) -> None:
+    def row(self, n: int, op: str, dtype: str, metrics: dict, peers: dict) -> None:
         rounded = lambda values: {key: float(f"{value:.5g}") for key, value in values.items()}  # noqa: E731
         row = {"bench": "layer_ops", "device": torch.cuda.get_device_name(), "commit": self.commit,
                "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-               "params": {"op": op, "tokens": n, "model": "llama-3-8b", "dtype": "bf16", "inputs": "random", "run": self.run},
+               "params": {"op": op, "tokens": n, "model": "llama-3-8b", "dtype": dtype, "inputs": "random", "run": self.run},
                "metrics": rounded(metrics), "peers": {name: rounded(values) for name, values in peers.items()}}
         with open(self.arguments.output, "a", encoding="utf-8") as output:
             output.write(json.dumps(row) + "\n")
         extra = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items() if key != "ms")
         beside = "  ".join(f"{name} {values['ms']:.3f} ({values['ms'] / metrics['ms']:.2f}x)" for name, values in peers.items())
-        print(f"{n:8d} {op:22s} {metrics['ms']:8.3f} ms  {extra}  | {beside}", flush=True)
+        print(f"{n:8d} {op:22s} {dtype:4s} {metrics['ms']:8.3f} ms  {extra}  | {beside}", flush=True)
 
     def embed(self, n: int) -> None:
         table, ids = random(VOCAB, HIDDEN), torch.randint(0, VOCAB, (n,), device="cuda", dtype=torch.int32)
@@ -266,8 +280,52 @@ class Bench:
                       flop=2.0 * n * inside * outside)
             del x, weight, y, peer
 
+    def quantized(self, n: int) -> None:
+        """Rows to e4m3, alone and where they are made."""
+        x, weight, scale = random(n, HIDDEN), random(HIDDEN), torch.empty(n, device="cuda")
+        out = torch.empty(n, HIDDEN, device="cuda", dtype=torch.float8_e4m3fn)
+        compiled = self.compiled(quantize)
+        got, got_scale = ops.quantize_rows(x)
+        wrong = error(dequantized_ends(got, got_scale), dequantized_ends(*quantize(x)))
+        self.time(n, "quantize", lambda: ops.quantize_rows(x, out=out, scale=scale),
+                  {"torch": lambda: quantize(x), "compile": compiled and (lambda: compiled(x))}, wrong,
+                  moved=n * (3 * HIDDEN + 4), tolerance=0, dtype="fp8")
+        compiled_norm = self.compiled(lambda x, weight: quantize(rms_norm(x, weight)))
+        ops.rms_norm(x, weight, EPSILON, out=out, scale=scale)
+        wrong = error(dequantized_ends(out, scale), rms_norm(ends(x), weight.double()))
+        self.time(n, "rms_norm", lambda: ops.rms_norm(x, weight, EPSILON, out=out, scale=scale),
+                  {"compile": compiled_norm and (lambda: compiled_norm(x, weight))}, wrong,
+                  moved=n * (3 * HIDDEN + 4), tolerance=2**-4, dtype="fp8")
+        gate_up, out = random(n, 2 * MLP), torch.empty(n, MLP, device="cuda", dtype=torch.float8_e4m3fn)
+        compiled_silu = self.compiled(lambda gate_up: quantize(silu_mul(gate_up)))
+        ops.silu_mul(gate_up, out=out, scale=scale)
+        wrong = error(dequantized_ends(out, scale), silu_mul(ends(gate_up)))
+        self.time(n, "silu_mul", lambda: ops.silu_mul(gate_up, out=out, scale=scale),
+                  {"compile": compiled_silu and (lambda: compiled_silu(gate_up))}, wrong, moved=n * (5 * MLP + 4),
+                  tolerance=2**-4, dtype="fp8")
+
+    def linear_fp8(self, n: int) -> None:
+        linear = ops.Linear()
+        for name, inside, outside, accumulate in (("qkv", HIDDEN, (Q_HEADS + 2 * KV_HEADS) * DIM, False),
+                                                  ("attention_out", Q_HEADS * DIM, HIDDEN, True),
+                                                  ("gate_up", HIDDEN, 2 * MLP, False), ("down", MLP, HIDDEN, True)):
+            x, weight = random(n, inside), random(outside, inside)
+            (xq, x_scale), (wq, w_scale) = ops.quantize_rows(x), ops.quantize_rows(weight)
+            y = torch.zeros(n, outside, device="cuda", dtype=torch.float32 if accumulate else torch.bfloat16)
+            scales = dict(x_scale=x_scale, weight_scale=w_scale)
+            linear(xq, wq, out=y, accumulate=accumulate, **scales)
+            wanted = dequantized_ends(xq, x_scale) @ (wq.float().double() * w_scale[:, None]).T
+            wrong = error(ends(y), wanted)
+            peers = {"torch": lambda: torch._scaled_mm(xq, wq.t(), scale_a=x_scale[:, None], scale_b=w_scale[None, :],
+                                                       out_dtype=y.dtype, use_fast_accum=True),
+                     "bf16": lambda: linear(x, weight, out=y, accumulate=accumulate)}
+            self.time(n, f"linear_{name}", lambda: linear(xq, wq, out=y, accumulate=accumulate, **scales), peers, wrong,
+                      flop=2.0 * n * inside * outside, tolerance=TOLERANCE + inside / 32 * 2**-13, dtype="fp8")
+            del x, weight, xq, wq, y, peers
+
     def all(self, n: int) -> None:
-        for part in (self.embed, self.norm, self.rotary, self.split, self.activation, self.linear):
+        for part in (self.embed, self.norm, self.rotary, self.split, self.activation, self.linear, self.quantized,
+                     self.linear_fp8):
             torch.cuda.empty_cache()
             part(n)
 

@@ -5,7 +5,7 @@
  * take a stream (a cudaStream_t) enqueue on it and return; arrays and workspace must live until the stream
  * has passed. Structures begin with their size as the caller knows it: fields added later read as 0. What
  * fields mean, shapes, errors and cost: the headers of the same names in kernels/cuda/ (attention.h,
- * pattern.h, merge.h, block_stats.h, layer_ops.h, linear.h).
+ * pattern.h, merge.h, block_stats.h, layer_ops.h, quantize.h, linear.h).
  */
 #ifndef HEADWATER_KERNELS_H_
 #define HEADWATER_KERNELS_H_
@@ -164,6 +164,7 @@ typedef struct {
   void* out;
   float epsilon;
   int64_t num_tokens, width;
+  float* scale; /* or null */
 } hw_rms_norm_args;
 HW_EXPORT hw_status hw_rms_norm(const hw_rms_norm_args* args, void* stream);
 
@@ -200,8 +201,18 @@ typedef struct {
   const void* gate_up;
   void* out;
   int64_t num_tokens, width;
+  float* scale; /* or null */
 } hw_silu_mul_args;
 HW_EXPORT hw_status hw_silu_mul(const hw_silu_mul_args* args, void* stream);
+
+typedef struct {
+  uint32_t struct_size;
+  const void* x;
+  void* out;
+  float* scale;
+  int64_t num_rows, width;
+} hw_quantize_rows_args;
+HW_EXPORT hw_status hw_quantize_rows(const hw_quantize_rows_args* args, void* stream);
 
 typedef struct {
   uint32_t struct_size;
@@ -248,6 +259,7 @@ typedef struct {
   int32_t y_dtype;
   int32_t accumulate; /* 0 or 1 */
   int64_t num_tokens, in_features, out_features;
+  const float *x_scale, *weight_scale; /* both or neither: e4m3 operands */
 } hw_linear_args;
 
 /* Null options: the defaults. *linear is null where this fails. */

@@ -43,7 +43,7 @@ export logs
 for program in "${programs[@]}"; do
   case $program in
     *_large_gpu_test) continue ;;
-    *_linear_gpu_test) printf '%s\n' "$program memcheck" "$program synccheck" ;;
+    *_linear_gpu_test | *_linear_fp8_gpu_test) printf '%s\n' "$program memcheck" "$program synccheck" ;;
     *) printf '%s\n' "$program racecheck" "$program memcheck" "$program synccheck" "$program initcheck" ;;
   esac
 done | xargs -P 8 -L 1 bash -c 'check "$@"' _ || { echo "not clean" >&2; exit 1; }

@@ -6,6 +6,7 @@
 #include "kernels/cuda/c_api_support.h"
 #include "kernels/cuda/layer_ops.h"
 #include "kernels/cuda/linear.h"
+#include "kernels/cuda/quantize.h"
 #include "kernels/headwater_kernels.h"
 
 using namespace headwater::kernels;  // NOLINT: everything here names it
@@ -60,7 +61,8 @@ Status RmsNorm(const hw_rms_norm_args& c, cudaStream_t stream) {
   DType x{}, weight{};
   if (!TypeOf(c.x_dtype, &x)) return BadType("x_dtype", c.x_dtype);
   if (!TypeOf(c.weight_dtype, &weight)) return BadType("weight_dtype", c.weight_dtype);
-  return CudaRmsNorm({c.x, x, c.delta, c.weight, weight, c.out, c.epsilon, c.num_tokens, c.width}, stream);
+  return CudaRmsNorm({c.x, x, c.delta, c.weight, weight, c.out, c.epsilon, c.num_tokens, c.width, c.scale},
+                     stream);
 }
 
 Status RopeTable(const hw_rope_table_args& c, cudaStream_t stream) {
@@ -105,7 +107,11 @@ Status SplitQkv(const hw_split_qkv_args& c, cudaStream_t stream) {
 }
 
 Status SiluMul(const hw_silu_mul_args& c, cudaStream_t stream) {
-  return CudaSiluMul({c.gate_up, c.out, c.num_tokens, c.width}, stream);
+  return CudaSiluMul({c.gate_up, c.out, c.num_tokens, c.width, c.scale}, stream);
+}
+
+Status QuantizeRows(const hw_quantize_rows_args& c, cudaStream_t stream) {
+  return CudaQuantizeRows({c.x, c.out, c.scale, c.num_rows, c.width}, stream);
 }
 
 Status FirstNonFiniteRow(const hw_first_nonfinite_row_args& c, cudaStream_t stream) {
@@ -142,6 +148,8 @@ Status RunLinear(CudaLinear* linear, const hw_linear_args& c, cudaStream_t strea
   args.num_tokens = c.num_tokens;
   args.in_features = c.in_features;
   args.out_features = c.out_features;
+  args.x_scale = c.x_scale;
+  args.weight_scale = c.weight_scale;
   HW_KERNELS_RETURN_IF_ERROR(CudaLinear::Check(args));
   if (linear == nullptr) return InvalidArgument("linear is null");
   return linear->Run(args, stream);
@@ -177,6 +185,9 @@ hw_status hw_rope_table(const hw_rope_table_args* args, void* stream) {
 }
 hw_status hw_split_qkv(const hw_split_qkv_args* args, void* stream) { return Call(args, stream, SplitQkv); }
 hw_status hw_silu_mul(const hw_silu_mul_args* args, void* stream) { return Call(args, stream, SiluMul); }
+hw_status hw_quantize_rows(const hw_quantize_rows_args* args, void* stream) {
+  return Call(args, stream, QuantizeRows);
+}
 hw_status hw_first_nonfinite_row(const hw_first_nonfinite_row_args* args, void* stream) {
   return Call(args, stream, FirstNonFiniteRow);
 }

@@ -76,8 +76,10 @@ struct Plan {
 
 template <typename T>
 Status Set(Plan* plan, cublasLtMatmulDescAttributes_t attribute, const T& value) {
-  HW_RETURN_IF_CUBLAS_ERROR(Lt().MatmulDescSetAttribute(&plan->operation, attribute, &value, sizeof value));
-  return {};
+  const cublasStatus_t status =
+      Lt().MatmulDescSetAttribute(&plan->operation, attribute, &value, sizeof value);
+  if (status == CUBLAS_STATUS_SUCCESS) return {};
+  return CublasStatus(status, ("cublasLtMatmulDescSetAttribute " + std::to_string(attribute)).c_str());
 }
 
 // Of one call; the rest of a plan serves all of its shape.

@@ -75,7 +75,11 @@ class LibraryTest(unittest.TestCase):
         self.refused(lib.mean_tables, library.MeanTablesArgs(total_k=100, num_kv_heads=8, head_dim=80), "head_dim is 80",
                      NotImplementedError)
         self.refused(lib.embed_tokens, library.EmbedTokensArgs(num_tokens=1, vocab=10, width=12), "width is 12")
+        rows = dict(out=ADDRESS, num_tokens=1, width=8, scale=ADDRESS + 8)
         self.refused(lib.rms_norm, library.RmsNormArgs(num_tokens=1, width=16392), "width is 16392")
+        self.refused(lib.rms_norm, library.RmsNormArgs(x=ADDRESS, weight=ADDRESS, **rows), "scale is not 16-byte")
+        self.refused(lib.silu_mul, library.SiluMulArgs(gate_up=ADDRESS, **rows), "scale is not 16-byte")
+        self.refused(lib.quantize_rows, library.QuantizeRowsArgs(num_rows=1, width=60), "width is 60")
         frequencies = (ctypes.c_double * 64)()
         self.refused(lib.rope_table, library.RopeTableArgs(inverse=ctypes.addressof(frequencies), head_dim=128, num_tokens=1,
                                                            attention_factor=1, cos=ADDRESS), "sin is null")
@@ -90,6 +94,7 @@ class LibraryTest(unittest.TestCase):
         linear = lambda args, stream: lib.linear_run(None, args, stream)  # noqa: E731
         self.refused(linear, library.LinearArgs(num_tokens=0, in_features=8, out_features=12), "out_features is 12")
         self.refused(linear, library.LinearArgs(num_tokens=0, in_features=8, out_features=8), "linear is null")
+        self.refused(linear, library.LinearArgs(weight_scale=ADDRESS), "x_scale is null and weight_scale is not")
         self.refused(lambda options, _: lib.linear_create(options), library.LinearOptions(max_plans=-1), "max_plans is -1")
         self.refused(lib.rms_norm, library.RmsNormArgs(x_dtype=3, num_tokens=1, width=8), "x_dtype is 3")
 

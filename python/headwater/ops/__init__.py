@@ -11,7 +11,7 @@ use and for measuring beside others.
     out, info = ops.prefill_attention(q, k, v, policy="probe", means=means)
 
 The other operations (headwater.ops.layers): embed_tokens, rms_norm, rope_table, split_qkv, silu_mul, first_nonfinite_row,
-block_statistics, mean_tables, mean_table_coarse_row, pack_kv, and the classes BlockStats and Linear.
+block_statistics, mean_tables, mean_table_coarse_row, pack_kv, quantize_rows, and the classes BlockStats and Linear.
 
 Tensors are bf16, CUDA, contiguous: q [tokens, query heads, head_dim], k and v [tokens, KV heads, head_dim], rotated. Work
 is enqueued on torch's current stream; nothing synchronises but what says so. Needs torch and a GPU of compute capability
@@ -26,7 +26,8 @@ import torch
 
 from headwater.ops import library
 from headwater.ops.layers import (BlockStats, Linear, block_statistics, embed_tokens, first_nonfinite_row,  # noqa: F401
-                                  mean_table_coarse_row, mean_tables, pack_kv, rms_norm, rope_table, silu_mul, split_qkv)
+                                  mean_table_coarse_row, mean_tables, pack_kv, quantize_rows, rms_norm, rope_table,
+                                  silu_mul, split_qkv)
 
 BLOCK_KEYS = 128
 POLICIES = ("dense", "probe")

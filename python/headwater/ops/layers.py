@@ -1,4 +1,5 @@
-"""The operations of a transformer layer besides attention, on torch tensors (kernels/cuda/{block_stats,layer_ops,linear}.h).
+"""The operations of a transformer layer besides attention, on torch tensors
+(kernels/cuda/{block_stats,layer_ops,linear,quantize}.h).
 
 Tensors are CUDA and contiguous; rows come first: [tokens, width] or [tokens, heads, head_dim]. Work is enqueued on torch's
 current stream, and nothing synchronises. ValueError and NotImplementedError name what is wrong. Formulas, tolerances and
@@ -17,6 +18,7 @@ BLOCK_TOKENS = 128
 BLOCKS_PER_SUPERBLOCK = 8
 _DTYPES = {torch.float32: library.F32, torch.float16: library.F16, torch.bfloat16: library.BF16}
 _FLOATS = (torch.bfloat16, torch.float32)
+E4M3 = torch.float8_e4m3fn
 
 
 def _check(name: str, tensor: torch.Tensor, dims: int, dtypes: Sequence[torch.dtype] = (torch.bfloat16,)) -> None:
@@ -130,18 +132,40 @@ def embed_tokens(table: torch.Tensor, ids: torch.Tensor, *, dtype: torch.dtype =
     return out
 
 
+def _row_out(out: Optional[torch.Tensor], scale: Optional[torch.Tensor], shape: Sequence[int],
+             device: torch.device) -> torch.Tensor:
+    """Where rows go: bf16, or e4m3 with a scale for each."""
+    dtype = torch.bfloat16 if scale is None else E4M3
+    _check_shape("scale", scale, shape[:1], torch.float32, device)
+    out = torch.empty(shape, dtype=dtype, device=device) if out is None else out
+    _check_shape("out", out, shape, dtype, device)
+    return out
+
+
+def quantize_rows(x: torch.Tensor, *, out: Optional[torch.Tensor] = None,
+                  scale: Optional[torch.Tensor] = None) -> Tuple[torch.Tensor, torch.Tensor]:
+    """(e4m3 [rows, width], f32 [rows]) of x, bf16: x is about the first times the second."""
+    _check("x", x, 2)
+    scale = torch.empty(x.shape[:1], dtype=torch.float32, device=x.device) if scale is None else scale
+    out = _row_out(out, scale, x.shape, x.device)
+    args = library.QuantizeRowsArgs(x=x.data_ptr(), out=out.data_ptr(), scale=scale.data_ptr(), num_rows=x.shape[0],
+                                    width=x.shape[1])
+    _run(library.load().quantize_rows, args, x)
+    return out, scale
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, delta: Optional[torch.Tensor] = None,
-             out: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """x += delta in place, if given; returns x / sqrt(mean(x^2) + epsilon) * weight in bf16. x and weight: bf16 or f32."""
+             out: Optional[torch.Tensor] = None, scale: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """x += delta in place, if given; returns x / sqrt(mean(x^2) + epsilon) * weight in bf16. x and weight: bf16 or f32.
+    scale: f32 [tokens], written; the result is e4m3 then, as quantize_rows() makes it."""
     _check("x", x, 2, _FLOATS)
     _check("weight", weight, 1, _FLOATS)
     _check_shape("weight", weight, x.shape[1:], weight.dtype, x.device)
     _check_shape("delta", delta, x.shape, torch.bfloat16, x.device)
-    out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) if out is None else out
-    _check_shape("out", out, x.shape, torch.bfloat16, x.device)
+    out = _row_out(out, scale, x.shape, x.device)
     args = library.RmsNormArgs(x=x.data_ptr(), x_dtype=_DTYPES[x.dtype], delta=_address(delta), weight=weight.data_ptr(),
                                weight_dtype=_DTYPES[weight.dtype], out=out.data_ptr(), epsilon=epsilon, num_tokens=x.shape[0],
-                               width=x.shape[1])
+                               width=x.shape[1], scale=_address(scale))
     _run(library.load().rms_norm, args, x)
     return out
 
@@ -205,15 +229,16 @@ def split_qkv(qkv: torch.Tensor, q_heads: int, kv_heads: int, cos: torch.Tensor,
     return q, k, v
 
 
-def silu_mul(gate_up: torch.Tensor, *, out: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """silu(gate) * up in bf16 [tokens, width], of gate_up [tokens, 2 * width]."""
+def silu_mul(gate_up: torch.Tensor, *, out: Optional[torch.Tensor] = None,
+             scale: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """silu(gate) * up in bf16 [tokens, width], of gate_up [tokens, 2 * width]; scale: as rms_norm()'s."""
     _check("gate_up", gate_up, 2)
     shape = (gate_up.shape[0], gate_up.shape[1] // 2)
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up is {tuple(gate_up.shape)}; an even width is wanted")
-    out = torch.empty(shape, dtype=torch.bfloat16, device=gate_up.device) if out is None else out
-    _check_shape("out", out, shape, torch.bfloat16, gate_up.device)
-    args = library.SiluMulArgs(gate_up=gate_up.data_ptr(), out=out.data_ptr(), num_tokens=shape[0], width=shape[1])
+    out = _row_out(out, scale, shape, gate_up.device)
+    args = library.SiluMulArgs(gate_up=gate_up.data_ptr(), out=out.data_ptr(), num_tokens=shape[0], width=shape[1],
+                               scale=_address(scale))
     _run(library.load().silu_mul, args, gate_up)
     return out
 
@@ -267,21 +292,25 @@ class Linear:
             self._lib.linear_destroy(self._handle)
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None, *,
-                 out: Optional[torch.Tensor] = None, dtype: torch.dtype = torch.bfloat16,
-                 accumulate: bool = False) -> torch.Tensor:
-        """bf16 x [tokens, in] and weight [out, in]; bias of the result's type, bf16 or f32. accumulate: out += ..."""
-        _check("x", x, 2)
-        _check("weight", weight, 2)
+                 out: Optional[torch.Tensor] = None, dtype: torch.dtype = torch.bfloat16, accumulate: bool = False,
+                 x_scale: Optional[torch.Tensor] = None, weight_scale: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """bf16 x [tokens, in] and weight [out, in]; bias of the result's type, bf16 or f32. accumulate: out += ...
+        With scales, f32 [tokens] and [out]: e4m3 x and weight (quantize_rows()), and a bf16 bias."""
+        operand = torch.bfloat16 if x_scale is None else E4M3
+        _check("x", x, 2, (operand,))
         if accumulate and out is None:
             raise ValueError("accumulate without out")
         shape = (x.shape[0], weight.shape[0])
         out = torch.empty(shape, dtype=dtype, device=x.device) if out is None else out
         _check("out", out, 2, _FLOATS)
         _check_shape("out", out, shape, out.dtype, x.device)
-        _check_shape("weight", weight, (shape[1], x.shape[1]), torch.bfloat16, x.device)
-        _check_shape("bias", bias, shape[1:], out.dtype, x.device)
+        _check_shape("weight", weight, (shape[1], x.shape[1]), operand, x.device)
+        _check_shape("bias", bias, shape[1:], out.dtype if x_scale is None else torch.bfloat16, x.device)
+        _check_shape("x_scale", x_scale, shape[:1], torch.float32, x.device)
+        _check_shape("weight_scale", weight_scale, shape[1:], torch.float32, x.device)
         args = library.LinearArgs(x=x.data_ptr(), weight=weight.data_ptr(), bias=_address(bias), y=out.data_ptr(),
                                   y_dtype=_DTYPES[out.dtype], accumulate=int(accumulate), num_tokens=shape[0],
-                                  in_features=x.shape[1], out_features=shape[1])
+                                  in_features=x.shape[1], out_features=shape[1], x_scale=_address(x_scale),
+                                  weight_scale=_address(weight_scale))
         _run(lambda a, stream: self._lib.linear_run(self._handle, a, stream), args, x)
         return out

@@ -73,7 +73,7 @@ EmbedTokensArgs = _sized("EmbedTokensArgs", [
 
 RmsNormArgs = _sized("RmsNormArgs", [
     *_pointers("x"), *_ints("x_dtype"), *_pointers("delta", "weight"), *_ints("weight_dtype"), *_pointers("out"),
-    ("epsilon", ctypes.c_float), *_longs("num_tokens", "width")])
+    ("epsilon", ctypes.c_float), *_longs("num_tokens", "width"), *_pointers("scale")])
 
 RopeTableArgs = _sized("RopeTableArgs", [
     *_pointers("inverse", "inverse_device"), ("attention_factor", ctypes.c_double), *_ints("head_dim"),
@@ -84,7 +84,9 @@ SplitQkvArgs = _sized("SplitQkvArgs", [
     *_pointers("q_norm", "k_norm"), *_ints("norm_dtype"), ("epsilon", ctypes.c_float), *_pointers("cos", "sin", "q", "k", "v"),
     ("stats", BlockStats), *_longs("first_token")])
 
-SiluMulArgs = _sized("SiluMulArgs", [*_pointers("gate_up", "out"), *_longs("num_tokens", "width")])
+SiluMulArgs = _sized("SiluMulArgs", [*_pointers("gate_up", "out"), *_longs("num_tokens", "width"), *_pointers("scale")])
+
+QuantizeRowsArgs = _sized("QuantizeRowsArgs", [*_pointers("x", "out", "scale"), *_longs("num_rows", "width")])
 
 FirstNonFiniteRowArgs = _sized("FirstNonFiniteRowArgs", [
     *_pointers("x"), *_ints("dtype"), *_longs("num_tokens", "width"), *_pointers("row")])
@@ -98,7 +100,7 @@ LinearOptions = _sized("LinearOptions", [*_pointers("workspace"), ("workspace_by
 
 LinearArgs = _sized("LinearArgs", [
     *_pointers("x", "weight", "bias", "y"), *_ints("y_dtype", "accumulate"),
-    *_longs("num_tokens", "in_features", "out_features")])
+    *_longs("num_tokens", "in_features", "out_features"), *_pointers("x_scale", "weight_scale")])
 
 
 def candidates() -> list:
@@ -175,6 +177,9 @@ class Library:
 
     def silu_mul(self, args, stream: int) -> None:
         self._call(self._lib.hw_silu_mul, args, stream)
+
+    def quantize_rows(self, args, stream: int) -> None:
+        self._call(self._lib.hw_quantize_rows, args, stream)
 
     def first_nonfinite_row(self, args, stream: int) -> None:
         self._call(self._lib.hw_first_nonfinite_row, args, stream)
