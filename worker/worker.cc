@@ -56,6 +56,10 @@ v1::WorkerRegistration MakeRegistration(const WorkerOptions& options, const Pref
   registration.set_protocol_version(kProtocolVersion);
   registration.set_max_world_size(backend.max_world_size());
   *registration.mutable_memory() = backend.memory_model();
+  if (const PackLimits packed = backend.pack_limits(); packed.max_prompts > 1) {
+    registration.set_max_packed_prompts(packed.max_prompts);
+    registration.set_max_packed_tokens(static_cast<uint64_t>(packed.max_tokens));
+  }
   for (const std::string& name : backend.policies()) registration.add_policies(name);
   const ModelConfig& config = backend.config();
   v1::ServedModel* const served = registration.mutable_model();
