@@ -1,5 +1,6 @@
 #include "worker/worker.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -116,6 +117,8 @@ class WorkerProcess final : public Worker {
     ControlClientOptions client;
     client.coordinator = options.coordinator;
     client.registration = MakeRegistration(options, *backend_, advertise);
+    // As much as the coordinator may send ahead.
+    client.max_queued = std::max(client.max_queued, 2 * backend_->pack_limits().max_prompts);
     client.metrics = &worker_metrics_;
     client_ = ControlClient::Start(client, executor_.get());
     HW_LOG(INFO).Field("worker_id", options.worker_id).Field("listen", server_.address)

@@ -28,6 +28,7 @@ class PuppetRunner final : public AssignmentRunner {
       if (progress_ > 0) {
         v1::RankProgress report;
         report.set_request_id(assignment.request_id());
+        report.set_epoch(assignment.epoch());
         report.set_layers_done(progress_);
         progress_ = 0;
         progress(report);
