@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "google/protobuf/util/message_differencer.h"
 
+#include "base/log.h"
 #include "base/rpc/grpc_status.h"
 #include "coordinator/job.h"
 
@@ -15,6 +16,7 @@ namespace {
 
 constexpr size_t kMaxPeers = 4096;
 constexpr size_t kMaxServedNames = 64;
+constexpr uint64_t kPassesHeld = 2;
 
 absl::Status TooMany(absl::string_view what) {
   return MakeError(absl::StatusCode::kResourceExhausted, v1::ERROR_REASON_BAD_FIELD,
@@ -36,7 +38,41 @@ auto* FindByConnection(Map& map, uint64_t connection) {
   return static_cast<decltype(&map.begin()->second)>(nullptr);
 }
 
+std::vector<PlanWorker> ForPlanner(const std::vector<const Worker*>& workers) {
+  std::vector<PlanWorker> out;
+  out.reserve(workers.size());
+  for (const Worker* worker : workers) {
+    const v1::WorkerRegistration& registration = worker->registration;
+    out.push_back({registration.worker_id(), registration.memory(), registration.max_world_size()});
+  }
+  return out;
+}
+
 }  // namespace
+
+bool Worker::HasRoomFor(const PackedPrompt& prompt) const {
+  if (!Packs(prompt.num_tokens)) return false;
+  if (held.empty()) return true;
+  // Where one is packable, all are.
+  if (!held.begin()->second.packable || held.contains(prompt.request_id)) return false;
+  return held.size() + 1 <= kPassesHeld * registration.max_packed_prompts() &&
+         held_tokens + prompt.num_tokens <= kPassesHeld * registration.max_packed_tokens();
+}
+
+void Worker::Hold(const std::string& request_id, const HeldJob& job) {
+  HW_CHECK(held.empty() || (job.packable && held.begin()->second.packable));
+  HW_CHECK(held.emplace(request_id, job).second);
+  held_tokens += job.num_tokens;
+}
+
+bool Worker::Release(const std::string& request_id, uint64_t serial, absl::Time now) {
+  const auto it = held.find(request_id);
+  if (it == held.end() || it->second.serial != serial) return false;
+  held_tokens -= it->second.num_tokens;
+  held.erase(it);
+  if (held.empty()) idle_since = now;
+  return true;
+}
 
 uint64_t DecodeNode::FreeBytes() const {
   const uint64_t budget = registration.kv_budget_bytes();
@@ -62,6 +98,7 @@ absl::Status ClusterState::AddWorker(Worker worker) {
   }
   std::string id = worker.registration.worker_id();
   workers_.insert_or_assign(std::move(id), std::move(worker));
+  ++version_;
   return absl::OkStatus();
 }
 
@@ -70,6 +107,7 @@ std::optional<Worker> ClusterState::RemoveWorker(absl::string_view worker_id) {
   if (it == workers_.end()) return std::nullopt;
   Worker worker = std::move(it->second);
   workers_.erase(it);
+  ++version_;
   return worker;
 }
 
@@ -79,22 +117,36 @@ Worker* ClusterState::FindWorkerByConnection(uint64_t connection) {
   return FindByConnection(workers_, connection);
 }
 
-std::vector<PlanWorker> ClusterState::PlanWorkers(absl::string_view model, bool only_idle) const {
+void ClusterState::SetDraining(Worker* worker) {
+  worker->draining = true;
+  ++version_;
+}
+
+std::vector<const Worker*> ClusterState::WorkersOf(absl::string_view model) const {
   std::vector<const Worker*> found;
   for (const auto& [id, worker] : workers_) {
-    if (worker.registration.model().name() != model || worker.draining) continue;
-    if (only_idle && worker.job != 0) continue;
-    found.push_back(&worker);
+    if (worker.registration.model().name() == model && !worker.draining) found.push_back(&worker);
   }
+  return found;
+}
+
+std::vector<PlanWorker> ClusterState::LivingWorkers(absl::string_view model) const {
+  std::vector<const Worker*> found = WorkersOf(model);
   std::stable_sort(found.begin(), found.end(),
                    [](const Worker* a, const Worker* b) { return a->idle_since < b->idle_since; });
-  std::vector<PlanWorker> out;
-  out.reserve(found.size());
-  for (const Worker* worker : found) {
-    out.push_back({worker->registration.worker_id(), worker->registration.memory(),
-                   worker->registration.max_world_size()});
-  }
-  return out;
+  return ForPlanner(found);
+}
+
+std::vector<PlanWorker> ClusterState::FreeWorkers(absl::string_view model, const PackedPrompt* prompt) const {
+  std::vector<const Worker*> found = WorkersOf(model);
+  const auto taken = [&](const Worker* worker) {
+    return !worker->held.empty() && (prompt == nullptr || !worker->HasRoomFor(*prompt));
+  };
+  found.erase(std::remove_if(found.begin(), found.end(), taken), found.end());
+  std::stable_sort(found.begin(), found.end(), [](const Worker* a, const Worker* b) {
+    return std::pair(a->held_tokens, a->idle_since) < std::pair(b->held_tokens, b->idle_since);
+  });
+  return ForPlanner(found);
 }
 
 std::optional<ModelView> ClusterState::FindModel(absl::string_view name) const {
@@ -159,8 +211,12 @@ v1::ListWorkersResponse ClusterState::ListWorkers(absl::Time now) const {
     *out->mutable_model() = worker.registration.model();
     *out->mutable_memory() = worker.registration.memory();
     SetDuration(now - worker.last_heard, out->mutable_last_heartbeat_age());
-    out->set_request_id(worker.request_id);
-    out->set_epoch(worker.epoch);
+    if (!worker.held.empty()) {
+      out->set_request_id(worker.held.begin()->first);
+      out->set_epoch(worker.held.begin()->second.epoch);
+    }
+    out->set_num_requests(static_cast<uint32_t>(worker.held.size()));
+    out->set_num_tokens(worker.held_tokens);
     out->set_kv_unacked_bytes(worker.kv_unacked_bytes);
   }
   return response;

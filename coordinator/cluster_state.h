@@ -23,6 +23,21 @@
 
 namespace headwater {
 
+// A job that has a worker: from the start of the epoch until the rank's report.
+struct HeldJob {
+  uint64_t serial = 0;
+  uint32_t epoch = 0;
+  uint64_t num_tokens = 0;
+  // Others of its kind may have the worker at the same time.
+  bool packable = false;
+};
+
+// A prompt of one rank that may be computed together with others.
+struct PackedPrompt {
+  std::string request_id;
+  uint64_t num_tokens = 0;
+};
+
 struct Worker {
   v1::WorkerRegistration registration;
   // Names this registration stream; a later one of the same worker has another.
@@ -33,10 +48,21 @@ struct Worker {
   uint64_t kv_unacked_bytes = 0;
   // It said that it shuts down: it finishes what it has and gets nothing new.
   bool draining = false;
-  // Serial of its job, 0: idle.
-  uint64_t job = 0;
-  std::string request_id;
-  uint32_t epoch = 0;
+  // One job that has it alone, or several packable ones. By request id, which is how the worker names them:
+  // two tenants' requests of one id do not meet at a worker.
+  std::map<std::string, HeldJob> held;
+  uint64_t held_tokens = 0;
+
+  // Whether one pass may hold a prompt of so many tokens.
+  bool Packs(uint64_t num_tokens) const {
+    return registration.max_packed_prompts() > 0 && num_tokens <= registration.max_packed_tokens();
+  }
+  // Whether it takes the prompt beside the packable jobs that it has: two passes' worth are its most, so that
+  // the next pass waits there while one is computed.
+  bool HasRoomFor(const PackedPrompt& prompt) const;
+  void Hold(const std::string& request_id, const HeldJob& job);
+  // False: it does not have this job.
+  bool Release(const std::string& request_id, uint64_t serial, absl::Time now);
 };
 
 struct DecodeNode {
@@ -73,8 +99,16 @@ class ClusterState {
   Worker* FindWorkerByConnection(uint64_t connection);
   std::map<std::string, Worker>& workers() { return workers_; }
 
-  // Workers of a model that may get work, the longest idle first; all of them or only the idle ones.
-  std::vector<PlanWorker> PlanWorkers(absl::string_view model, bool only_idle) const;
+  // It gets nothing new from now on.
+  void SetDraining(Worker* worker);
+  // Changes whenever LivingWorkers() may.
+  uint64_t version() const { return version_; }
+
+  // Workers of a model that may get work, now or later; the longest idle first.
+  std::vector<PlanWorker> LivingWorkers(absl::string_view model) const;
+  // Those of them that are idle, and those that have room for `prompt` (may be null); the least held tokens
+  // first, then the longest idle.
+  std::vector<PlanWorker> FreeWorkers(absl::string_view model, const PackedPrompt* prompt) const;
   // Nullopt: no living worker serves it.
   std::optional<ModelView> FindModel(absl::string_view name) const;
   // Whether some worker served it since the start (the last 64 names are remembered).
@@ -93,6 +127,9 @@ class ClusterState {
   v1::ListDecodeNodesResponse ListDecodeNodes(absl::Time now) const;
 
  private:
+  std::vector<const Worker*> WorkersOf(absl::string_view model) const;
+
+  uint64_t version_ = 1;
   std::map<std::string, Worker> workers_;
   std::map<std::string, DecodeNode> decode_nodes_;
   std::vector<std::string> served_;

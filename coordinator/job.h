@@ -82,6 +82,7 @@ struct Job {
   absl::Time deadline = absl::InfiniteFuture();
   std::optional<absl::Time> unplannable_since;
   absl::Status unplannable;
+  uint64_t unplannable_version = 0;  // of the cluster
   // When it first found itself at the head of the queue without enough idle workers.
   std::optional<absl::Time> head_since;
 
@@ -114,6 +115,7 @@ struct Job {
 
   uint64_t num_tokens() const { return static_cast<uint64_t>(prepared.request->token_ids_size()); }
   const v1::PrefillRequest& request() const { return *prepared.request; }
+  bool dense() const { return request().policy().name().empty() || request().policy().name() == "dense"; }
 };
 
 // What the completed ranks add up to.

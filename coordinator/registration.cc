@@ -85,6 +85,14 @@ absl::Status CheckMemory(const v1::MemoryModel& memory) {
   return Range("memory.bytes_per_token", memory.bytes_per_token(), 1, kMaxBytesPerToken);
 }
 
+// Both or neither; one prompt is no pack.
+absl::Status CheckPacking(const v1::WorkerRegistration& registration) {
+  const uint64_t prompts = registration.max_packed_prompts(), tokens = registration.max_packed_tokens();
+  if (prompts == 0 && tokens == 0) return absl::OkStatus();
+  HW_RETURN_IF_ERROR(Range("max_packed_prompts", prompts, 2, kMaxPackedPrompts));
+  return Range("max_packed_tokens", tokens, 1, kMaxPackedTokens);
+}
+
 }  // namespace
 
 absl::Status CheckRegistration(const v1::WorkerRegistration& registration) {
@@ -98,7 +106,7 @@ absl::Status CheckRegistration(const v1::WorkerRegistration& registration) {
   HW_RETURN_IF_ERROR(
       Range("number of policies", static_cast<uint64_t>(registration.policies_size()), 1, kMaxPolicies));
   for (const std::string& policy : registration.policies()) HW_RETURN_IF_ERROR(Text("policies", policy));
-  return absl::OkStatus();
+  return CheckPacking(registration);
 }
 
 absl::Status CheckRegistration(const v1::DecodeRegistration& registration) {

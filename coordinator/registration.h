@@ -3,6 +3,8 @@
 #ifndef HW_COORDINATOR_REGISTRATION_H_
 #define HW_COORDINATOR_REGISTRATION_H_
 
+#include <cstdint>
+
 #include "absl/status/status.h"
 
 #include "headwater/v1/decode.pb.h"
@@ -10,7 +12,11 @@
 
 namespace headwater {
 
-// INVALID_ARGUMENT, BAD_FIELD: an id, address, model shape or memory model out of range.
+// Of one packed pass. A worker holds two passes' worth at most, so these bound what waits on its stream, too.
+inline constexpr uint32_t kMaxPackedPrompts = 256;
+inline constexpr uint64_t kMaxPackedTokens = uint64_t{1} << 20;
+
+// INVALID_ARGUMENT, BAD_FIELD: an id, address, model shape, memory model or packed pass out of range.
 // FAILED_PRECONDITION, BAD_FIELD: another protocol version.
 absl::Status CheckRegistration(const v1::WorkerRegistration& registration);
 absl::Status CheckRegistration(const v1::DecodeRegistration& registration);

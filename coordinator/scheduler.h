@@ -107,7 +107,11 @@ class Scheduler {
   v1::PrefillResponse MakeAccepted(const Job& job) const;
   PlanSpec SpecOf(const Job& job, size_t num_living) const;
   void AdmitWaiting();
+  // Starts what can start. Within a model nothing passes a job that cannot: workers that become free, or
+  // packing ones that have room, wait for it. So a long prompt waits for the packed ones that its workers
+  // have already, two passes' worth at most, and for no other.
   void Dispatch();
+  void DispatchModel(const std::string& model);
   // What became of a queued job that was looked at.
   enum class Start { kStarted, kReserving, kUnplannable };
   Start TryStart(Job& job);
@@ -139,8 +143,9 @@ class Scheduler {
   void Complete(Job& job);
   void Fail(Job& job, const absl::Status& status);
   void End(Job& job, const std::shared_ptr<const v1::PrefillResponse>& terminal, const absl::Status& status);
-  void ReleaseWorker(const std::string& worker_id, uint64_t serial);
+  void ReleaseWorker(const std::string& worker_id, const Job& job);
   void LoseWorker(const std::string& worker_id, const absl::Status& why);
+  void LoseRank(Job& job, const std::string& worker_id, const absl::Status& why);
   void SetPhase(Job& job, JobPhase phase);
   void Notify(const Job& job, v1::PrefillResponse event);
 
@@ -158,6 +163,8 @@ class Scheduler {
   std::map<uint64_t, std::unique_ptr<Job>> jobs_;
   // Queued jobs, the next first: higher priority, then earlier arrival.
   std::map<QueueKey, Job*> queue_;
+  // The same jobs by model.
+  std::map<std::string, std::map<QueueKey, Job*>> queues_;
   // Of the jobs in kWaiting and kQueued.
   uint64_t waiting_jobs_ = 0;
   uint64_t waiting_tokens_ = 0;

@@ -1,7 +1,6 @@
 // Judging, accepting and starting jobs.
 #include <algorithm>
 
-#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "google/protobuf/util/message_differencer.h"
@@ -66,7 +65,7 @@ absl::StatusOr<bool> Scheduler::Judge(Job& job) {
   job.model = view->model;
   job.layout = LayoutOf(job.request(), view->model);
   HW_RETURN_IF_ERROR(PickDecodeNode(job.request(), job.layout, cluster_).status());
-  const std::vector<PlanWorker> living = cluster_.PlanWorkers(job.model.name(), false);
+  const std::vector<PlanWorker> living = cluster_.LivingWorkers(job.model.name());
   absl::StatusOr<v1::PrefillPlan> plan = MakePlan(SpecOf(job, living.size()), living);
   if (absl::IsUnavailable(plan.status())) {
     job.unplannable = plan.status();
@@ -136,41 +135,53 @@ void Scheduler::AdmitWaiting() {
 }
 
 void Scheduler::Dispatch() {
-  std::vector<uint64_t> serials;
-  serials.reserve(queue_.size());
-  for (const auto& [key, job] : queue_) serials.push_back(job->serial);
-  // Models whose idle workers are kept for a job further ahead.
-  absl::flat_hash_set<std::string> reserved;
-  for (const uint64_t serial : serials) {
-    Job* job = FindJob(serial);
-    if (job == nullptr || job->phase != JobPhase::kQueued) continue;
-    if (reserved.contains(job->model.name())) continue;
-    if (TryStart(*job) == Start::kReserving) reserved.insert(job->model.name());
+  std::vector<std::string> models;
+  for (const auto& [model, queue] : queues_) models.push_back(model);
+  for (const std::string& model : models) DispatchModel(model);
+}
+
+// Looks at no more jobs than it starts, one that cannot start, and those that no living workers can run.
+void Scheduler::DispatchModel(const std::string& model) {
+  std::optional<QueueKey> last;
+  for (;;) {
+    const auto queue = queues_.find(model);
+    if (queue == queues_.end()) return;
+    const auto next = last.has_value() ? queue->second.upper_bound(*last) : queue->second.begin();
+    if (next == queue->second.end()) return;
+    last = next->first;
+    if (TryStart(*next->second) == Start::kReserving) return;
   }
 }
 
 Scheduler::Start Scheduler::TryStart(Job& job) {
   const absl::Time now = clock_->Now();
-  const std::vector<PlanWorker> living = cluster_.PlanWorkers(job.model.name(), false);
+  const std::string& model = job.model.name();
+  // As long as the workers are the same ones, so is the answer.
+  if (job.unplannable_since.has_value() && job.unplannable_version == cluster_.version()) {
+    return Start::kUnplannable;
+  }
+  const std::vector<PlanWorker> living = cluster_.LivingWorkers(model);
   PlanSpec spec = SpecOf(job, living.size());
   absl::StatusOr<v1::PrefillPlan> plan = MakePlan(spec, living);
   if (!plan.ok()) {
     if (!job.unplannable_since.has_value()) job.unplannable_since = now;
+    job.unplannable_version = cluster_.version();
     job.unplannable = plan.status();
     return Start::kUnplannable;
   }
   job.unplannable_since.reset();
 
   const bool free_choice = spec.world_size == 0;
-  const std::vector<PlanWorker> idle = cluster_.PlanWorkers(job.model.name(), true);
+  const PackedPrompt prompt{job.key.request_id, job.num_tokens()};
+  const bool packable = plan->world_size() == 1 && job.dense();
   spec.world_size = plan->world_size();
-  plan = MakePlan(spec, idle);
+  plan = MakePlan(spec, cluster_.FreeWorkers(model, packable ? &prompt : nullptr));
   if (!plan.ok()) {
     if (!job.head_since.has_value()) job.head_since = now;
     // Idle workers wait for the busy ones only so long; then the job takes what there is.
     if (free_choice && now - *job.head_since >= options_.reserve_wait) {
       spec.world_size = 0;
-      plan = MakePlan(spec, idle);
+      plan = MakePlan(spec, cluster_.FreeWorkers(model, nullptr));
     }
   }
   if (!plan.ok()) return Start::kReserving;
@@ -201,9 +212,8 @@ absl::Status Scheduler::StartEpoch(Job& job, v1::PrefillPlan plan) {
   job.ranks.clear();
   for (const std::string& worker_id : job.plan.worker_ids()) {
     Worker* worker = cluster_.FindWorker(worker_id);
-    worker->job = job.serial;
-    worker->request_id = job.key.request_id;
-    worker->epoch = job.epoch;
+    const bool packable = job.plan.world_size() == 1 && job.dense() && worker->Packs(job.num_tokens());
+    worker->Hold(job.key.request_id, {job.serial, job.epoch, job.num_tokens(), packable});
     job.ranks.emplace_back().worker_id = worker_id;
   }
   job.away_since.reset();

@@ -32,7 +32,12 @@ absl::Status OutOfEpochs(const Job& job, uint32_t max_epochs) {
 
 void Scheduler::SetPhase(Job& job, JobPhase phase) {
   const QueueKey queue_key(-job.request().priority(), job.serial);
-  if (job.phase == JobPhase::kQueued) queue_.erase(queue_key);
+  if (job.phase == JobPhase::kQueued) {
+    queue_.erase(queue_key);
+    const auto queue = queues_.find(job.model.name());
+    if (queue != queues_.end() && queue->second.erase(queue_key) > 0 && queue->second.empty())
+      queues_.erase(queue);
+  }
   const bool was_waiting = IsWaiting(job.phase);
   const bool waits = IsWaiting(phase);
   if (was_waiting && !waits) {
@@ -54,6 +59,7 @@ void Scheduler::SetPhase(Job& job, JobPhase phase) {
   job.head_since.reset();
   job.unplannable_since.reset();
   queue_.emplace(queue_key, &job);
+  queues_[job.model.name()].emplace(queue_key, &job);
   dirty_ = true;
 }
 
@@ -62,35 +68,39 @@ void Scheduler::Notify(const Job& job, v1::PrefillResponse event) {
   for (const auto& watcher : job.watchers) watcher->OnEvent(shared);
 }
 
-void Scheduler::ReleaseWorker(const std::string& worker_id, uint64_t serial) {
+void Scheduler::ReleaseWorker(const std::string& worker_id, const Job& job) {
   Worker* worker = cluster_.FindWorker(worker_id);
-  if (worker == nullptr || worker->job != serial) return;
-  worker->job = 0;
-  worker->request_id.clear();
-  worker->epoch = 0;
-  worker->idle_since = clock_->Now();
-  dirty_ = true;
+  if (worker != nullptr && worker->Release(job.key.request_id, job.serial, clock_->Now())) dirty_ = true;
 }
 
 void Scheduler::LoseWorker(const std::string& worker_id, const absl::Status& why) {
-  std::optional<Worker> worker = cluster_.RemoveWorker(worker_id);
+  const std::optional<Worker> worker = cluster_.RemoveWorker(worker_id);
   if (!worker.has_value()) return;
-  HW_LOG(INFO).Field("worker", worker_id).Field("why", why.message()) << "worker lost";
+  HW_LOG(INFO)
+          .Field("worker", worker_id)
+          .Field("requests", static_cast<int64_t>(worker->held.size()))
+          .Field("why", why.message())
+      << "worker lost";
   metrics_->workers.Set(static_cast<double>(cluster_.workers().size()));
   cluster_changed_ = true;
   worker->link->Close(why);
-  Job* job = FindJob(worker->job);
-  if (job == nullptr) return;
-  for (Rank& rank : job->ranks) {
+  for (const auto& [request_id, held] : worker->held) {
+    // The end of one job may be that of others.
+    if (Job* job = FindJob(held.serial)) LoseRank(*job, worker_id, why);
+  }
+}
+
+void Scheduler::LoseRank(Job& job, const std::string& worker_id, const absl::Status& why) {
+  for (Rank& rank : job.ranks) {
     if (rank.worker_id == worker_id && rank.state != Rank::State::kCompleted) {
       rank.state = Rank::State::kStopped;
     }
   }
-  if (job->phase == JobPhase::kStopping) {
-    CheckStopped(job->serial);
+  if (job.phase == JobPhase::kStopping) {
+    CheckStopped(job.serial);
   } else {
-    job->last_loss = why;
-    Stop(*job, absl::OkStatus());
+    job.last_loss = why;
+    Stop(job, absl::OkStatus());
   }
 }
 
@@ -129,7 +139,7 @@ void Scheduler::Stop(Job& job, const absl::Status& status) {
   for (Rank& rank : job.ranks) {
     if (rank.state == Rank::State::kReserved) {
       rank.state = Rank::State::kStopped;
-      ReleaseWorker(rank.worker_id, serial);
+      ReleaseWorker(rank.worker_id, job);
     } else if (rank.state == Rank::State::kAssigned) {
       Worker* worker = cluster_.FindWorker(rank.worker_id);
       HW_CHECK(worker != nullptr);
@@ -237,7 +247,7 @@ void Scheduler::Fail(Job& job, const absl::Status& status) {
 
 void Scheduler::End(Job& job, const std::shared_ptr<const v1::PrefillResponse>& terminal,
                     const absl::Status& status) {
-  for (const Rank& rank : job.ranks) ReleaseWorker(rank.worker_id, job.serial);
+  for (const Rank& rank : job.ranks) ReleaseWorker(rank.worker_id, job);
   // Out of the queue, and out of the gauges.
   SetPhase(job, JobPhase::kClosing);
   metrics_->requests_running.Decrement();

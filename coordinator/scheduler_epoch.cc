@@ -128,7 +128,7 @@ void Scheduler::AssignRanks(Job& job) {
   std::vector<std::string> unreachable;
   for (size_t rank = 0; rank < job.ranks.size(); ++rank) {
     Worker* worker = cluster_.FindWorker(job.ranks[rank].worker_id);
-    HW_CHECK(worker != nullptr && worker->job == job.serial);
+    HW_CHECK(worker != nullptr && worker->held.contains(job.key.request_id));
     job.ranks[rank].state = Rank::State::kAssigned;
     v1::ConnectResponse message;
     *message.mutable_assignment() = MakeAssignment(job, static_cast<uint32_t>(rank), rendezvous);
@@ -141,11 +141,13 @@ void Scheduler::AssignRanks(Job& job) {
   }
 }
 
-// Null: the report is not of the worker's present assignment (late, or invented) and means nothing.
+// Null: the report is not of an assignment that the worker has (late, or invented) and means nothing.
 Rank* Scheduler::FindRank(const Worker& worker, const std::string& request_id, uint32_t epoch, uint32_t rank,
                           Job** job) {
-  *job = FindJob(worker.job);
-  if (*job == nullptr || (*job)->key.request_id != request_id || (*job)->epoch != epoch) return nullptr;
+  const auto held = worker.held.find(request_id);
+  if (held == worker.held.end() || held->second.epoch != epoch) return nullptr;
+  *job = FindJob(held->second.serial);
+  if (*job == nullptr) return nullptr;
   auto& ranks = (*job)->ranks;
   if (rank >= ranks.size() || ranks[rank].worker_id != worker.registration.worker_id()) return nullptr;
   return ranks[rank].state == Rank::State::kAssigned ? &ranks[rank] : nullptr;
@@ -182,7 +184,7 @@ void Scheduler::OnRankCompleted(Worker& worker, const v1::RankCompleted& complet
   const absl::Status valid = CheckCompletion(*job, completed);
   rank->completed = completed;
   rank->state = valid.ok() ? Rank::State::kCompleted : Rank::State::kStopped;
-  ReleaseWorker(rank->worker_id, job->serial);
+  ReleaseWorker(rank->worker_id, *job);
   if (job->phase == JobPhase::kStopping) {
     CheckStopped(job->serial);
   } else if (!valid.ok()) {
@@ -210,9 +212,9 @@ void Scheduler::OnRankFailed(Worker& worker, const v1::RankFailed& failed) {
           .Field("worker", rank->worker_id)
           .Field("error", failure.ToString(absl::StatusToStringMode::kWithNoExtraData))
       << "rank failed";
-  if (ReasonOf(failure) == v1::ERROR_REASON_DRAINING) worker.draining = true;
+  if (ReasonOf(failure) == v1::ERROR_REASON_DRAINING) cluster_.SetDraining(&worker);
   rank->state = Rank::State::kStopped;
-  ReleaseWorker(rank->worker_id, job->serial);
+  ReleaseWorker(rank->worker_id, *job);
   const absl::Status verdict = Verdict(*job, failure);
   if (job->phase == JobPhase::kStopping) {
     // The peers of a rank that fails for good may report their broken collective first.

@@ -11,7 +11,7 @@ namespace headwater {
 namespace {
 
 // Ended assignments that an abort may still be on the way for.
-constexpr size_t kEndedRemembered = 64;
+constexpr size_t kEndedRemembered = 1024;
 
 }  // namespace
 
@@ -27,7 +27,11 @@ v1::ConnectRequest MakeRankFailed(const std::string& request_id, uint32_t epoch,
 }
 
 AssignmentQueue::AssignmentQueue(AssignmentRunner* runner, uint32_t max_waiting, Send send)
-    : runner_(runner), max_waiting_(max_waiting), send_(std::move(send)), thread_([this] { RunAll(); }) {}
+    : runner_(runner),
+      pack_limits_(runner->pack_limits()),
+      max_waiting_(max_waiting),
+      send_(std::move(send)),
+      thread_([this] { RunAll(); }) {}
 
 AssignmentQueue::~AssignmentQueue() { Stop(); }
 
@@ -53,8 +57,8 @@ absl::Status AssignmentQueue::Enqueue(uint64_t stream, v1::PrefillAssignment* as
     return MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_DRAINING, "this worker is draining");
   }
   std::vector<const v1::PrefillAssignment*> here;
-  if (running_ != nullptr) here.push_back(&running_->assignment);
-  for (const Job& job : waiting_) here.push_back(&job.assignment);
+  for (const auto& [name, job] : running_) here.push_back(&job->assignment);
+  for (const auto& job : waiting_) here.push_back(&job->assignment);
   for (const v1::PrefillAssignment* other : here) {
     if (other->request_id() != assignment->request_id() || other->epoch() < assignment->epoch()) continue;
     if (other->epoch() == assignment->epoch()) return absl::OkStatus();
@@ -65,10 +69,10 @@ absl::Status AssignmentQueue::Enqueue(uint64_t stream, v1::PrefillAssignment* as
     return MakeError(absl::StatusCode::kResourceExhausted, v1::ERROR_REASON_QUEUE_FULL,
                      absl::StrCat(waiting_.size(), " assignments wait here already, the most there may be"));
   }
-  Job job;
-  job.stream = stream;
-  job.assignment = std::move(*assignment);
-  job.control = std::make_unique<JobControl>(Clock::Real(), deadline);
+  auto job = std::make_unique<Job>();
+  job->stream = stream;
+  job->assignment = std::move(*assignment);
+  job->control = std::make_unique<JobControl>(Clock::Real(), deadline);
   waiting_.push_back(std::move(job));
   return absl::OkStatus();
 }
@@ -80,15 +84,15 @@ void AssignmentQueue::Abort(uint64_t stream, const v1::AbortAssignment& abort) {
   uint32_t rank = 0;
   {
     absl::MutexLock lock(&mutex_);
-    if (running_ != nullptr && NameOf(running_->assignment) == name) {
-      running_->control->Cancel(cancelled);
+    if (const auto running = running_.find(name); running != running_.end()) {
+      running->second->control->Cancel(cancelled);
       return;
     }
     if (std::find(ended_.begin(), ended_.end(), name) != ended_.end()) return;
     const auto it = std::find_if(waiting_.begin(), waiting_.end(),
-                                 [&](const Job& job) { return NameOf(job.assignment) == name; });
+                                 [&](const auto& job) { return NameOf(job->assignment) == name; });
     if (it != waiting_.end()) {
-      rank = it->assignment.rank();
+      rank = (*it)->assignment.rank();
       waiting_.erase(it);
     }
   }
@@ -99,19 +103,23 @@ void AssignmentQueue::DropAll(const absl::Status& why) {
   absl::MutexLock lock(&mutex_);
   waiting_.clear();
   ended_.clear();
-  if (running_ != nullptr) running_->control->Cancel(why);
+  CancelRunning(why);
+}
+
+void AssignmentQueue::CancelRunning(const absl::Status& why) {
+  for (const auto& [name, job] : running_) job->control->Cancel(why);
 }
 
 void AssignmentQueue::StartDraining() {
-  std::deque<Job> refused;
+  std::deque<std::unique_ptr<Job>> refused;
   {
     absl::MutexLock lock(&mutex_);
     draining_ = true;
     refused.swap(waiting_);
   }
-  for (const Job& job : refused) {
-    send_(job.stream,
-          MakeRankFailed(job.assignment.request_id(), job.assignment.epoch(), job.assignment.rank(),
+  for (const auto& job : refused) {
+    send_(job->stream,
+          MakeRankFailed(job->assignment.request_id(), job->assignment.epoch(), job->assignment.rank(),
                          MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_DRAINING,
                                    "this worker is draining")));
   }
@@ -119,10 +127,7 @@ void AssignmentQueue::StartDraining() {
 
 bool AssignmentQueue::WaitIdle(absl::Duration timeout) {
   absl::MutexLock lock(&mutex_);
-  const auto is_idle = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    return running_ == nullptr && waiting_.empty();
-  };
-  return mutex_.AwaitWithTimeout(absl::Condition(&is_idle), timeout);
+  return mutex_.AwaitWithTimeout(absl::Condition(this, &AssignmentQueue::Idle), timeout);
 }
 
 void AssignmentQueue::Stop() {
@@ -130,57 +135,101 @@ void AssignmentQueue::Stop() {
     absl::MutexLock lock(&mutex_);
     stopping_ = true;
     waiting_.clear();
-    if (running_ != nullptr) {
-      running_->control->Cancel(
-          MakeError(absl::StatusCode::kCancelled, v1::ERROR_REASON_CANCELLED, "this worker is stopping"));
-    }
+    CancelRunning(
+        MakeError(absl::StatusCode::kCancelled, v1::ERROR_REASON_CANCELLED, "this worker is stopping"));
   }
   if (thread_.joinable()) thread_.join();
+  // The runner answers cancelled assignments soon, as it ends a cancelled Run().
+  absl::MutexLock lock(&mutex_, absl::Condition(this, &AssignmentQueue::Idle));
 }
 
 absl::Duration AssignmentQueue::EnforceDeadline() {
   absl::MutexLock lock(&mutex_);
-  if (running_ == nullptr) return absl::InfiniteDuration();
-  const absl::Status status = running_->control->status();
-  if (!status.ok()) {
-    running_->control->Cancel(status);
-    return absl::InfiniteDuration();
+  absl::Duration left = absl::InfiniteDuration();
+  for (const auto& [name, job] : running_) {
+    const absl::Status status = job->control->status();
+    if (status.ok()) {
+      left = std::min(left, job->control->deadline() - Clock::Real()->Now());
+    } else {
+      job->control->Cancel(status);
+    }
   }
-  return running_->control->deadline() - Clock::Real()->Now();
+  return left;
 }
 
 absl::Duration AssignmentQueue::StepAge() const {
   absl::MutexLock lock(&mutex_);
-  return running_ == nullptr ? absl::ZeroDuration() : running_->control->StepAge();
+  absl::Duration age;
+  for (const auto& [name, job] : running_) age = std::max(age, job->control->StepAge());
+  return age;
 }
 
 bool AssignmentQueue::idle() const {
   absl::MutexLock lock(&mutex_);
-  return running_ == nullptr && waiting_.empty();
+  return Idle();
+}
+
+bool AssignmentQueue::MayPack(const v1::PrefillAssignment& assignment) const {
+  const std::string& policy = assignment.policy().name();
+  return pack_limits_.max_prompts > 1 && assignment.plan().world_size() == 1 &&
+         assignment.token_ids_size() <= pack_limits_.max_tokens && (policy.empty() || policy == "dense");
+}
+
+std::vector<AssignmentQueue::Job*> AssignmentQueue::TakePass() {
+  std::vector<Job*> pass;
+  int64_t tokens = 0;
+  while (!waiting_.empty()) {
+    const v1::PrefillAssignment& next = waiting_.front()->assignment;
+    tokens += next.token_ids_size();
+    const bool fits =
+        pass.empty() || (MayPack(pass.front()->assignment) && MayPack(next) &&
+                         pass.size() < pack_limits_.max_prompts && tokens <= pack_limits_.max_tokens);
+    if (!fits) break;
+    // It has not been stuck while it waited here; where it is cancelled, its runner sees so.
+    (void)waiting_.front()->control->Step();
+    pass.push_back(waiting_.front().get());
+    running_.emplace(NameOf(next), std::move(waiting_.front()));
+    waiting_.pop_front();
+  }
+  return pass;
+}
+
+std::function<void(const v1::RankProgress&)> AssignmentQueue::ProgressOf(const Job& job) const {
+  return [this, stream = job.stream](const v1::RankProgress& progress) {
+    v1::ConnectRequest message;
+    *message.mutable_progress() = progress;
+    send_(stream, std::move(message));
+  };
+}
+
+void AssignmentQueue::End(Job* job, v1::ConnectRequest result) {
+  // Before it counts as ended, so that an idle queue has sent all its results.
+  send_(job->stream, std::move(result));
+  absl::MutexLock lock(&mutex_);
+  ended_.push_back(NameOf(job->assignment));
+  if (ended_.size() > kEndedRemembered) ended_.pop_front();
+  running_.erase(ended_.back());
 }
 
 void AssignmentQueue::RunAll() {
   while (true) {
-    Job job;
+    std::vector<Job*> pass;
     {
       absl::MutexLock lock(&mutex_, absl::Condition(this, &AssignmentQueue::HasWork));
       if (stopping_) return;
-      job = std::move(waiting_.front());
-      waiting_.pop_front();
-      running_ = &job;
+      pass = TakePass();
     }
-    v1::ConnectRequest result = runner_->Run(job.assignment, job.control.get(),
-                                             [this, stream = job.stream](const v1::RankProgress& progress) {
-                                               v1::ConnectRequest message;
-                                               *message.mutable_progress() = progress;
-                                               send_(stream, std::move(message));
-                                             });
-    // Before it counts as ended, so that an idle queue has sent all its results.
-    send_(job.stream, std::move(result));
-    absl::MutexLock lock(&mutex_);
-    running_ = nullptr;
-    ended_.push_back(NameOf(job.assignment));
-    if (ended_.size() > kEndedRemembered) ended_.pop_front();
+    if (!MayPack(pass.front()->assignment)) {
+      Job* const job = pass.front();
+      End(job, runner_->Run(job->assignment, job->control.get(), ProgressOf(*job)));
+      continue;
+    }
+    std::vector<AssignmentRunner::Task> tasks;
+    for (Job* const job : pass) {
+      tasks.push_back({&job->assignment, job->control.get(), ProgressOf(*job),
+                       [this, job](v1::ConnectRequest result) { End(job, std::move(result)); }});
+    }
+    runner_->RunPacked(std::move(tasks));
   }
 }
 

@@ -1,14 +1,17 @@
-// AssignmentQueue: the thread that runs assignments one after the other, and the few that wait.
+// AssignmentQueue: the thread that runs assignments, one after the other or as many as share a pass, and the
+// few that wait.
 #ifndef HW_WORKER_ASSIGNMENT_QUEUE_H_
 #define HW_WORKER_ASSIGNMENT_QUEUE_H_
 
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
@@ -22,7 +25,12 @@
 namespace headwater {
 
 // Thread-safe. Every assignment belongs to the control stream that it came over; `send` gets that stream's
-// number with each message, from any of the callers' threads or the queue's own, without a lock held.
+// number with each message, from any of the callers' threads, the queue's own or the runner's, without a lock
+// held.
+//
+// Assignments run in the order in which they came. Where the first may share a pass (one rank, policy
+// "dense", within the runner's limits), those behind it run with it, up to the first that may not or does not
+// fit.
 class AssignmentQueue {
  public:
   using Send = std::function<void(uint64_t stream, v1::ConnectRequest message)>;
@@ -47,13 +55,13 @@ class AssignmentQueue {
   // False: something still runs after `timeout`.
   bool WaitIdle(absl::Duration timeout);
 
-  // Cancels what runs, joins the thread. Idempotent.
+  // Cancels what runs, joins the thread, waits for what the runner has still to answer. Idempotent.
   void Stop();
 
-  // Enforces the running assignment's deadline even where the runner waits for somebody else; returns the
-  // time until then (infinite: none).
+  // Enforces the running assignments' deadlines even where the runner waits for somebody else; returns the
+  // time until the next of them (infinite: none).
   absl::Duration EnforceDeadline();
-  // 0 while idle.
+  // Of the running assignment that is the longest without a step; 0 while idle.
   absl::Duration StepAge() const;
   bool idle() const;
 
@@ -70,17 +78,26 @@ class AssignmentQueue {
   }
   absl::Status Enqueue(uint64_t stream, v1::PrefillAssignment* assignment) ABSL_LOCKS_EXCLUDED(mutex_);
   bool HasWork() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return stopping_ || !waiting_.empty(); }
+  bool Idle() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return running_.empty() && waiting_.empty(); }
   void RunAll();
+  bool MayPack(const v1::PrefillAssignment& assignment) const;
+  // Makes the first, and those that share its pass, running ones.
+  std::vector<Job*> TakePass() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  std::function<void(const v1::RankProgress&)> ProgressOf(const Job& job) const;
+  // Sends the result; the job is gone then.
+  void End(Job* job, v1::ConnectRequest result) ABSL_LOCKS_EXCLUDED(mutex_);
+  void CancelRunning(const absl::Status& why) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   AssignmentRunner* const runner_;
+  const PackLimits pack_limits_;
   const uint32_t max_waiting_;
   const Send send_;
   mutable absl::Mutex mutex_;
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
-  std::deque<Job> waiting_ ABSL_GUARDED_BY(mutex_);
-  // The job itself is the thread's; others read its name and use its control.
-  const Job* running_ ABSL_GUARDED_BY(mutex_) = nullptr;
+  std::deque<std::unique_ptr<Job>> waiting_ ABSL_GUARDED_BY(mutex_);
+  // The jobs themselves are the runner's; others read their names and use their controls.
+  std::map<JobName, std::unique_ptr<Job>> running_ ABSL_GUARDED_BY(mutex_);
   std::deque<JobName> ended_ ABSL_GUARDED_BY(mutex_);
   std::thread thread_;
 };

@@ -4,8 +4,11 @@
 
 #include <cstdint>
 #include <functional>
+#include <vector>
 
+#include "base/log.h"
 #include "headwater/v1/worker.pb.h"
+#include "worker/backend.h"
 #include "worker/job_control.h"
 
 namespace headwater {
@@ -19,10 +22,27 @@ class AssignmentRunner {
   virtual v1::ConnectRequest Run(const v1::PrefillAssignment& assignment, JobControl* control,
                                  const std::function<void(const v1::RankProgress&)>& progress) = 0;
 
-  // Of the assignment that is running; from any thread.
+  // One of the assignments of a pass, with what Run() takes.
+  struct Task {
+    const v1::PrefillAssignment* assignment = nullptr;
+    JobControl* control = nullptr;
+    std::function<void(const v1::RankProgress&)> progress;
+    // Takes what Run() returns; assignment and control may be gone when it has returned.
+    std::function<void(v1::ConnectRequest)> done;
+  };
+
+  // What RunPacked() takes at most.
+  virtual PackLimits pack_limits() const { return {}; }
+
+  // Runs the assignments, each of one rank, in one pass. Calls each `done` once: soon after its control's
+  // Cancel(), and maybe from another thread and after this has returned. Called from Run()'s thread, and only
+  // where pack_limits() lets prompts share a pass.
+  virtual void RunPacked(std::vector<Task> tasks) { HW_CHECK(tasks.empty()); }
+
+  // From any thread.
   struct KvBytes {
-    uint64_t acked = 0;
-    uint64_t unacked = 0;
+    uint64_t acked = 0;    // of the assignment that Run() runs; 0: it runs none
+    uint64_t unacked = 0;  // of all
   };
   virtual KvBytes kv_bytes() const = 0;
 };

@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
+#include "absl/types/span.h"
 
 #include "headwater/v1/worker.pb.h"
 #include "kernels/dtype.h"
@@ -22,6 +23,16 @@ namespace headwater {
 inline absl::Status FlagError(absl::string_view flag, const std::string& value, const absl::Status& status) {
   return absl::Status(status.code(), absl::StrCat("--", flag, "=", value, ": ", status.message()));
 }
+
+// What one packed pass may hold: several short prompts that are computed together.
+struct PackLimits {
+  uint32_t max_prompts = 1;  // 1: prompts run alone
+  int64_t max_tokens = 0;    // of all its prompts together
+  // The senders of a pass may still be reading while the next pass computes: no memory that they were given
+  // is written again before its `done` has run, in whatever pass. False: all of them are gone before the next
+  // pass.
+  bool overlaps_egress = false;
+};
 
 // One per worker. Plan() and the getters from any thread, the others from one.
 class PrefillBackend {
@@ -50,7 +61,34 @@ class PrefillBackend {
 
   // Runs the job, for which Reserve() was called last; RunPrefill()'s contract. The context's model and arena
   // are the backend's to set.
+  // No sender of an earlier call lives.
   virtual absl::StatusOr<PrefillResult> Run(const PrefillJob& job, const PrefillContext& context) = 0;
+
+  // What a packed pass may hold. A pass of max_tokens tokens fits memory_model()'s budget. Fixed for the life
+  // of the backend; from any thread.
+  virtual PackLimits pack_limits() const { return {}; }
+
+  // Whether the job may share a pass: one rank, at most max_tokens tokens, a policy that a packed pass
+  // computes.
+  virtual bool MayPack(const PrefillJob& job) const {
+    const PackLimits limits = pack_limits();
+    return limits.max_prompts > 1 && job.world_size() == 1 &&
+           static_cast<int64_t>(job.tokens.size()) <= limits.max_tokens && job.policy->name() == "dense";
+  }
+
+  // Runs jobs that MayPack() in one pass, at most max_prompts of them with at most max_tokens tokens
+  // together; contexts[i] belongs to jobs[i] and is as Run()'s. One result a job, in their order, each as
+  // Run()'s: where it is OK, all blocks of that job have been submitted. A job that fails or is cancelled
+  // leaves the others alone where it can; the pass stops when none is left.
+  //
+  // Calls Step() of every context's control at least every 50 ms of work, and `progress` of every context
+  // after each layer, from the calling thread. Reserve() is not called: the pass makes its own room, by a
+  // plan for the sum of the tokens; without it, every result is RESOURCE_EXHAUSTED.
+  virtual std::vector<absl::StatusOr<PrefillResult>> RunPacked(
+      absl::Span<const PrefillJob* const> jobs, absl::Span<const PrefillContext> /*contexts*/) {
+    return std::vector<absl::StatusOr<PrefillResult>>(jobs.size(),
+                                                      absl::UnimplementedError("this backend packs nothing"));
+  }
 };
 
 }  // namespace headwater

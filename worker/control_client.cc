@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <map>
 #include <optional>
 #include <random>
 #include <thread>
@@ -24,11 +25,21 @@ namespace {
 using Stream = grpc::ClientReaderWriter<v1::ConnectRequest, v1::ConnectResponse>;
 
 // A coordinator that takes nothing more is disconnected.
-constexpr size_t kMaxOutbox = 1024;
+constexpr size_t kMaxOutbox = 2048;
 constexpr absl::Duration kDefaultHeartbeat = absl::Seconds(1);
 constexpr absl::Duration kLeastHeartbeat = absl::Milliseconds(20);
 constexpr absl::Duration kMostHeartbeat = absl::Seconds(60);
 constexpr absl::Duration kFlushTimeout = absl::Seconds(2);
+// Of assignments that share a pass, in one progress interval.
+constexpr size_t kReportsPerInterval = 8;
+
+// An assignment's name: request id and epoch.
+using JobName = std::pair<std::string, uint32_t>;
+
+template <typename Report>
+JobName NameOf(const Report& report) {
+  return {report.request_id(), report.epoch()};
+}
 
 class GrpcControlClient final : public ControlClient {
  public:
@@ -85,9 +96,10 @@ class GrpcControlClient final : public ControlClient {
   absl::Time next_heartbeat_ ABSL_GUARDED_BY(mutex_);
   absl::Time next_progress_ ABSL_GUARDED_BY(mutex_);
   std::deque<v1::ConnectRequest> outbox_ ABSL_GUARDED_BY(mutex_);
-  // The latest; an older one that was not sent yet is of no use.
-  std::optional<v1::RankProgress> progress_ ABSL_GUARDED_BY(mutex_);
-  // What was posted last of the assignment that runs; heartbeats repeat it with the bytes acknowledged since.
+  // The latest of each assignment that runs; an older one that was not sent yet is of no use.
+  std::map<JobName, v1::RankProgress> progress_ ABSL_GUARDED_BY(mutex_);
+  // What was posted last; where its assignment runs alone, heartbeats repeat it with the bytes acknowledged
+  // since.
   std::optional<v1::RankProgress> last_progress_ ABSL_GUARDED_BY(mutex_);
   bool posted_progress_ ABSL_GUARDED_BY(mutex_) = false;
 
@@ -99,20 +111,18 @@ void GrpcControlClient::Post(uint64_t stream, v1::ConnectRequest message) {
   absl::MutexLock lock(&mutex_);
   if (stream != stream_ || stream_over_) return;
   if (message.has_progress()) {
-    progress_ = std::move(*message.mutable_progress());
-    last_progress_ = progress_;
+    last_progress_ = std::move(*message.mutable_progress());
+    progress_[NameOf(*last_progress_)] = *last_progress_;
     posted_progress_ = clock_->Now() >= next_progress_;
     return;
   }
   // What the rank did last comes before its end.
-  if (progress_.has_value()) {
-    v1::ConnectRequest last;
-    *last.mutable_progress() = *std::move(progress_);
-    outbox_.push_back(std::move(last));
-    progress_.reset();
-    posted_progress_ = false;
+  const JobName ended = message.has_completed() ? NameOf(message.completed()) : NameOf(message.failed());
+  if (auto last = progress_.extract(ended)) {
+    *outbox_.emplace_back().mutable_progress() = std::move(last.mapped());
+    if (progress_.empty()) posted_progress_ = false;
   }
-  last_progress_.reset();
+  if (last_progress_.has_value() && NameOf(*last_progress_) == ended) last_progress_.reset();
   outbox_.push_back(std::move(message));
   if (outbox_.size() > kMaxOutbox) {
     HW_LOG(WARNING) << "the coordinator takes no messages, " << outbox_.size() << " wait; disconnecting";
@@ -130,7 +140,7 @@ v1::ConnectRequest GrpcControlClient::Heartbeat() {
     absl::MutexLock lock(&mutex_);
     if (last_progress_.has_value() && kv_bytes.acked > last_progress_->bytes_acked()) {
       last_progress_->set_bytes_acked(kv_bytes.acked);
-      progress_ = last_progress_;
+      progress_[NameOf(*last_progress_)] = *last_progress_;
     }
   }
   if (options_.metrics != nullptr) options_.metrics->last_step_age.Set(absl::ToDoubleSeconds(age));
@@ -139,7 +149,7 @@ v1::ConnectRequest GrpcControlClient::Heartbeat() {
 
 absl::Duration GrpcControlClient::UntilNextMessage() const {
   absl::Time next = registered_ ? next_heartbeat_ : stream_start_ + options_.registration_timeout;
-  if (progress_.has_value()) next = std::min(next, next_progress_);
+  if (!progress_.empty()) next = std::min(next, next_progress_);
   return next - clock_->Now();
 }
 
@@ -164,12 +174,12 @@ std::optional<v1::ConnectRequest> GrpcControlClient::NextMessage(bool* close) {
         return std::nullopt;
       }
       posted_progress_ = false;
-      if (progress_.has_value() && now >= next_progress_) {
-        next_progress_ = now + options_.progress_interval;
-        v1::ConnectRequest message;
-        *message.mutable_progress() = *std::move(progress_);
-        progress_.reset();
-        return message;
+      if (!progress_.empty() && now >= next_progress_) {
+        const size_t intervals = (progress_.size() + kReportsPerInterval - 1) / kReportsPerInterval;
+        next_progress_ = now + options_.progress_interval * static_cast<double>(intervals);
+        for (auto& [name, report] : progress_) *outbox_.emplace_back().mutable_progress() = std::move(report);
+        progress_.clear();
+        continue;
       }
       if (registered_ && now >= next_heartbeat_) {
         next_heartbeat_ = now + heartbeat_interval_;
@@ -260,7 +270,7 @@ absl::Status GrpcControlClient::RunStream() {
     registered_ = false;
     stream_over_ = true;
     outbox_.clear();
-    progress_.reset();
+    progress_.clear();
     last_progress_.reset();
   }
   queue_.DropAll(MakeError(absl::StatusCode::kCancelled, v1::ERROR_REASON_CANCELLED,

@@ -1,5 +1,5 @@
 // ControlClient: the worker's end of the control stream. Registers, heartbeats, takes assignments, runs them
-// one at a time on a thread of its own, and reports.
+// one at a time, or several in one pass, on a thread of its own, and reports.
 #ifndef HW_WORKER_CONTROL_CLIENT_H_
 #define HW_WORKER_CONTROL_CLIENT_H_
 
@@ -23,7 +23,7 @@ struct ControlClientOptions {
   // A stream without RegistrationAccepted is given up after this long.
   absl::Duration registration_timeout = absl::Seconds(10);
   absl::Duration progress_interval = absl::Milliseconds(50);
-  // Assignments that may wait behind the one that runs; more are refused (RESOURCE_EXHAUSTED, QUEUE_FULL).
+  // Assignments that may wait behind those that run; more are refused (RESOURCE_EXHAUSTED, QUEUE_FULL).
   uint32_t max_queued = 8;
   WorkerMetrics* metrics = nullptr;  // may be null
 };
@@ -38,8 +38,8 @@ class ControlClient {
   // Stop().
   virtual ~ControlClient() = default;
 
-  // Takes no more assignments (UNAVAILABLE, DRAINING), waits for the running one at most `timeout`, sends its
-  // result and closes the stream. False: it was still running when the timeout passed.
+  // Takes no more assignments (UNAVAILABLE, DRAINING), waits for the running ones at most `timeout`, sends
+  // their results and closes the stream. False: one was still running when the timeout passed.
   virtual bool Drain(absl::Duration timeout) = 0;
 
   // Cancels what runs, closes the stream, joins the threads. Idempotent.

@@ -79,54 +79,104 @@ PrefillExecutor::PrefillExecutor(ExecutorOptions options) : options_(std::move(o
 
 AssignmentRunner::KvBytes PrefillExecutor::kv_bytes() const {
   absl::MutexLock lock(&mutex_);
-  if (sender_ == nullptr) return {};
-  const KvSenderStats stats = sender_->Stats();
-  return {stats.bytes_acked, stats.bytes_submitted - std::min(stats.bytes_submitted, stats.bytes_acked)};
+  KvBytes bytes;
+  for (const KvSender* const sender : senders_) {
+    const KvSenderStats stats = sender->Stats();
+    bytes.unacked += stats.bytes_submitted - std::min(stats.bytes_submitted, stats.bytes_acked);
+    if (sender == alone_) bytes.acked = stats.bytes_acked;
+  }
+  return bytes;
 }
 
-void PrefillExecutor::Show(KvSender* sender) {
+std::unique_ptr<KvSender> PrefillExecutor::MakeSender(const v1::PrefillAssignment& assignment,
+                                                      const PrefillJob& job, int num_channels) {
+  KvSenderOptions options;
+  options.address = assignment.destination().kv_address();
+  options.session_id = assignment.destination().session_id();
+  options.session_token = assignment.destination().session_token();
+  options.request_id = job.request_id;
+  options.epoch = job.epoch;
+  options.rank = static_cast<uint32_t>(job.rank);
+  options.num_channels = num_channels;
+  options.stall_timeout = options_.kv_stall_timeout;
+  options.metrics = options_.metrics->registry;
+  std::unique_ptr<KvSender> sender = options_.make_sender(options, *job.geometry);
   absl::MutexLock lock(&mutex_);
-  sender_ = sender;
+  senders_.insert(sender.get());
+  return sender;
+}
+
+void PrefillExecutor::EndSender(std::unique_ptr<KvSender> sender) {
+  absl::MutexLock lock(&mutex_);
+  senders_.erase(sender.get());
+  if (alone_ == sender.get()) alone_ = nullptr;
+}
+
+PrefillContext PrefillExecutor::MakeContext(const PrefillJob& job, KvSender* sender, JobControl* control,
+                                            std::function<void(const v1::RankProgress&)> progress) const {
+  PrefillContext context;
+  context.sender = sender;
+  context.control = control;
+  context.metrics = options_.metrics;
+  context.stall_timeout = options_.kv_stall_timeout;
+  context.flop_per_step = kFlopPerStepAndThread * options_.num_threads;
+  context.progress = [&job, sender, bytes_total = LocalKvBytes(job),
+                      progress = std::move(progress)](const PrefillProgress& done) {
+    v1::RankProgress message;
+    message.set_request_id(job.request_id);
+    message.set_epoch(job.epoch);
+    message.set_rank(static_cast<uint32_t>(job.rank));
+    message.set_layers_done(done.layers_done);
+    message.set_bytes_acked(sender->Stats().bytes_acked);
+    message.set_bytes_total(bytes_total);
+    message.set_pairs_computed(done.pairs_computed);
+    message.set_pairs_possible(done.pairs_possible);
+    progress(message);
+  };
+  return context;
+}
+
+v1::ConnectRequest PrefillExecutor::Report(const v1::PrefillAssignment& assignment, const PrefillJob* job,
+                                           const absl::StatusOr<Outcome>& outcome, absl::Time start) {
+  options_.metrics->CountPrefill(outcome.status());
+  if (!outcome.ok()) {
+    HW_LOG(WARNING)
+            .Field("request_id", assignment.request_id())
+            .Field("epoch", assignment.epoch())
+            .Field("rank", assignment.rank())
+        << "prefill ended: " << outcome.status().ToString(absl::StatusToStringMode::kWithNoExtraData);
+    return MakeRankFailed(assignment.request_id(), assignment.epoch(), assignment.rank(), outcome.status());
+  }
+  const absl::Duration total = Clock::Real()->Now() - start;
+  v1::ConnectRequest message;
+  FillCompleted(*job, outcome->result, outcome->sent, outcome->egress_tail, total,
+                message.mutable_completed());
+  options_.metrics->prompt_tokens.Increment(static_cast<double>(NumTokens(job->local())));
+  const PrefillProgress& done = outcome->result.progress;
+  if (done.pairs_possible > 0) {
+    options_.metrics->density.Observe(static_cast<double>(done.pairs_computed) /
+                                      static_cast<double>(done.pairs_possible));
+  }
+  HW_LOG(INFO).Field("request_id", job->request_id).Field("epoch", job->epoch).Field("rank", job->rank)
+      << "prefilled " << NumTokens(job->local()) << " of " << job->tokens.size() << " tokens in "
+      << absl::FormatDuration(total);
+  return message;
 }
 
 v1::ConnectRequest PrefillExecutor::Run(const v1::PrefillAssignment& assignment, JobControl* control,
                                         const std::function<void(const v1::RankProgress&)>& progress) {
-  const absl::Time start = Clock::Real()->Now();
   kernels::SetNumThreads(options_.num_threads);
   options_.metrics->epoch.Set(assignment.epoch());
-  v1::ConnectRequest message;
-  absl::Status status;
-  absl::StatusOr<PrefillJob> job = CheckAssignment(assignment, {options_.backend, options_.worker_id});
-  if (job.ok()) {
-    options_.metrics->planned_bytes.Set(static_cast<double>(job->plan.total_bytes()));
-    const absl::StatusOr<Outcome> outcome = RunChecked(assignment, *job, control, progress);
-    options_.metrics->planned_bytes.Set(0);
-    status = outcome.status();
-    if (outcome.ok()) {
-      const absl::Duration total = Clock::Real()->Now() - start;
-      FillCompleted(*job, outcome->result, outcome->sent, outcome->egress_tail, total,
-                    message.mutable_completed());
-      options_.metrics->prompt_tokens.Increment(static_cast<double>(NumTokens(job->local())));
-      const PrefillProgress& done = outcome->result.progress;
-      if (done.pairs_possible > 0) {
-        options_.metrics->density.Observe(static_cast<double>(done.pairs_computed) /
-                                          static_cast<double>(done.pairs_possible));
-      }
-      HW_LOG(INFO).Field("request_id", job->request_id).Field("epoch", job->epoch).Field("rank", job->rank)
-          << "prefilled " << NumTokens(job->local()) << " of " << job->tokens.size() << " tokens in "
-          << absl::FormatDuration(total);
-    }
-  } else {
-    status = job.status();
+  const absl::StatusOr<PrefillJob> job = CheckAssignment(assignment, {options_.backend, options_.worker_id});
+  if (!job.ok()) return Report(assignment, nullptr, job.status(), Clock::Real()->Now());
+  if (const absl::Status waited = WaitForPasses(control); !waited.ok()) {
+    return Report(assignment, nullptr, waited, Clock::Real()->Now());
   }
-  options_.metrics->CountPrefill(status);
-  if (status.ok()) return message;
-  HW_LOG(WARNING)
-          .Field("request_id", assignment.request_id())
-          .Field("epoch", assignment.epoch())
-          .Field("rank", assignment.rank())
-      << "prefill ended: " << status.ToString(absl::StatusToStringMode::kWithNoExtraData);
-  return MakeRankFailed(assignment.request_id(), assignment.epoch(), assignment.rank(), status);
+  const absl::Time start = Clock::Real()->Now();
+  options_.metrics->planned_bytes.Set(static_cast<double>(job->plan.total_bytes()));
+  const absl::StatusOr<Outcome> outcome = RunChecked(assignment, *job, control, progress);
+  options_.metrics->planned_bytes.Set(0);
+  return Report(assignment, &*job, outcome, start);
 }
 
 absl::StatusOr<std::unique_ptr<Collectives>> PrefillExecutor::JoinGroup(
@@ -169,39 +219,13 @@ absl::Status PrefillExecutor::RunWithSender(const v1::PrefillAssignment& assignm
                                             Collectives* collectives, JobControl* control,
                                             const std::function<void(const v1::RankProgress&)>& progress,
                                             Outcome* outcome) {
-  KvSenderOptions sender_options;
-  sender_options.address = assignment.destination().kv_address();
-  sender_options.session_id = assignment.destination().session_id();
-  sender_options.session_token = assignment.destination().session_token();
-  sender_options.request_id = job.request_id;
-  sender_options.epoch = job.epoch;
-  sender_options.rank = static_cast<uint32_t>(job.rank);
-  sender_options.num_channels = options_.kv_channels;
-  sender_options.stall_timeout = options_.kv_stall_timeout;
-  sender_options.metrics = options_.metrics->registry;
-  const std::unique_ptr<KvSender> sender = options_.make_sender(sender_options, *job.geometry);
-  Show(sender.get());
-
-  PrefillContext context;
+  std::unique_ptr<KvSender> sender = MakeSender(assignment, job, options_.kv_channels);
+  {
+    absl::MutexLock lock(&mutex_);
+    alone_ = sender.get();
+  }
+  PrefillContext context = MakeContext(job, sender.get(), control, progress);
   context.collectives = collectives;
-  context.sender = sender.get();
-  context.control = control;
-  context.metrics = options_.metrics;
-  context.stall_timeout = options_.kv_stall_timeout;
-  context.flop_per_step = kFlopPerStepAndThread * options_.num_threads;
-  const uint64_t bytes_total = LocalKvBytes(job);
-  context.progress = [&](const PrefillProgress& done) {
-    v1::RankProgress message;
-    message.set_request_id(job.request_id);
-    message.set_epoch(job.epoch);
-    message.set_rank(static_cast<uint32_t>(job.rank));
-    message.set_layers_done(done.layers_done);
-    message.set_bytes_acked(sender->Stats().bytes_acked);
-    message.set_bytes_total(bytes_total);
-    message.set_pairs_computed(done.pairs_computed);
-    message.set_pairs_possible(done.pairs_possible);
-    progress(message);
-  };
   absl::Status status;
   {
     const JobControl::CancelHook hook(control, [&] {
@@ -212,15 +236,20 @@ absl::Status PrefillExecutor::RunWithSender(const v1::PrefillAssignment& assignm
     status = result.status();
     if (result.ok()) {
       outcome->result = *std::move(result);
-      const absl::Time computed = Clock::Real()->Now();
-      const JobControl::Waiting waiting(control);
-      status = sender->Finish();
-      outcome->egress_tail = Clock::Real()->Now() - computed;
+      status = FinishSender(sender.get(), control, outcome);
     }
   }
   outcome->sent = sender->Stats();
   if (!status.ok()) sender->Cancel();
-  Show(nullptr);
+  EndSender(std::move(sender));
+  return status;
+}
+
+absl::Status PrefillExecutor::FinishSender(KvSender* sender, JobControl* control, Outcome* outcome) {
+  const absl::Time computed = Clock::Real()->Now();
+  const JobControl::Waiting waiting(control);
+  const absl::Status status = sender->Finish();
+  outcome->egress_tail = Clock::Real()->Now() - computed;
   return status;
 }
 

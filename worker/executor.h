@@ -1,11 +1,13 @@
-// PrefillExecutor: one assignment from its check to its report.
+// PrefillExecutor: assignments from their check to their report, one by one or several in a pass.
 #ifndef HW_WORKER_EXECUTOR_H_
 #define HW_WORKER_EXECUTOR_H_
 
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <set>
 #include <string>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
@@ -17,6 +19,7 @@
 #include "worker/assignment_runner.h"
 #include "worker/backend.h"
 #include "worker/collectives.h"
+#include "worker/finisher.h"
 #include "worker/metrics.h"
 
 namespace headwater {
@@ -52,6 +55,11 @@ class PrefillExecutor final : public AssignmentRunner {
 
   v1::ConnectRequest Run(const v1::PrefillAssignment& assignment, JobControl* control,
                          const std::function<void(const v1::RankProgress&)>& progress) override;
+  PackLimits pack_limits() const override { return options_.backend->pack_limits(); }
+  // A bad assignment fails alone; one whose job the backend does not pack runs alone, after the pass. Where
+  // the backend overlaps egress, the tails of the KV streams run on while the next pass computes; those of
+  // two passes at most, the one that computes included.
+  void RunPacked(std::vector<Task> tasks) override;
   KvBytes kv_bytes() const override;
 
  private:
@@ -61,6 +69,10 @@ class PrefillExecutor final : public AssignmentRunner {
     absl::Duration egress_tail;
   };
 
+  // A job of a pass, from its check to its report.
+  struct PackedJob;
+  using Pass = std::vector<std::shared_ptr<PackedJob>>;
+
   absl::StatusOr<Outcome> RunChecked(const v1::PrefillAssignment& assignment, const PrefillJob& job,
                                      JobControl* control,
                                      const std::function<void(const v1::RankProgress&)>& progress);
@@ -69,14 +81,34 @@ class PrefillExecutor final : public AssignmentRunner {
   absl::Status RunWithSender(const v1::PrefillAssignment& assignment, const PrefillJob& job,
                              Collectives* collectives, JobControl* control,
                              const std::function<void(const v1::RankProgress&)>& progress, Outcome* outcome);
-  void Show(KvSender* sender);
+
+  std::unique_ptr<KvSender> MakeSender(const v1::PrefillAssignment& assignment, const PrefillJob& job,
+                                       int num_channels);
+  void EndSender(std::unique_ptr<KvSender> sender);
+  static absl::Status FinishSender(KvSender* sender, JobControl* control, Outcome* outcome);
+  // `job` must outlive the context.
+  PrefillContext MakeContext(const PrefillJob& job, KvSender* sender, JobControl* control,
+                             std::function<void(const v1::RankProgress&)> progress) const;
+  // `job` may be null where the outcome is an error.
+  v1::ConnectRequest Report(const v1::PrefillAssignment& assignment, const PrefillJob* job,
+                            const absl::StatusOr<Outcome>& outcome, absl::Time start);
+
+  // executor_packed.cc
+  // Waits until no sender of a pass is left, or for the control's status.
+  absl::Status WaitForPasses(JobControl* control);
+  // Waits until the senders of earlier passes leave room for the pass's; what is cancelled meanwhile ends.
+  void WaitForRoom(Pass* pass);
+  void RunPass(const Pass& pass);
+  void EndPacked(PackedJob* job);
 
   const ExecutorOptions options_;
   // The group of the last job that completed: left only when the next one comes, when its other ranks are
   // done for sure.
   std::unique_ptr<Collectives> last_group_;
   mutable absl::Mutex mutex_;
-  KvSender* sender_ ABSL_GUARDED_BY(mutex_) = nullptr;  // of the running job
+  std::set<KvSender*> senders_ ABSL_GUARDED_BY(mutex_);  // of the jobs that run
+  KvSender* alone_ ABSL_GUARDED_BY(mutex_) = nullptr;    // Run()'s
+  Finisher finisher_;
 };
 
 // How much longer than the plain collective timeout a living peer may stay away: the time that the largest

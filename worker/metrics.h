@@ -25,7 +25,8 @@ class WorkerMetrics {
   prometheus::Histogram& layer_egress_stall;
   prometheus::Gauge& last_step_age;      // headwater_worker_last_step_age_seconds
   prometheus::Gauge& epoch;              // headwater_worker_epoch: of the last assignment started
-  prometheus::Gauge& planned_bytes;      // headwater_planned_bytes: of the assignment running
+  prometheus::Gauge& planned_bytes;      // headwater_planned_bytes: of the assignments running
+  prometheus::Histogram& pass_prompts;   // headwater_worker_pass_prompts: of passes that prompts may share
   prometheus::Gauge& memory_budget;      // headwater_memory_budget_bytes
   prometheus::Histogram& connect_group;  // headwater_collective_seconds{op}
   prometheus::Histogram& ring_exchange;

@@ -1,5 +1,6 @@
 #include "worker/worker.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -56,6 +57,10 @@ v1::WorkerRegistration MakeRegistration(const WorkerOptions& options, const Pref
   registration.set_protocol_version(kProtocolVersion);
   registration.set_max_world_size(backend.max_world_size());
   *registration.mutable_memory() = backend.memory_model();
+  if (const PackLimits packed = backend.pack_limits(); packed.max_prompts > 1) {
+    registration.set_max_packed_prompts(packed.max_prompts);
+    registration.set_max_packed_tokens(static_cast<uint64_t>(packed.max_tokens));
+  }
   for (const std::string& name : backend.policies()) registration.add_policies(name);
   const ModelConfig& config = backend.config();
   v1::ServedModel* const served = registration.mutable_model();
@@ -112,6 +117,8 @@ class WorkerProcess final : public Worker {
     ControlClientOptions client;
     client.coordinator = options.coordinator;
     client.registration = MakeRegistration(options, *backend_, advertise);
+    // As much as the coordinator may send ahead.
+    client.max_queued = std::max(client.max_queued, 2 * backend_->pack_limits().max_prompts);
     client.metrics = &worker_metrics_;
     client_ = ControlClient::Start(client, executor_.get());
     HW_LOG(INFO).Field("worker_id", options.worker_id).Field("listen", server_.address)

@@ -15,6 +15,7 @@
 #include <grpcpp/support/server_callback.h>
 
 #include "base/rpc/grpc_status.h"
+#include "coordinator/registration.h"
 #include "coordinator/scheduler_loop.h"
 
 namespace headwater {
@@ -38,7 +39,7 @@ class PeerStream : public grpc::ServerBidiReactor<Request, Response>,
     this->StartRead(&request_);
   }
 
-  // Queues a message; false: the stream has ended or 64 messages wait already. Thread-safe.
+  // Queues a message; false: the stream has ended or kMaxOutbox messages wait already. Thread-safe.
   bool SendMessage(Response message) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (closing_ || outbox_.size() >= kMaxOutbox) return false;
@@ -69,7 +70,9 @@ class PeerStream : public grpc::ServerBidiReactor<Request, Response>,
   void DisarmRegistrationAlarm() { alarm_.Cancel(); }
 
  private:
-  static constexpr size_t kMaxOutbox = 64;
+  // Of each job that a worker holds there may be the assignment and its abort; a worker holds two passes at
+  // most.
+  static constexpr size_t kMaxOutbox = 64 + 2 * 2 * kMaxPackedPrompts;
 
   void OnReadDone(bool ok) final {
     const auto self = this->shared_from_this();

@@ -24,9 +24,15 @@ struct SimulatedWorker {
   bool connected = false;
   uint64_t connection = 0;
   std::shared_ptr<FakeWorkerLink> link;
-  bool busy = false;
-  v1::PrefillAssignment assignment;
+  // One, or several that one pass may hold.
+  std::vector<v1::PrefillAssignment> held;
 };
+
+constexpr uint32_t kPackedPrompts = 2;
+constexpr uint32_t kPackedTokens = 80;
+
+// Odd workers pack.
+bool Packs(int index) { return index % 2 == 1; }
 
 class Simulation {
  public:
@@ -106,8 +112,12 @@ class Simulation {
     SimulatedWorker& worker = workers_[static_cast<size_t>(index)];
     SimulatedWorker fresh;
     fresh.link = std::make_shared<FakeWorkerLink>();
-    const auto connection = cluster_.scheduler.AddWorker(
-        MakeWorker(absl::StrCat("w", index), absl::StrCat("i", ++incarnations_)), fresh.link);
+    auto registration = MakeWorker(absl::StrCat("w", index), absl::StrCat("i", ++incarnations_));
+    if (Packs(index)) {
+      registration.set_max_packed_prompts(kPackedPrompts);
+      registration.set_max_packed_tokens(kPackedTokens);
+    }
+    const auto connection = cluster_.scheduler.AddWorker(registration, fresh.link);
     ASSERT_TRUE(connection.ok()) << connection.status();
     fresh.connection = *connection;
     fresh.connected = true;
@@ -162,28 +172,45 @@ class Simulation {
     if (!worker.connected || worker.link->closed) return;
     const auto message = worker.link->Next();
     if (message != nullptr && message->has_assignment()) {
-      EXPECT_FALSE(worker.busy) << "two jobs at a time";
-      worker.busy = true;
-      worker.assignment = message->assignment();
-      const auto session = cluster_.decode.open_sessions.find(worker.assignment.destination().session_id());
-      EXPECT_TRUE(session == cluster_.decode.open_sessions.end() ||
-                  session->second >= worker.assignment.epoch())
+      const v1::PrefillAssignment& assignment = message->assignment();
+      const auto session = cluster_.decode.open_sessions.find(assignment.destination().session_id());
+      EXPECT_TRUE(session == cluster_.decode.open_sessions.end() || session->second >= assignment.epoch())
           << "assigned before the session was open";
+      worker.held.push_back(assignment);
+      CheckHeld(worker);
     } else if (message != nullptr && message->has_abort()) {
-      const bool mine = worker.busy && message->abort().request_id() == worker.assignment.request_id() &&
-                        message->abort().epoch() == worker.assignment.epoch();
-      if (mine) Report(worker, absl::CancelledError("aborted"));
-    } else if (worker.busy && !OneIn(3)) {
-      Work(worker);
+      const auto mine = std::find_if(worker.held.begin(), worker.held.end(), [&](const auto& held) {
+        return held.request_id() == message->abort().request_id() && held.epoch() == message->abort().epoch();
+      });
+      if (mine != worker.held.end()) {
+        Report(worker, static_cast<size_t>(mine - worker.held.begin()), absl::CancelledError("aborted"));
+      }
+    } else if (!worker.held.empty() && !OneIn(3)) {
+      Work(worker, static_cast<size_t>(Below(static_cast<int>(worker.held.size()))));
     }
   }
 
-  void Work(SimulatedWorker& worker) {
+  void CheckHeld(const SimulatedWorker& worker) {
+    if (worker.held.size() <= 1) return;
+    ++outcomes_["packed"];
+    const bool packs = Packs(static_cast<int>(&worker - workers_.data()));
+    uint32_t tokens = 0;
+    for (const auto& held : worker.held) {
+      tokens += static_cast<uint32_t>(held.token_ids_size());
+      EXPECT_TRUE(packs && held.plan().world_size() == 1 && held.token_ids_size() <= int{kPackedTokens})
+          << held.request_id() << " runs alone";
+    }
+    EXPECT_LE(worker.held.size(), 2 * kPackedPrompts);
+    EXPECT_LE(tokens, 2 * kPackedTokens);
+  }
+
+  void Work(SimulatedWorker& worker, size_t index) {
+    const v1::PrefillAssignment& assignment = worker.held[index];
     if (OneIn(2)) {
       v1::ConnectRequest progress;
-      progress.mutable_progress()->set_request_id(worker.assignment.request_id());
-      progress.mutable_progress()->set_epoch(worker.assignment.epoch());
-      progress.mutable_progress()->set_rank(worker.assignment.rank());
+      progress.mutable_progress()->set_request_id(assignment.request_id());
+      progress.mutable_progress()->set_epoch(assignment.epoch());
+      progress.mutable_progress()->set_rank(assignment.rank());
       progress.mutable_progress()->set_layers_done(static_cast<uint32_t>(Below(6)));
       cluster_.scheduler.OnWorkerMessage(worker.connection, progress);
     } else if (OneIn(8)) {
@@ -193,27 +220,27 @@ class Simulation {
           MakeError(absl::StatusCode::kInternal, v1::ERROR_REASON_NON_FINITE, "nan"),
           MakeError(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_SESSION, "unknown"),
           absl::OkStatus()};
-      Report(worker, failures[Below(5)]);
+      Report(worker, index, failures[Below(5)]);
     } else {
       v1::ConnectRequest message;
       auto* completed = message.mutable_completed();
-      completed->set_request_id(worker.assignment.request_id());
-      completed->set_epoch(worker.assignment.epoch());
-      completed->set_rank(worker.assignment.rank());
+      completed->set_request_id(assignment.request_id());
+      completed->set_epoch(assignment.epoch());
+      completed->set_rank(assignment.rank());
       completed->set_kv_digest_share(std::string(OneIn(30) ? 3 : 16, 'x'));
-      if (worker.assignment.rank() == 0) completed->set_first_token(1);
-      worker.busy = false;
+      if (assignment.rank() == 0) completed->set_first_token(1);
+      worker.held.erase(worker.held.begin() + static_cast<std::ptrdiff_t>(index));
       cluster_.scheduler.OnWorkerMessage(worker.connection, message);
     }
   }
 
-  void Report(SimulatedWorker& worker, const absl::Status& status) {
+  void Report(SimulatedWorker& worker, size_t index, const absl::Status& status) {
     v1::ConnectRequest message;
-    message.mutable_failed()->set_request_id(worker.assignment.request_id());
-    message.mutable_failed()->set_epoch(worker.assignment.epoch());
-    message.mutable_failed()->set_rank(worker.assignment.rank());
+    message.mutable_failed()->set_request_id(worker.held[index].request_id());
+    message.mutable_failed()->set_epoch(worker.held[index].epoch());
+    message.mutable_failed()->set_rank(worker.held[index].rank());
     *message.mutable_failed()->mutable_error() = ToRpcStatus(status);
-    worker.busy = false;
+    worker.held.erase(worker.held.begin() + static_cast<std::ptrdiff_t>(index));
     cluster_.scheduler.OnWorkerMessage(worker.connection, message);
   }
 
@@ -246,7 +273,10 @@ class Simulation {
       EXPECT_TRUE(watcher->ended() || left_.contains(watcher.get())) << id << " was forgotten";
     }
     const auto workers = cluster_.scheduler.ListWorkers();
-    for (const auto& worker : workers.workers()) EXPECT_EQ(worker.request_id(), "");
+    for (const auto& worker : workers.workers()) {
+      EXPECT_EQ(worker.request_id(), "");
+      EXPECT_EQ(worker.num_tokens(), 0u);
+    }
     EXPECT_EQ(cancels_answered_, cancels_asked_);
     const auto& metrics = cluster_.coordinator_metrics;
     EXPECT_EQ(metrics.requests_running.Value(), 0);
@@ -287,7 +317,7 @@ TEST(SchedulerPropertyTest, EveryRequestEndsExactlyOnceUnderRandomSchedules) {
     if (HasFailure()) break;
   }
   // The schedules reach every kind of end.
-  for (const char* outcome : {"OK", "retried", "replayed", "CANCELLED", "UNAVAILABLE", "INTERNAL",
+  for (const char* outcome : {"OK", "retried", "replayed", "packed", "CANCELLED", "UNAVAILABLE", "INTERNAL",
                               "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ALREADY_EXISTS"}) {
     EXPECT_GE(outcomes[outcome], 20) << outcome;
   }

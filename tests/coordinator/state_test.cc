@@ -40,11 +40,37 @@ TEST(RegistrationTest, RefusesWorkersThatCannotBe) {
       {"fixed bytes without bound", [](auto* r) { r->mutable_memory()->set_fixed_bytes(UINT64_MAX); }},
       {"no policy", [](auto* r) { r->clear_policies(); }},
       {"bad policy", [](auto* r) { r->add_policies("\x01"); }},
+      {"packs one prompt",
+       [](auto* r) {
+         r->set_max_packed_prompts(1);
+         r->set_max_packed_tokens(100);
+       }},
+      {"packs prompts without tokens", [](auto* r) { r->set_max_packed_prompts(2); }},
+      {"packs tokens without prompts", [](auto* r) { r->set_max_packed_tokens(100); }},
+      {"packs 257 prompts",
+       [](auto* r) {
+         r->set_max_packed_prompts(257);
+         r->set_max_packed_tokens(100);
+       }},
+      {"packs too many tokens",
+       [](auto* r) {
+         r->set_max_packed_prompts(2);
+         r->set_max_packed_tokens((1 << 20) + 1);
+       }},
   };
   for (const auto& [name, change] : changes) {
     auto registration = MakeWorker("w");
     change(&registration);
     EXPECT_EQ(ReasonOf(CheckRegistration(registration)), v1::ERROR_REASON_BAD_FIELD) << name;
+  }
+}
+
+TEST(RegistrationTest, TakesAPackedPassUpToItsLimits) {
+  for (const auto& [prompts, tokens] : {std::pair(2u, 1u), std::pair(256u, 1u << 20)}) {
+    auto registration = MakeWorker("w");
+    registration.set_max_packed_prompts(prompts);
+    registration.set_max_packed_tokens(tokens);
+    EXPECT_TRUE(CheckRegistration(registration).ok()) << prompts;
   }
 }
 
@@ -109,13 +135,63 @@ TEST(ClusterStateTest, HandsOutTheLongestIdleWorkerFirstAndNoDrainingOne) {
   }
   cluster.FindWorker("a")->idle_since = absl::FromUnixSeconds(9);
   cluster.FindWorker("b")->idle_since = absl::FromUnixSeconds(3);
-  cluster.FindWorker("c")->draining = true;
-  cluster.FindWorker("d")->job = 1;
-  const auto idle = cluster.PlanWorkers("tiny", true);
+  const uint64_t version = cluster.version();
+  cluster.SetDraining(cluster.FindWorker("c"));
+  EXPECT_NE(cluster.version(), version);
+  cluster.FindWorker("d")->Hold("r", {1, 1, 10, false});
+  const auto idle = cluster.FreeWorkers("tiny", nullptr);
   ASSERT_EQ(idle.size(), 2u);
   EXPECT_EQ(idle[0].worker_id, "b");
   EXPECT_EQ(idle[1].worker_id, "a");
-  EXPECT_EQ(cluster.PlanWorkers("tiny", false).size(), 3u);
+  EXPECT_EQ(cluster.LivingWorkers("tiny").size(), 3u);
+}
+
+TEST(ClusterStateTest, AWorkerHoldsTwoPassesOfPackablePromptsOrOneOther) {
+  Worker worker = WorkerOf(MakeWorker("w"));
+  worker.registration.set_max_packed_prompts(2);
+  worker.registration.set_max_packed_tokens(100);
+  EXPECT_TRUE(worker.HasRoomFor({"a", 100}));
+  EXPECT_FALSE(worker.HasRoomFor({"a", 101})) << "more than a pass";
+  worker.Hold("a", {1, 1, 100, true});
+  EXPECT_FALSE(worker.HasRoomFor({"a", 1})) << "another tenant's request of that name";
+  worker.Hold("b", {2, 1, 60, true});
+  EXPECT_TRUE(worker.HasRoomFor({"c", 40}));
+  EXPECT_FALSE(worker.HasRoomFor({"c", 41}));
+  worker.Hold("c", {3, 1, 20, true});
+  worker.Hold("d", {4, 1, 10, true});
+  EXPECT_FALSE(worker.HasRoomFor({"e", 1})) << "four prompts are two passes";
+
+  EXPECT_FALSE(worker.Release("a", 2, absl::Now())) << "not its serial";
+  for (const auto& [id, serial] :
+       {std::pair("a", 1), std::pair("b", 2), std::pair("c", 3), std::pair("d", 4)}) {
+    EXPECT_TRUE(worker.Release(id, static_cast<uint64_t>(serial), absl::FromUnixSeconds(serial))) << id;
+  }
+  EXPECT_EQ(worker.held_tokens, 0u);
+  EXPECT_EQ(worker.idle_since, absl::FromUnixSeconds(4));
+  worker.Hold("long", {5, 1, 4000, false});
+  EXPECT_FALSE(worker.HasRoomFor({"a", 1})) << "it has a prompt that runs alone";
+}
+
+TEST(ClusterStateTest, PrefersTheWorkerThatHoldsTheFewestTokens) {
+  ClusterState cluster;
+  for (const char* id : {"a", "b", "c", "alone"}) {
+    auto registration = MakeWorker(id);
+    if (std::string(id) != "alone") {
+      registration.set_max_packed_prompts(4);
+      registration.set_max_packed_tokens(100);
+    }
+    ASSERT_TRUE(cluster.AddWorker(WorkerOf(registration)).ok());
+  }
+  cluster.FindWorker("a")->Hold("r1", {1, 1, 50, true});
+  cluster.FindWorker("b")->Hold("r2", {2, 1, 10, true});
+  cluster.FindWorker("b")->Hold("r3", {3, 1, 10, true});
+  cluster.FindWorker("c")->Hold("r4", {4, 1, 99, true});
+  cluster.FindWorker("alone")->Hold("r5", {5, 1, 1, false});
+  const PackedPrompt prompt{"r", 100};
+  std::vector<std::string> ids;
+  for (const PlanWorker& worker : cluster.FreeWorkers("tiny", &prompt)) ids.push_back(worker.worker_id);
+  EXPECT_EQ(ids, (std::vector<std::string>{"b", "a", "c"}));
+  EXPECT_TRUE(cluster.FreeWorkers("tiny", nullptr).empty());
 }
 
 class DestinationTest : public ::testing::Test {

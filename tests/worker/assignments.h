@@ -19,6 +19,7 @@ class AssignmentFixture {
   AssignmentFixture();
 
   const Model& model() const { return *model_; }
+  const std::shared_ptr<const Model>& shared_model() const { return model_; }
   // A backend that lives as long as this.
   CpuBackend* NewBackend(uint64_t budget_bytes = 1 << 30);
   // Worker "w<rank>", with a backend of its own.

@@ -1,11 +1,16 @@
 #include "worker/control_client.h"
 
+#include <map>
+#include <string>
+#include <vector>
+
 #include "absl/time/clock.h"
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include "base/rpc/grpc_status.h"
 #include "tests/worker/fake_coordinator.h"
+#include "worker/assignment_queue.h"
 
 namespace headwater::testing {
 namespace {
@@ -28,6 +33,7 @@ class PuppetRunner final : public AssignmentRunner {
       if (progress_ > 0) {
         v1::RankProgress report;
         report.set_request_id(assignment.request_id());
+        report.set_epoch(assignment.epoch());
         report.set_layers_done(progress_);
         progress_ = 0;
         progress(report);
@@ -163,6 +169,63 @@ TEST_F(ControlClientTest, HeartbeatsShowTheAgeOfTheLastStepWhileAnEngineIsStuck)
   });
 
   EXPECT_TRUE(aged.has_value());
+}
+
+// Reports all of a pass, then ends them in the other order.
+class PackingPuppet final : public AssignmentRunner {
+ public:
+  v1::ConnectRequest Run(const v1::PrefillAssignment& assignment, JobControl*,
+                         const std::function<void(const v1::RankProgress&)>&) override {
+    return MakeRankFailed(assignment.request_id(), assignment.epoch(), 0, absl::InternalError("alone"));
+  }
+  PackLimits pack_limits() const override { return {4, 100, false}; }
+  void RunPacked(std::vector<Task> tasks) override {
+    for (uint32_t layers = 1; layers <= 3; ++layers) {
+      for (const Task& task : tasks) {
+        v1::RankProgress report;
+        report.set_request_id(task.assignment->request_id());
+        report.set_epoch(task.assignment->epoch());
+        report.set_layers_done(layers);
+        task.progress(report);
+      }
+    }
+    for (auto task = tasks.rbegin(); task != tasks.rend(); ++task) {
+      v1::ConnectRequest result;
+      result.mutable_completed()->set_request_id(task->assignment->request_id());
+      result.mutable_completed()->set_epoch(task->assignment->epoch());
+      task->done(result);
+    }
+  }
+  KvBytes kv_bytes() const override { return {}; }
+};
+
+TEST(ControlClientPackingTest, TheLastProgressOfEachComesBeforeItsEnd) {
+  FakeCoordinator coordinator;
+  PackingPuppet runner;
+  ControlClientOptions options = Options(coordinator.address());
+  options.max_queued = 3;
+  const auto client = ControlClient::Start(options, &runner);
+  ASSERT_TRUE(coordinator.NextRegistration().has_value());
+  ASSERT_TRUE(coordinator.Next([](const v1::ConnectRequest& m) { return m.has_heartbeat(); }).has_value());
+  for (const char* id : {"a", "b", "c"}) {
+    v1::PrefillAssignment assignment = Assignment(id);
+    assignment.mutable_plan()->set_world_size(1);
+    coordinator.SendAssignment(assignment);
+  }
+
+  std::map<std::string, uint32_t> layers;
+  int ended = 0;
+  while (ended < 3) {
+    const auto message = coordinator.Next([](const v1::ConnectRequest& m) { return !m.has_heartbeat(); });
+    ASSERT_TRUE(message.has_value());
+    if (message->has_progress()) {
+      layers[message->progress().request_id()] = message->progress().layers_done();
+      continue;
+    }
+    ++ended;
+    ASSERT_TRUE(message->has_completed()) << message->DebugString();
+    EXPECT_EQ(layers[message->completed().request_id()], 3u) << message->completed().request_id();
+  }
 }
 
 TEST_F(ControlClientTest, AnswersAnAbortOfWhatRunsWaitsOrIsUnknown) {

@@ -85,6 +85,13 @@ std::string Seconds(const google::protobuf::Duration& duration) {
   return RenderDuration(ToDuration(duration));
 }
 
+// The one that is named, and how many more there are.
+std::string RequestsOf(const v1::WorkerSummary& worker) {
+  if (worker.request_id().empty()) return "-";
+  if (worker.num_requests() <= 1) return worker.request_id();
+  return absl::StrCat(worker.request_id(), " +", worker.num_requests() - 1);
+}
+
 }  // namespace
 
 std::string DumpJson(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
@@ -180,6 +187,8 @@ Json ToJson(const v1::ListWorkersResponse& workers) {
     json["last_heartbeat_age"] = ToSeconds(worker.last_heartbeat_age());
     json["request_id"] = worker.request_id();
     json["epoch"] = worker.epoch();
+    json["num_requests"] = worker.num_requests();
+    json["num_tokens"] = worker.num_tokens();
     json["kv_unacked_bytes"] = worker.kv_unacked_bytes();
     list.push_back(json);
   }
@@ -268,8 +277,7 @@ std::string RenderWorkers(const v1::ListWorkersResponse& workers) {
   for (const v1::WorkerSummary& worker : workers.workers()) {
     rows.push_back({worker.worker_id(), worker.device(), worker.model().name(),
                     RenderBytes(worker.memory().budget_bytes()), Seconds(worker.last_heartbeat_age()),
-                    worker.request_id().empty() ? "-" : worker.request_id(),
-                    worker.request_id().empty() ? "-" : absl::StrCat(worker.epoch()),
+                    RequestsOf(worker), worker.request_id().empty() ? "-" : absl::StrCat(worker.epoch()),
                     RenderBytes(worker.kv_unacked_bytes())});
   }
   return RenderTable(rows);
