@@ -1,4 +1,4 @@
-// What benchmarks of a whole prefill share: a prompt of random tokens, and a receiver that costs nothing.
+// What benchmarks of a whole prefill share: jobs of one rank, and a receiver that costs nothing.
 #ifndef HW_BENCH_PREFILL_JOB_H_
 #define HW_BENCH_PREFILL_JOB_H_
 
@@ -9,6 +9,7 @@
 #include <random>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
@@ -51,17 +52,25 @@ inline absl::StatusOr<std::shared_ptr<const kernels::PatternPolicy>> MakeBenchPo
   return std::shared_ptr<const kernels::PatternPolicy>(std::move(policy));
 }
 
-// One rank, blocks of 256 tokens; without a memory plan. Equal calls give equal prompts.
-inline absl::StatusOr<PrefillJob> MakeBenchJob(const ModelConfig& config, int64_t num_tokens,
+// The same ones every time.
+inline std::vector<int32_t> RandomPrompt(const ModelConfig& config, int64_t num_tokens) {
+  std::vector<int32_t> tokens;
+  std::mt19937 random(1);
+  for (int64_t i = 0; i < num_tokens; ++i) {
+    tokens.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(config.vocab_size)));
+  }
+  return tokens;
+}
+
+// One rank, blocks of 256 tokens; without a memory plan.
+inline absl::StatusOr<PrefillJob> MakeBenchJob(const ModelConfig& config, std::vector<int32_t> tokens,
                                                v1::KvDtype dtype, const BenchPolicy& policy) {
   constexpr uint32_t kBlockTokens = 256;
+  const auto num_tokens = static_cast<int64_t>(tokens.size());
   PrefillJob job;
   job.request_id = "bench";
   job.epoch = 1;
-  std::mt19937 random(1);
-  for (int64_t i = 0; i < num_tokens; ++i) {
-    job.tokens.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(config.vocab_size)));
-  }
+  job.tokens = std::move(tokens);
   v1::KvLayout layout;
   layout.set_num_layers(static_cast<uint32_t>(config.num_layers));
   layout.set_num_kv_heads(static_cast<uint32_t>(config.num_kv_heads));

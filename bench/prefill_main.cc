@@ -146,8 +146,9 @@ class Bench {
   }
 
   absl::Status RunLength(int64_t num_tokens) {
-    HW_ASSIGN_OR_RETURN(PrefillJob job,
-                        MakeBenchJob(device_->config(), num_tokens, device_->kv_dtype(), options_.policy));
+    const ModelConfig& config = device_->config();
+    HW_ASSIGN_OR_RETURN(PrefillJob job, MakeBenchJob(config, RandomPrompt(config, num_tokens),
+                                                     device_->kv_dtype(), options_.policy));
     PrefillReport report;
     HW_ASSIGN_OR_RETURN(report.planned_bytes, device_->Plan(&job));
     HW_RETURN_IF_ERROR(device_->TakePeakBytes().status());

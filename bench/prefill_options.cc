@@ -45,16 +45,6 @@ absl::StatusOr<int64_t> ParseLength(absl::string_view text) {
   return length * factor;
 }
 
-absl::Status ParseDevice(const std::string& text, int* gpu) {
-  absl::string_view rest = text;
-  *gpu = PrefillBenchOptions::kCpu;
-  if (text == "cpu") return absl::OkStatus();
-  if (absl::ConsumePrefix(&rest, "cuda:") && absl::SimpleAtoi(rest, gpu) && *gpu >= 0) {
-    return absl::OkStatus();
-  }
-  return Bad("device", text, "cpu or cuda:N");
-}
-
 FlagSet Declare(PrefillBenchOptions* o) {
   constexpr int64_t kMostChunk = 1 << 20;
   FlagSet flags(kUsage);
@@ -136,6 +126,16 @@ std::string PrefillBenchOptions::model_name() const {
   if (model.empty()) return preset;
   const std::vector<std::string> parts = absl::StrSplit(model, '/', absl::SkipEmpty());
   return parts.empty() ? model : parts.back();
+}
+
+absl::Status ParseDevice(const std::string& text, int* gpu) {
+  absl::string_view rest = text;
+  *gpu = PrefillBenchOptions::kCpu;
+  if (text == "cpu") return absl::OkStatus();
+  if (absl::ConsumePrefix(&rest, "cuda:") && absl::SimpleAtoi(rest, gpu) && *gpu >= 0) {
+    return absl::OkStatus();
+  }
+  return Bad("device", text, "cpu or cuda:N");
 }
 
 absl::StatusOr<std::vector<int64_t>> ParseLengths(absl::string_view text) {

@@ -47,6 +47,9 @@ struct PrefillBenchOptions {
 absl::Status ParsePrefillBenchOptions(absl::Span<const std::string> arguments, PrefillBenchOptions* options,
                                       std::string* help);
 
+// "cpu" (then *gpu is kCpu) or "cuda:N". INVALID_ARGUMENT names --device.
+absl::Status ParseDevice(const std::string& text, int* gpu);
+
 // Prompt lengths: "8192,64K,1M" in that order, K and M counting 1024 and 1024^2; "8K..1M" doubles from the
 // first to the last. INVALID_ARGUMENT names the part that is wrong.
 absl::StatusOr<std::vector<int64_t>> ParseLengths(absl::string_view text);
