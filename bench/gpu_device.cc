@@ -17,6 +17,7 @@
 #include "base/status_macros.h"
 #include "bench/prefill_device.h"
 #include "kernels/cuda/linear.h"
+#include "kernels/cuda/quantize.h"
 #include "model/cuda/cuda_model.h"
 #include "model/cuda/device_buffer.h"
 #include "model/kernel_status.h"
@@ -91,20 +92,41 @@ absl::Status FillWithNumbers(const DeviceBuffer& buffer) {
   return absl::OkStatus();
 }
 
+// bf16 [rows, width] becomes e4m3 with a scale a row.
+absl::Status Quantize(int64_t rows, int64_t width, DeviceBuffer* x, DeviceBuffer* scale) {
+  HW_ASSIGN_OR_RETURN(DeviceBuffer out,
+                      DeviceBuffer::Allocate(static_cast<uint64_t>(rows * width), "operands in fp8"));
+  HW_ASSIGN_OR_RETURN(*scale, DeviceBuffer::Allocate(static_cast<uint64_t>(rows) * sizeof(float), "scales"));
+  HW_RETURN_IF_ERROR(
+      FromKernels(kernels::CudaQuantizeRows(
+                      {x->data(), out.data(), reinterpret_cast<float*>(scale->data()), rows, width}, nullptr),
+                  "operands in fp8"));
+  *x = std::move(out);
+  return absl::OkStatus();
+}
+
 // Seconds of one product of `rows` rows: the median of rounds.
-absl::StatusOr<double> TimeLinear(kernels::CudaLinear* linear, const LinearShape& shape, int64_t rows) {
+absl::StatusOr<double> TimeLinear(kernels::CudaLinear* linear, LinearType type, const LinearShape& shape,
+                                  int64_t rows) {
   const auto bytes = [](int64_t a, int64_t b, int64_t size) { return static_cast<uint64_t>(a * b * size); };
-  HW_ASSIGN_OR_RETURN(const DeviceBuffer x, DeviceBuffer::Allocate(bytes(rows, shape.in, 2), "x"));
-  HW_ASSIGN_OR_RETURN(const DeviceBuffer w, DeviceBuffer::Allocate(bytes(shape.out, shape.in, 2), "weight"));
+  HW_ASSIGN_OR_RETURN(DeviceBuffer x, DeviceBuffer::Allocate(bytes(rows, shape.in, 2), "x"));
+  HW_ASSIGN_OR_RETURN(DeviceBuffer w, DeviceBuffer::Allocate(bytes(shape.out, shape.in, 2), "weight"));
   HW_ASSIGN_OR_RETURN(const DeviceBuffer y, DeviceBuffer::Allocate(bytes(rows, shape.out, 4), "y"));
   for (const DeviceBuffer* buffer : {&x, &w}) HW_RETURN_IF_ERROR(FillWithNumbers(*buffer));
   HW_RETURN_IF_ERROR(FromCuda(cudaMemset(y.data(), 0, y.bytes()), "outputs"));
+  DeviceBuffer x_scale, w_scale;
+  if (type == LinearType::kFP8) {
+    HW_RETURN_IF_ERROR(Quantize(rows, shape.in, &x, &x_scale));
+    HW_RETURN_IF_ERROR(Quantize(shape.out, shape.in, &w, &w_scale));
+  }
   const auto run = [&](int times) -> absl::Status {
     for (int i = 0; i < times; ++i) {
-      HW_RETURN_IF_ERROR(FromKernels(linear->Run({x.data(), w.data(), nullptr, y.data(), shape.y,
-                                                  shape.accumulate, rows, shape.in, shape.out},
-                                                 nullptr),
-                                     "linear"));
+      HW_RETURN_IF_ERROR(
+          FromKernels(linear->Run({x.data(), w.data(), nullptr, y.data(), shape.y, shape.accumulate, rows,
+                                   shape.in, shape.out, reinterpret_cast<const float*>(x_scale.data()),
+                                   reinterpret_cast<const float*>(w_scale.data())},
+                                  nullptr),
+                      "linear"));
     }
     return FromCuda(cudaDeviceSynchronize(), "linear");
   };
@@ -130,7 +152,7 @@ class GpuDevice final : public PrefillDevice {
 
   const ModelConfig& config() const override { return model_->config(); }
   std::string name() const override { return name_; }
-  std::string linear() const override { return "bf16"; }
+  std::string linear() const override { return NameOf(model_->linear()); }
   v1::KvDtype kv_dtype() const override { return v1::KV_DTYPE_BF16; }
 
   absl::StatusOr<uint64_t> Plan(PrefillJob* job) const override {
@@ -149,15 +171,17 @@ class GpuDevice final : public PrefillDevice {
     const ModelConfig& c = model_->config();
     const int64_t hidden = c.hidden_size, inner = c.intermediate_size, rows = model_->chunk_tokens();
     const int64_t q = int64_t{c.num_q_heads} * c.head_dim, kv = int64_t{c.num_kv_heads} * c.head_dim;
+    const LinearType type = model_->linear();
     std::unique_ptr<kernels::CudaLinear> linear;
     HW_RETURN_IF_ERROR(FromKernels(kernels::CudaLinear::Create({}, &linear), "cuBLASLt"));
     LinearRate rate;
-    HW_ASSIGN_OR_RETURN(rate.projection_s,
-                        TimeLinear(linear.get(), {hidden, q + 2 * kv, kernels::DType::kBF16, false}, rows));
+    HW_ASSIGN_OR_RETURN(
+        rate.projection_s,
+        TimeLinear(linear.get(), type, {hidden, q + 2 * kv, kernels::DType::kBF16, false}, rows));
     for (const LinearShape& shape : {LinearShape{q, hidden, kernels::DType::kF32, true},
                                      LinearShape{hidden, 2 * inner, kernels::DType::kBF16, false},
                                      LinearShape{inner, hidden, kernels::DType::kF32, true}}) {
-      HW_ASSIGN_OR_RETURN(const double seconds, TimeLinear(linear.get(), shape, rows));
+      HW_ASSIGN_OR_RETURN(const double seconds, TimeLinear(linear.get(), type, shape, rows));
       rate.rest_s += seconds;
     }
     rate.projection_s /= static_cast<double>(rows);
@@ -190,6 +214,7 @@ absl::StatusOr<std::unique_ptr<PrefillDevice>> OpenGpu(const PrefillBenchOptions
   model_options.directory = options.model;
   model_options.device = options.gpu;
   model_options.chunk_tokens = options.chunk_tokens;
+  model_options.linear = options.linear == "fp8" ? LinearType::kFP8 : LinearType::kBF16;
   std::unique_ptr<CudaModel> model;
   if (options.model.empty()) {
     HW_ASSIGN_OR_RETURN(const ModelConfig config, PresetConfig(options.preset, options.longest()));

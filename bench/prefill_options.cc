@@ -106,11 +106,11 @@ absl::Status Check(const FlagSet& flags, PrefillBenchOptions* o) {
     return absl::InvalidArgumentError(
         "--device=cpu: random weights are made on a GPU; a CPU needs --model=DIR");
   }
-  if (o->linear == "fp8") {
-    return absl::InvalidArgumentError("--linear=fp8: linear layers in fp8 are not built yet");
+  if (!on_gpu && o->linear == "fp8") {
+    return absl::InvalidArgumentError("--linear=fp8: a CPU computes in bf16 or f32");
   }
   if (on_gpu && o->linear == "f32") {
-    return absl::InvalidArgumentError("--linear=f32: a GPU computes in bf16 (auto or bf16)");
+    return absl::InvalidArgumentError("--linear=f32: a GPU computes in bf16 or fp8");
   }
   if (o->chunk_tokens % 128 != 0) {
     return Bad("chunk_tokens", absl::StrCat(o->chunk_tokens), "a multiple of 128");

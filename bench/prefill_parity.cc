@@ -185,7 +185,8 @@ absl::Status Parse(absl::Span<const std::string> arguments, ParityOptions* optio
   flags.String("model", &options->device.model, "checkpoint directory");
   flags.String("tokens", &options->tokens, "file of token ids");
   flags.String("device", &options->device.device, "cuda:N, or cpu");
-  flags.Choice("linear", &options->device.linear, {"auto", "bf16"}, "the device's type of linear layers");
+  flags.Choice("linear", &options->device.linear, {"auto", "bf16", "fp8"},
+               "the device's type of linear layers");
   flags.Custom("tolerance", absl::StrCat(options->tolerance), "of K's and V's differences",
                [options](absl::string_view text) {
                  return absl::SimpleAtod(text, &options->tolerance) && options->tolerance > 0

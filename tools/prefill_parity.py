@@ -101,7 +101,8 @@ def run_one(arguments, model: Path, tokens: Path, peer: Transformers) -> bool:
     is_golden = (model / "golden.safetensors").is_file()
     with tempfile.TemporaryDirectory() as folder:
         command = [str(arguments.program), f"--model={model}", f"--tokens={tokens}", f"--device={arguments.device}",
-                   f"--tolerance={arguments.tolerance}", f"--logits={folder}/logits", "--nosame_top" if is_golden else "--same_top"]
+                   f"--linear={arguments.linear}", f"--tolerance={arguments.tolerance}", f"--logits={folder}/logits",
+                   "--nosame_top" if is_golden else "--same_top"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit_s)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -157,6 +158,7 @@ def main() -> int:
     making.add_argument("--output", type=Path, required=True)
     running.add_argument("--tokens", type=Path, required=True, help="folder that prompts wrote")
     running.add_argument("--device", default="cuda:0", help="cuda:N, or cpu in bf16")
+    running.add_argument("--linear", choices=["auto", "bf16", "fp8"], default="auto", help="fp8 needs other tolerances")
     running.add_argument("--tolerance", type=float, default=2e-2)
     running.add_argument("--logits_tolerance", type=float, default=3e-2)
     running.add_argument("--limit_s", type=float, default=300, help="for each prompt")

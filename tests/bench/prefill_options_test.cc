@@ -76,6 +76,7 @@ TEST(PrefillBenchOptionsTest, WrongFlagsAreNamed) {
   EXPECT_THAT(ErrorOf({"--density=1.5"}), AllOf(HasSubstr("--density"), HasSubstr("'1.5'")));
   EXPECT_THAT(ErrorOf({"--density=nan"}), HasSubstr("'nan'"));
   EXPECT_THAT(ErrorOf({"--linear=f32"}), HasSubstr("--linear=f32"));
+  EXPECT_THAT(ErrorOf({"--linear=fp8", "--device=cpu", "--model=x"}), HasSubstr("--linear=fp8"));
   EXPECT_THAT(ErrorOf({"--linear=int4"}), HasSubstr("'int4'"));
   EXPECT_THAT(ErrorOf({"--sink=disk"}), AllOf(HasSubstr("--sink"), HasSubstr("none, verify")));
   EXPECT_THAT(ErrorOf({"--chunk_tokens=1000"}), AllOf(HasSubstr("1000"), HasSubstr("multiple of 128")));
