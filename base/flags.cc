@@ -9,6 +9,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
 #include "absl/strings/strip.h"
 
 namespace headwater {
@@ -190,11 +191,11 @@ absl::Status FlagSet::Parse(absl::Span<const std::string> arguments) {
     }
     const size_t equals = argument.find('=');
     const bool has_value = equals != absl::string_view::npos;
-    const absl::string_view name = argument.substr(0, equals);
+    const std::string name = absl::StrReplaceAll(argument.substr(0, equals), {{"-", "_"}});
     absl::string_view value = has_value ? argument.substr(equals + 1) : absl::string_view();
     Flag* flag = Find(name);
     if (flag == nullptr && !has_value && absl::StartsWith(name, "no")) {
-      flag = Find(name.substr(2));
+      flag = Find(absl::string_view(name).substr(2));
       if (flag != nullptr && flag->is_bool) value = "false";
       if (flag != nullptr && !flag->is_bool) flag = nullptr;
     } else if (flag != nullptr && !has_value) {

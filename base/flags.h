@@ -20,9 +20,9 @@
 
 namespace headwater {
 
-// Flags are written --name=value or --name value; a bool also as --name and --noname. "--" ends them. A flag
-// given twice keeps the last value. Not thread-safe. The values pointed to must outlive the set; what they
-// hold when a flag is declared is its default.
+// Flags are written --name=value or --name value; a bool also as --name and --noname; a '-' inside a name
+// counts as '_'. "--" ends them. A flag given twice keeps the last value. Not thread-safe. The values pointed
+// to must outlive the set; what they hold when a flag is declared is its default.
 class FlagSet {
  public:
   explicit FlagSet(absl::string_view usage) : usage_(usage) {}

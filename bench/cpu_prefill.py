@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Sets Headwater's CPU prefill beside llama.cpp's, on the same weights, in one run; appends rows to bench/results/.
 
-    cmake --preset release && cmake --build --preset release --target cpu_prefill
+    cmake --preset release && cmake --build --preset release --target headwater-bench-prefill
     python3 -m venv .venv-bench
     CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=ON" .venv-bench/bin/pip install llama-cpp-python==0.3.36 gguf==0.19.0
     .venv-bench/bin/python bench/cpu_prefill.py --model .cache/smollm2-135m-instruct-bf16
@@ -43,9 +43,11 @@ def run_json(command: list, stdin: str = "") -> list:
 
 
 def ours(arguments, tokens: int) -> dict:
-    command = [arguments.bench, "--model", arguments.model, "--tokens", tokens, "--threads", arguments.threads,
-               "--repeat", arguments.repeat]
-    return run_json(command)[-1]
+    command = [arguments.bench, "--json", "--device=cpu", "--model", arguments.model, "--tokens", tokens,
+               "--threads", arguments.threads, "--repeat", arguments.repeat]
+    result = run_json(command)[-1]
+    return {"tokens_per_s": result["metrics"]["tokens_per_s"], "compute": result["params"]["linear"],
+            "peak_rss_bytes": result["metrics"]["peak_device_bytes"]}
 
 
 def llama_cpp(arguments, run: dict) -> dict:
@@ -86,7 +88,7 @@ def row(arguments, tokens: int, mine: list, theirs: dict) -> dict:
         "commit": arguments.commit,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "params": {"model": arguments.model.name, "tokens": tokens, "threads": arguments.threads, "policy": "dense",
-                   "compute": mine[0].get("compute", ""), "rounds": arguments.rounds},
+                   "compute": mine[0]["compute"], "rounds": arguments.rounds},
         "metrics": {"tokens_per_s": round(median(mine, "tokens_per_s"), 2),
                     "peak_rss_bytes": max(run["peak_rss_bytes"] for run in mine)},
         "peers": {"llama_cpp": {
@@ -113,7 +115,7 @@ def commit() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="HF_DIR")
-    parser.add_argument("--bench", type=Path, default=ROOT / "build" / "release" / "bin" / "cpu_prefill")
+    parser.add_argument("--bench", type=Path, default=ROOT / "build" / "release" / "bin" / "headwater-bench-prefill")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 4096])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,14 +1,18 @@
-// What benchmarks of a whole prefill share: a prompt of random tokens, and a receiver that costs nothing.
+// What benchmarks of a whole prefill share: jobs of one rank, and a receiver that costs nothing.
 #ifndef HW_BENCH_PREFILL_JOB_H_
 #define HW_BENCH_PREFILL_JOB_H_
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
 
 #include "base/status_macros.h"
 #include "kernels/pattern/policy.h"
@@ -32,18 +36,41 @@ class DiscardingSender final : public KvSender {
   KvSenderStats Stats() const override { return {}; }
 };
 
-// One rank, blocks of 256 tokens; without a memory plan. density: over 0, policy probe at that forced
-// density; else dense. Equal calls give equal prompts.
-inline absl::StatusOr<PrefillJob> MakeBenchJob(const ModelConfig& config, int64_t num_tokens,
-                                               v1::KvDtype dtype, double density = 0) {
+struct BenchPolicy {
+  std::string name = "dense";
+  double density = 0;  // forced; 0: what the policy finds
+};
+
+// The only place where a benchmark's flags become a policy's parameters. INVALID_ARGUMENT names --policy.
+inline absl::StatusOr<std::shared_ptr<const kernels::PatternPolicy>> MakeBenchPolicy(
+    const BenchPolicy& wanted) {
+  std::map<std::string, double> parameters;
+  if (wanted.density > 0) parameters["density"] = wanted.density;
+  std::unique_ptr<kernels::PatternPolicy> policy;
+  HW_RETURN_IF_ERROR(FromKernels(kernels::MakePolicy(wanted.name, parameters, &policy),
+                                 absl::StrCat("--policy=", wanted.name)));
+  return std::shared_ptr<const kernels::PatternPolicy>(std::move(policy));
+}
+
+// The same ones every time.
+inline std::vector<int32_t> RandomPrompt(const ModelConfig& config, int64_t num_tokens) {
+  std::vector<int32_t> tokens;
+  std::mt19937 random(1);
+  for (int64_t i = 0; i < num_tokens; ++i) {
+    tokens.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(config.vocab_size)));
+  }
+  return tokens;
+}
+
+// One rank, blocks of 256 tokens; without a memory plan.
+inline absl::StatusOr<PrefillJob> MakeBenchJob(const ModelConfig& config, std::vector<int32_t> tokens,
+                                               v1::KvDtype dtype, const BenchPolicy& policy) {
   constexpr uint32_t kBlockTokens = 256;
+  const auto num_tokens = static_cast<int64_t>(tokens.size());
   PrefillJob job;
   job.request_id = "bench";
   job.epoch = 1;
-  std::mt19937 random(1);
-  for (int64_t i = 0; i < num_tokens; ++i) {
-    job.tokens.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(config.vocab_size)));
-  }
+  job.tokens = std::move(tokens);
   v1::KvLayout layout;
   layout.set_num_layers(static_cast<uint32_t>(config.num_layers));
   layout.set_num_kv_heads(static_cast<uint32_t>(config.num_kv_heads));
@@ -54,11 +81,7 @@ inline absl::StatusOr<PrefillJob> MakeBenchJob(const ModelConfig& config, int64_
   HW_ASSIGN_OR_RETURN(job.partition, PartitionTokens(num_tokens, 1, v1::PARTITION_CONTIGUOUS, kBlockTokens));
   HW_ASSIGN_OR_RETURN(KvGeometry geometry, KvGeometry::Create(layout));
   job.geometry = std::make_shared<const KvGeometry>(std::move(geometry));
-  std::unique_ptr<kernels::PatternPolicy> policy;
-  HW_RETURN_IF_ERROR(FromKernels(density > 0 ? kernels::MakePolicy("probe", {{"density", density}}, &policy)
-                                             : kernels::MakePolicy("dense", {}, &policy),
-                                 "policy"));
-  job.policy = std::move(policy);
+  HW_ASSIGN_OR_RETURN(job.policy, MakeBenchPolicy(policy));
   return job;
 }
 

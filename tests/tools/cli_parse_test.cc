@@ -69,6 +69,18 @@ TEST(FlagSetTest, TakesBothSpellingsAndKeepsTheLastValue) {
   EXPECT_THAT(flags.positional(), ElementsAre("one", "--two"));
 }
 
+TEST(FlagSetTest, TakesHyphensInNames) {
+  int64_t number = 0;
+  bool on = true;
+  FlagSet flags("x");
+  flags.Int("two_words", &number, -10, 10, "");
+  flags.Bool("is_on", &on, "");
+  const absl::Status status = flags.Parse({"--two-words=-7", "--nois-on"});
+  ASSERT_TRUE(status.ok()) << status;
+  EXPECT_EQ(number, -7);
+  EXPECT_FALSE(on);
+}
+
 TEST(FlagSetTest, NamesTheFlagAndTheValueOfAnError) {
   const auto error = [](const std::vector<std::string>& arguments) {
     std::string text;
@@ -360,6 +372,20 @@ TEST(CliTest, HelpListsSubcommandsAndTheirFlags) {
   }
   EXPECT_EQ(RunCommand({"help", "nothing"}).exit_code, 2);
   EXPECT_EQ(RunCommand({"version"}).out, "headwater 0.1.0 (protocol 1)\n");
+}
+
+TEST(CliTest, BenchNamesItsBenchmarks) {
+  EXPECT_EQ(RunCommand({"bench", "--help"}).exit_code, 0);
+  EXPECT_THAT(RunCommand({"bench", "--help"}).out, HasSubstr("prefill"));
+  EXPECT_EQ(RunCommand({"help", "bench"}).out, RunCommand({"bench", "--help"}).out);
+  EXPECT_EQ(RunCommand({"bench"}).exit_code, 2);
+  const Outcome unknown = RunCommand({"bench", "prefil"});
+  EXPECT_EQ(unknown.exit_code, 2);
+  EXPECT_THAT(unknown.err, AllOf(HasSubstr("'prefil'"), HasSubstr("did you mean 'prefill'?")));
+  // No benchmark lies beside this test.
+  const Outcome missing = RunCommand({"bench", "prefill", "--tokens=1"});
+  EXPECT_EQ(missing.exit_code, 2);
+  EXPECT_THAT(missing.err, AllOf(HasSubstr("/headwater-bench-prefill"), HasSubstr("No such file")));
 }
 
 TEST(CliTest, AMissingCoordinatorIsAnErrorInTime) {

@@ -26,6 +26,7 @@ constexpr Subcommand kSubcommands[] = {
     {"release", "free a prefilled cache", RunRelease},
     {"workers", "list workers", RunWorkers},
     {"nodes", "list decode nodes", RunNodes},
+    {"bench", "time this machine: 'bench prefill'", RunBench},
 };
 
 std::string Help() {

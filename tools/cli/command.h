@@ -35,6 +35,8 @@ int RunGenerate(absl::Span<const std::string> arguments, const Console& console)
 int RunRelease(absl::Span<const std::string> arguments, const Console& console);
 int RunWorkers(absl::Span<const std::string> arguments, const Console& console);
 int RunNodes(absl::Span<const std::string> arguments, const Console& console);
+// Where it succeeds the process becomes the benchmark's program.
+int RunBench(absl::Span<const std::string> arguments, const Console& console);
 
 // Parses; true: go on. False: `exit_code` is 0 after --help was printed, 2 after a usage error was.
 bool ParseFlags(absl::string_view command, FlagSet* flags, absl::Span<const std::string> arguments,

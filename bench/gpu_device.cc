@@ -1,0 +1,231 @@
+// One GPU with a checkpoint, or with a preset's shape and random weights.
+#include <algorithm>
+#include <random>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include <cuda_runtime_api.h>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/synchronization/notification.h"
+#include "absl/time/clock.h"
+
+#include "base/status_macros.h"
+#include "bench/prefill_device.h"
+#include "kernels/cuda/linear.h"
+#include "kernels/cuda/quantize.h"
+#include "model/cuda/cuda_model.h"
+#include "model/cuda/device_buffer.h"
+#include "model/kernel_status.h"
+#include "model/presets.h"
+#include "worker/backend.h"
+#include "worker/cuda/cuda_egress.h"
+#include "worker/cuda/cuda_prefill.h"
+
+namespace headwater {
+namespace {
+
+constexpr uint32_t kSeed = 20261122;
+
+// Looks at the device's memory every kPeriod from a thread of its own.
+class MemoryWatch {
+ public:
+  explicit MemoryWatch(int device) : thread_([this, device] { Watch(device); }) {}
+  ~MemoryWatch() {
+    stop_.Notify();
+    thread_.join();
+  }
+
+  // Most bytes in use since the last call, by whomever.
+  absl::StatusOr<uint64_t> TakeMost() {
+    absl::MutexLock lock(&mutex_);
+    HW_RETURN_IF_ERROR(status_);
+    return std::exchange(most_, 0);
+  }
+
+ private:
+  static constexpr absl::Duration kPeriod = absl::Milliseconds(5);
+
+  absl::Status Look() {
+    size_t free = 0, total = 0;
+    HW_RETURN_IF_ERROR(FromCuda(cudaMemGetInfo(&free, &total), "the device's memory"));
+    absl::MutexLock lock(&mutex_);
+    most_ = std::max<uint64_t>(most_, total - free);
+    return absl::OkStatus();
+  }
+
+  void Watch(int device) {
+    absl::Status status = FromCuda(cudaSetDevice(device), "cudaSetDevice");
+    while (status.ok() && !stop_.WaitForNotificationWithTimeout(kPeriod)) status = Look();
+    absl::MutexLock lock(&mutex_);
+    status_ = std::move(status);
+  }
+
+  absl::Mutex mutex_;
+  uint64_t most_ ABSL_GUARDED_BY(mutex_) = 0;
+  absl::Status status_ ABSL_GUARDED_BY(mutex_);
+  absl::Notification stop_;
+  std::thread thread_;
+};
+
+struct LinearShape {
+  int64_t in, out;
+  kernels::DType y;
+  bool accumulate;
+};
+
+// Numbers of ordinary size: a device that multiplies zeros draws less power and is faster.
+absl::Status FillWithNumbers(const DeviceBuffer& buffer) {
+  std::mt19937 random(kSeed);
+  std::vector<uint16_t> values(1 << 20);
+  for (uint16_t& value : values) value = static_cast<uint16_t>(0x3c00 | (random() & 0x83ff));
+  for (uint64_t at = 0; at < buffer.bytes(); at += values.size() * 2) {
+    HW_RETURN_IF_ERROR(FromCuda(
+        cudaMemcpy(buffer.data() + at, values.data(),
+                   std::min<uint64_t>(values.size() * 2, buffer.bytes() - at), cudaMemcpyHostToDevice),
+        "inputs"));
+  }
+  return absl::OkStatus();
+}
+
+// bf16 [rows, width] becomes e4m3 with a scale a row.
+absl::Status Quantize(int64_t rows, int64_t width, DeviceBuffer* x, DeviceBuffer* scale) {
+  HW_ASSIGN_OR_RETURN(DeviceBuffer out,
+                      DeviceBuffer::Allocate(static_cast<uint64_t>(rows * width), "operands in fp8"));
+  HW_ASSIGN_OR_RETURN(*scale, DeviceBuffer::Allocate(static_cast<uint64_t>(rows) * sizeof(float), "scales"));
+  HW_RETURN_IF_ERROR(
+      FromKernels(kernels::CudaQuantizeRows(
+                      {x->data(), out.data(), reinterpret_cast<float*>(scale->data()), rows, width}, nullptr),
+                  "operands in fp8"));
+  *x = std::move(out);
+  return absl::OkStatus();
+}
+
+// Seconds of one product of `rows` rows: the median of rounds.
+absl::StatusOr<double> TimeLinear(kernels::CudaLinear* linear, LinearType type, const LinearShape& shape,
+                                  int64_t rows) {
+  const auto bytes = [](int64_t a, int64_t b, int64_t size) { return static_cast<uint64_t>(a * b * size); };
+  HW_ASSIGN_OR_RETURN(DeviceBuffer x, DeviceBuffer::Allocate(bytes(rows, shape.in, 2), "x"));
+  HW_ASSIGN_OR_RETURN(DeviceBuffer w, DeviceBuffer::Allocate(bytes(shape.out, shape.in, 2), "weight"));
+  HW_ASSIGN_OR_RETURN(const DeviceBuffer y, DeviceBuffer::Allocate(bytes(rows, shape.out, 4), "y"));
+  for (const DeviceBuffer* buffer : {&x, &w}) HW_RETURN_IF_ERROR(FillWithNumbers(*buffer));
+  HW_RETURN_IF_ERROR(FromCuda(cudaMemset(y.data(), 0, y.bytes()), "outputs"));
+  DeviceBuffer x_scale, w_scale;
+  if (type == LinearType::kFP8) {
+    HW_RETURN_IF_ERROR(Quantize(rows, shape.in, &x, &x_scale));
+    HW_RETURN_IF_ERROR(Quantize(shape.out, shape.in, &w, &w_scale));
+  }
+  const auto run = [&](int times) -> absl::Status {
+    for (int i = 0; i < times; ++i) {
+      HW_RETURN_IF_ERROR(
+          FromKernels(linear->Run({x.data(), w.data(), nullptr, y.data(), shape.y, shape.accumulate, rows,
+                                   shape.in, shape.out, reinterpret_cast<const float*>(x_scale.data()),
+                                   reinterpret_cast<const float*>(w_scale.data())},
+                                  nullptr),
+                      "linear"));
+    }
+    return FromCuda(cudaDeviceSynchronize(), "linear");
+  };
+  constexpr int kTimes = 5;
+  HW_RETURN_IF_ERROR(run(3));
+  std::vector<double> rounds(7);
+  for (double& round : rounds) {
+    const absl::Time start = absl::Now();
+    HW_RETURN_IF_ERROR(run(kTimes));
+    round = absl::ToDoubleSeconds(absl::Now() - start) / kTimes;
+  }
+  std::sort(rounds.begin(), rounds.end());
+  return rounds[rounds.size() / 2];
+}
+
+class GpuDevice final : public PrefillDevice {
+ public:
+  GpuDevice(std::unique_ptr<CudaModel> model, std::unique_ptr<CudaEgressMemory> egress, std::string name)
+      : model_(std::move(model)),
+        egress_(std::move(egress)),
+        name_(std::move(name)),
+        watch_(model_->device()) {}
+
+  const ModelConfig& config() const override { return model_->config(); }
+  std::string name() const override { return name_; }
+  std::string linear() const override { return NameOf(model_->linear()); }
+  v1::KvDtype kv_dtype() const override { return v1::KV_DTYPE_BF16; }
+
+  absl::StatusOr<uint64_t> Plan(PrefillJob* job) const override {
+    const auto tokens = static_cast<int64_t>(job->tokens.size());
+    return PlanCudaPrefill(model_->config(), model_->chunk_tokens(), tokens).total_bytes() +
+           model_->weight_bytes() + model_->scratch_bytes();
+  }
+  // The loop allocates what the plan says and gives it back at its end.
+  absl::Status Reserve(const PrefillJob& /*job*/) override { return absl::OkStatus(); }
+  absl::StatusOr<PrefillResult> Run(const PrefillJob& job, KvSender* sender, JobControl* control) override {
+    const CudaPrefillPrompt prompt{&job, sender, control, {}};
+    return std::move(RunCudaPrefill({&prompt, 1}, {model_.get(), egress_.get(), nullptr})[0]);
+  }
+
+  absl::StatusOr<std::optional<LinearRate>> MeasureLinear() override {
+    const ModelConfig& c = model_->config();
+    const int64_t hidden = c.hidden_size, inner = c.intermediate_size, rows = model_->chunk_tokens();
+    const int64_t q = int64_t{c.num_q_heads} * c.head_dim, kv = int64_t{c.num_kv_heads} * c.head_dim;
+    const LinearType type = model_->linear();
+    std::unique_ptr<kernels::CudaLinear> linear;
+    HW_RETURN_IF_ERROR(FromKernels(kernels::CudaLinear::Create({}, &linear), "cuBLASLt"));
+    LinearRate rate;
+    HW_ASSIGN_OR_RETURN(
+        rate.projection_s,
+        TimeLinear(linear.get(), type, {hidden, q + 2 * kv, kernels::DType::kBF16, false}, rows));
+    for (const LinearShape& shape : {LinearShape{q, hidden, kernels::DType::kF32, true},
+                                     LinearShape{hidden, 2 * inner, kernels::DType::kBF16, false},
+                                     LinearShape{inner, hidden, kernels::DType::kF32, true}}) {
+      HW_ASSIGN_OR_RETURN(const double seconds, TimeLinear(linear.get(), type, shape, rows));
+      rate.rest_s += seconds;
+    }
+    rate.projection_s /= static_cast<double>(rows);
+    rate.rest_s /= static_cast<double>(rows);
+    return std::optional<LinearRate>(rate);
+  }
+
+  absl::StatusOr<uint64_t> TakePeakBytes() override { return watch_.TakeMost(); }
+
+ private:
+  const std::unique_ptr<CudaModel> model_;
+  const std::unique_ptr<CudaEgressMemory> egress_;
+  const std::string name_;
+  MemoryWatch watch_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<PrefillDevice>> OpenGpu(const PrefillBenchOptions& options) {
+  const std::string flag = absl::StrCat("--device=", options.device);
+  int count = 0;
+  HW_RETURN_IF_ERROR(FromCuda(cudaGetDeviceCount(&count), flag));
+  if (options.gpu >= count) {
+    return absl::InvalidArgumentError(absl::StrCat(flag, ": this machine has ", count, " GPUs"));
+  }
+  HW_RETURN_IF_ERROR(FromCuda(cudaSetDevice(options.gpu), flag));
+  cudaDeviceProp properties{};
+  HW_RETURN_IF_ERROR(FromCuda(cudaGetDeviceProperties(&properties, options.gpu), flag));
+  CudaModelOptions model_options;
+  model_options.directory = options.model;
+  model_options.device = options.gpu;
+  model_options.chunk_tokens = options.chunk_tokens;
+  model_options.linear = options.linear == "fp8" ? LinearType::kFP8 : LinearType::kBF16;
+  std::unique_ptr<CudaModel> model;
+  if (options.model.empty()) {
+    HW_ASSIGN_OR_RETURN(const ModelConfig config, PresetConfig(options.preset, options.longest()));
+    HW_ASSIGN_OR_RETURN(model, CudaModel::Random(config, model_options, kSeed));
+  } else {
+    absl::StatusOr<std::unique_ptr<CudaModel>> loaded = CudaModel::Load(model_options);
+    if (!loaded.ok()) return FlagError("model", options.model, loaded.status());
+    model = *std::move(loaded);
+  }
+  HW_ASSIGN_OR_RETURN(std::unique_ptr<CudaEgressMemory> egress, CudaEgressMemory::Allocate());
+  return std::make_unique<GpuDevice>(std::move(model), std::move(egress), properties.name);
+}
+
+}  // namespace headwater

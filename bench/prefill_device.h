@@ -1,0 +1,50 @@
+// PrefillDevice: what a prefill benchmark times, the CPU or one GPU, with its model.
+#ifndef HW_BENCH_PREFILL_DEVICE_H_
+#define HW_BENCH_PREFILL_DEVICE_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+#include "bench/prefill_options.h"
+#include "bench/prefill_report.h"
+#include "worker/job_control.h"
+#include "worker/prefill.h"
+
+namespace headwater {
+
+// Used from one thread.
+class PrefillDevice {
+ public:
+  virtual ~PrefillDevice() = default;
+
+  virtual const ModelConfig& config() const = 0;
+  virtual std::string name() const = 0;    // of the hardware
+  virtual std::string linear() const = 0;  // type of linear layers
+  virtual v1::KvDtype kv_dtype() const = 0;
+
+  // Bytes that the job takes, those of the model included; sets the job's plan.
+  virtual absl::StatusOr<uint64_t> Plan(PrefillJob* job) const = 0;
+  // Makes room for the job; RunPrefill() and RunCudaPrefill() have the errors of Run().
+  virtual absl::Status Reserve(const PrefillJob& job) = 0;
+  virtual absl::StatusOr<PrefillResult> Run(const PrefillJob& job, KvSender* sender, JobControl* control) = 0;
+
+  // nullopt: this device has no floor.
+  virtual absl::StatusOr<std::optional<LinearRate>> MeasureLinear() = 0;
+
+  // Most bytes in use since the last call; a CPU's: of the process so far.
+  virtual absl::StatusOr<uint64_t> TakePeakBytes() = 0;
+};
+
+// Each loads the model that the options name, or makes it. Errors name the flag that they come from.
+absl::StatusOr<std::unique_ptr<PrefillDevice>> OpenCpu(const PrefillBenchOptions& options);
+// Only in builds with CUDA.
+absl::StatusOr<std::unique_ptr<PrefillDevice>> OpenGpu(const PrefillBenchOptions& options);
+
+}  // namespace headwater
+
+#endif  // HW_BENCH_PREFILL_DEVICE_H_

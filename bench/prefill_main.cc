@@ -1,0 +1,245 @@
+// headwater-bench-prefill, which `headwater bench prefill` runs: what one device makes of prompts of given
+// lengths.
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include <unistd.h>
+
+#include "base/rpc/server.h"
+#include "base/signals.h"
+#include "base/status_macros.h"
+#include "bench/prefill_device.h"
+#include "bench/prefill_job.h"
+#include "bench/prefill_options.h"
+#include "bench/prefill_report.h"
+#include "kvtransfer/receiver.h"
+#include "kvtransfer/sender.h"
+#include "kvtransfer/store.h"
+#include "tools/cli/console.h"
+#include "tools/cli/exit_code.h"
+
+namespace headwater {
+namespace {
+
+constexpr char kName[] = "bench";
+
+// Stands for a decode node: checks every block and drops it.
+struct Receiver {
+  std::unique_ptr<KvStore> store;
+  Metrics metrics{kName};
+  std::unique_ptr<grpc::Service> service;
+  RunningServer server;
+};
+
+absl::StatusOr<std::unique_ptr<Receiver>> StartReceiver() {
+  auto receiver = std::make_unique<Receiver>();
+  KvStoreOptions options;
+  options.sink = KvSink::kVerify;
+  options.budget_bytes = 1 << 30;
+  HW_ASSIGN_OR_RETURN(receiver->store, KvStore::Open(options));
+  receiver->service = MakeKvReceiver(receiver->store.get(), &receiver->metrics);
+  HW_ASSIGN_OR_RETURN(receiver->server, StartServer("127.0.0.1:0", {receiver->service.get()}));
+  return receiver;
+}
+
+absl::StatusOr<std::unique_ptr<KvSender>> ConnectTo(Receiver* receiver, const KvGeometry& geometry,
+                                                    int64_t channels) {
+  v1::OpenSessionRequest open;
+  open.set_session_id(kName);
+  open.set_session_token(kName);
+  open.set_epoch(1);
+  *open.mutable_layout() = geometry.layout();
+  HW_RETURN_IF_ERROR(receiver->store->OpenSession(open).status());
+  KvSenderOptions options;
+  options.address = receiver->server.address;
+  options.session_id = options.session_token = kName;
+  options.epoch = 1;
+  options.num_channels = static_cast<int>(channels);
+  return KvSender::Create(options, geometry);
+}
+
+struct Sample {
+  double ttft_s = 0;
+  double kv_acked_s = 0;
+  double acked_share = 0;  // of the bytes, when the first token was known
+  PrefillResult result;
+};
+
+class Bench {
+ public:
+  Bench(const PrefillBenchOptions& options, Interrupt* interrupt)
+      : options_(options), interrupt_(interrupt) {}
+
+  absl::Status Run() {
+    if (!options_.output.empty()) {
+      output_.open(options_.output, std::ios::app);
+      if (!output_) {
+        return absl::InvalidArgumentError(absl::StrCat("--output=", options_.output, ": cannot be written"));
+      }
+    }
+    HW_ASSIGN_OR_RETURN(device_, Open());
+    const int64_t most = device_->config().max_position;
+    if (options_.longest() > most) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--tokens: ", options_.longest(), " is over the model's maximum of ", most));
+    }
+    if (options_.sink == "verify") {
+      HW_ASSIGN_OR_RETURN(receiver_, StartReceiver());
+    }
+    HW_ASSIGN_OR_RETURN(linear_rate_, device_->MeasureLinear());
+    for (const int64_t length : options_.tokens) {
+      const absl::Status status = RunLength(length);
+      if (!status.ok()) {
+        return absl::Status(status.code(), absl::StrCat(options_.device, " (", device_->name(), "), ", length,
+                                                        " tokens: ", status.message()));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  absl::StatusOr<std::unique_ptr<PrefillDevice>> Open() const {
+    if (options_.gpu == PrefillBenchOptions::kCpu) return OpenCpu(options_);
+#ifdef HW_WITH_CUDA
+    return OpenGpu(options_);
+#else
+    return absl::UnimplementedError(
+        absl::StrCat("--device=", options_.device,
+                     ": this build has no code for GPUs; --device=cpu --model=DIR runs here"));
+#endif
+  }
+
+  absl::StatusOr<Sample> RunOnce(const PrefillJob& job) {
+    HW_RETURN_IF_ERROR(device_->Reserve(job));
+    std::unique_ptr<KvSender> sender = std::make_unique<DiscardingSender>();
+    if (receiver_ != nullptr) {
+      HW_ASSIGN_OR_RETURN(sender, ConnectTo(receiver_.get(), *job.geometry, options_.kv_channels));
+    }
+    HW_ASSIGN_OR_RETURN(Sample sample, Time(job, sender.get()));
+    sender.reset();  // closes its streams before the session goes
+    if (receiver_ != nullptr) receiver_->store->Release(kName);
+    return sample;
+  }
+
+  absl::StatusOr<Sample> Time(const PrefillJob& job, KvSender* sender) {
+    JobControl control;
+    const Interrupt::Scope scope(interrupt_, [&](int) {
+      control.Cancel(absl::CancelledError("interrupted"));
+      sender->Cancel();
+    });
+    Sample sample;
+    const absl::Time start = absl::Now();
+    HW_ASSIGN_OR_RETURN(sample.result, device_->Run(job, sender, &control));
+    sample.ttft_s = absl::ToDoubleSeconds(absl::Now() - start);
+    sample.acked_share =
+        static_cast<double>(sender->Stats().bytes_acked) / static_cast<double>(job.geometry->total_bytes());
+    HW_RETURN_IF_ERROR(sender->Finish());
+    sample.kv_acked_s = absl::ToDoubleSeconds(absl::Now() - start);
+    return sample;
+  }
+
+  absl::Status RunLength(int64_t num_tokens) {
+    const ModelConfig& config = device_->config();
+    HW_ASSIGN_OR_RETURN(PrefillJob job, MakeBenchJob(config, RandomPrompt(config, num_tokens),
+                                                     device_->kv_dtype(), options_.policy));
+    PrefillReport report;
+    HW_ASSIGN_OR_RETURN(report.planned_bytes, device_->Plan(&job));
+    HW_RETURN_IF_ERROR(device_->TakePeakBytes().status());
+    std::vector<Sample> samples;
+    for (int64_t run = 0; run < options_.warm_up + options_.repeat; ++run) {
+      HW_ASSIGN_OR_RETURN(Sample sample, RunOnce(job));
+      if (run >= options_.warm_up) samples.push_back(std::move(sample));
+    }
+    HW_ASSIGN_OR_RETURN(report.peak_bytes, device_->TakePeakBytes());
+    std::sort(samples.begin(), samples.end(),
+              [](const Sample& a, const Sample& b) { return a.ttft_s < b.ttft_s; });
+    report.tokens = num_tokens;
+    Fill(samples[samples.size() / 2], &report);
+    Show(report);
+    return absl::OkStatus();
+  }
+
+  void Fill(const Sample& sample, PrefillReport* report) const {
+    const ModelConfig& config = device_->config();
+    report->device = device_->name();
+    report->linear = device_->linear();
+    report->date = absl::Now();
+    report->ttft_s = sample.ttft_s;
+    if (receiver_ != nullptr) {
+      report->kv_acked_s = sample.kv_acked_s;
+      report->kv_acked_share = sample.acked_share;
+    }
+    report->stages = {{"linear", absl::ToDoubleSeconds(sample.result.linear)},
+                      {"attention", absl::ToDoubleSeconds(sample.result.attention)},
+                      {"egress_stall", absl::ToDoubleSeconds(sample.result.egress_stall)}};
+    const PrefillProgress& done = sample.result.progress;
+    report->density = static_cast<double>(done.pairs_computed) / static_cast<double>(done.pairs_possible);
+    report->linear_flop = LinearFlop(config, report->tokens);
+    report->attention_flop = report->density * DenseAttentionFlop(config, report->tokens);
+    if (linear_rate_.has_value()) {
+      report->linear_floor_s = LinearSeconds(*linear_rate_, config, report->tokens);
+    }
+    if (options_.attention_tflops > 0) {
+      report->attention_floor_s = report->attention_flop / (options_.attention_tflops * 1e12);
+    }
+  }
+
+  void Show(const PrefillReport& report) {
+    const std::string json = ToJson(report, options_).dump() + "\n";
+    std::string text = json;
+    if (!options_.json) {
+      text = TableRow(report);
+      if (!headed_) text = absl::StrCat(TableTitle(report, options_), TableHead(report), text);
+      headed_ = true;
+    }
+    std::fputs(text.c_str(), stdout);
+    std::fflush(stdout);
+    if (output_.is_open()) output_ << json << std::flush;
+  }
+
+  const PrefillBenchOptions& options_;
+  Interrupt* const interrupt_;
+  std::ofstream output_;
+  std::unique_ptr<PrefillDevice> device_;
+  std::unique_ptr<Receiver> receiver_;
+  std::optional<LinearRate> linear_rate_;
+  bool headed_ = false;
+};
+
+int Main(int argc, char** argv) {
+  BlockTerminationSignals();
+  PrefillBenchOptions options;
+  std::string help;
+  const std::vector<std::string> arguments(argv + 1, argv + argc);
+  absl::Status status = ParsePrefillBenchOptions(arguments, &options, &help);
+  if (!help.empty()) {
+    std::fputs(help.c_str(), stdout);
+    return kExitOk;
+  }
+  // Never destroyed: the thread below may still use it while the process ends.
+  auto* const interrupt = new Interrupt();
+  std::thread([interrupt] {
+    while (true) {
+      if (WaitForTerminationSignal(absl::Hours(1)) != 0 && !interrupt->Raise()) _exit(kExitInterrupted);
+    }
+  }).detach();
+  if (status.ok()) status = Bench(options, interrupt).Run();
+  if (status.ok()) return kExitOk;
+  std::fprintf(stderr, "headwater bench prefill: %s\n", std::string(status.message()).c_str());
+  if (interrupt->raised()) return kExitInterrupted;
+  const bool usage =
+      absl::IsInvalidArgument(status) || absl::IsNotFound(status) || absl::IsUnimplemented(status);
+  return usage ? kExitUsage : kExitOther;
+}
+
+}  // namespace
+}  // namespace headwater
+
+int main(int argc, char** argv) { return headwater::Main(argc, argv); }

@@ -1,0 +1,160 @@
+#include "bench/prefill_report.h"
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_replace.h"
+
+namespace headwater {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr double kGiB = 1 << 30;
+
+// FLOP of one token in one layer: of Q, K and V, and of the rest.
+double ProjectionFlop(const ModelConfig& c) {
+  return 2.0 * c.hidden_size * c.head_dim * (c.num_q_heads + 2.0 * c.num_kv_heads);
+}
+double RestFlop(const ModelConfig& c) {
+  return 2.0 * c.hidden_size * (1.0 * c.num_q_heads * c.head_dim + 3.0 * c.intermediate_size);
+}
+
+// Of tokens in layers: those that the projections take, and those that the rest takes.
+double ProjectedRows(const ModelConfig& config, int64_t tokens) {
+  return static_cast<double>(tokens) * config.num_layers;
+}
+double FinishedRows(const ModelConfig& config, int64_t tokens) {
+  return static_cast<double>(tokens) * (config.num_layers - 1) + 1;
+}
+
+// Six digits: what a timing is worth.
+double Rounded(double value) { return std::strtod(absl::StrFormat("%.6g", value).c_str(), nullptr); }
+
+struct Cell {
+  std::string title;
+  std::string value;
+};
+
+std::string Seconds(const std::optional<double>& seconds) {
+  return seconds.has_value() ? absl::StrFormat("%.4g", *seconds) : "-";
+}
+std::string Percent(const std::optional<double>& share) {
+  return share.has_value() ? absl::StrFormat("%.1f %%", 100 * *share) : "-";
+}
+
+std::vector<Cell> Cells(const PrefillReport& r) {
+  std::vector<Cell> cells = {{"tokens", absl::StrCat(r.tokens)}, {"TTFT s", Seconds(r.ttft_s)}};
+  for (const auto& [name, seconds] : r.stages) {
+    cells.push_back({absl::StrCat(absl::StrReplaceAll(name, {{"_", " "}}), " s"), Seconds(seconds)});
+  }
+  const std::optional<double> floor = r.floor_s();
+  const std::vector<Cell> rest = {
+      {"tokens/s", absl::StrFormat("%.0f", static_cast<double>(r.tokens) / r.ttft_s)},
+      {"TFLOP/s", absl::StrFormat("%.4g", r.tflops())},
+      {"floor s", Seconds(floor)},
+      {"of floor", Percent(floor.has_value() ? std::optional<double>(*floor / r.ttft_s) : std::nullopt)},
+      {"KV acked", Percent(r.kv_acked_share)},
+      {"all acked s", Seconds(r.kv_acked_s)},
+      {"density", absl::StrFormat("%.4g", r.density)},
+      {"peak GiB", absl::StrFormat("%.2f", static_cast<double>(r.peak_bytes) / kGiB)},
+      {"planned GiB", absl::StrFormat("%.2f", static_cast<double>(r.planned_bytes) / kGiB)}};
+  cells.insert(cells.end(), rest.begin(), rest.end());
+  return cells;
+}
+
+// Cells to the right, as wide as their titles and as what usually stands below.
+std::string Line(const std::vector<Cell>& cells, std::string Cell::*text) {
+  constexpr size_t kLeast = 8;
+  std::string line;
+  for (const Cell& cell : cells) {
+    const int width = static_cast<int>(std::max(kLeast, cell.title.size()));
+    absl::StrAppendFormat(&line, "%s%*s", line.empty() ? "" : "  ", width, cell.*text);
+  }
+  return line + "\n";
+}
+
+}  // namespace
+
+std::optional<double> PrefillReport::floor_s() const {
+  if (!linear_floor_s.has_value()) return std::nullopt;
+  return *linear_floor_s + attention_floor_s.value_or(0);
+}
+
+double LinearFlop(const ModelConfig& config, int64_t tokens) {
+  return ProjectionFlop(config) * ProjectedRows(config, tokens) +
+         RestFlop(config) * FinishedRows(config, tokens);
+}
+
+double DenseAttentionFlop(const ModelConfig& config, int64_t tokens) {
+  const auto n = static_cast<double>(tokens);
+  return 4.0 * config.num_q_heads * config.head_dim * (n * (n + 1) / 2 * (config.num_layers - 1) + n);
+}
+
+double LinearSeconds(const LinearRate& rate, const ModelConfig& config, int64_t tokens) {
+  return rate.projection_s * ProjectedRows(config, tokens) + rate.rest_s * FinishedRows(config, tokens);
+}
+
+Json ToJson(const PrefillReport& r, const PrefillBenchOptions& options) {
+  Json params = {{"model", options.model_name()},
+                 {"weights", options.model.empty() ? "random" : "checkpoint"},
+                 {"tokens", r.tokens},
+                 {"gpus", options.gpu == PrefillBenchOptions::kCpu ? 0 : 1},
+                 {"policy", options.policy.name},
+                 {"density_mode", options.policy.density > 0 ? "forced" : "natural"},
+                 {"linear", r.linear},
+                 {"sink", options.sink},
+                 {"repeat", options.repeat}};
+  Json metrics = {{"ttft_s", Rounded(r.ttft_s)},
+                  {"density", Rounded(r.density)},
+                  {"tokens_per_s", Rounded(static_cast<double>(r.tokens) / r.ttft_s)},
+                  {"tflops_per_gpu", Rounded(r.tflops())}};
+  const auto add = [&metrics](const std::string& name, const std::optional<double>& value) {
+    if (value.has_value()) metrics[name] = Rounded(*value);
+  };
+  add("kv_acked_s", r.kv_acked_s);
+  add("kv_acked_share_at_first_token", r.kv_acked_share);
+  for (const auto& [name, seconds] : r.stages) add(absl::StrCat(name, "_s"), seconds);
+  add("linear_floor_s", r.linear_floor_s);
+  add("attention_floor_s", r.attention_floor_s);
+  add("floor_s", r.floor_s());
+  metrics["attention_flop"] = Rounded(r.attention_flop);
+  metrics["planned_device_bytes"] = r.planned_bytes;
+  metrics["peak_device_bytes"] = r.peak_bytes;
+  return {{"bench", "prefill"},
+          {"device", r.device},
+          {"commit", options.commit},
+          {"date", absl::FormatTime("%Y-%m-%dT%H:%M:%SZ", r.date, absl::UTCTimeZone())},
+          {"params", std::move(params)},
+          {"metrics", std::move(metrics)},
+          {"peers", Json::object()}};
+}
+
+std::string TableTitle(const PrefillReport& r, const PrefillBenchOptions& o) {
+  const bool on_gpu = o.gpu != PrefillBenchOptions::kCpu;
+  std::string text = absl::StrCat(r.device, ": ", o.model_name(), o.model.empty() ? " (random weights)" : "",
+                                  ", linear ", r.linear, ", policy ", o.policy.name);
+  if (o.policy.density > 0) absl::StrAppend(&text, " forced to ", o.policy.density);
+  absl::StrAppend(&text, ", sink ", o.sink, ", median of ", o.repeat, "\n");
+  if (r.linear_floor_s.has_value()) {
+    absl::StrAppend(&text, "floor: linear layers' products alone in this process");
+    if (r.attention_floor_s.has_value()) {
+      absl::StrAppend(&text, ", and attention's FLOP at ", o.attention_tflops, " TFLOP/s\n");
+    } else {
+      absl::StrAppend(&text, "; without attention, which --attention_tflops adds\n");
+    }
+  }
+  absl::StrAppend(&text, "peak: ",
+                  on_gpu ? "most memory of the device in use, CUDA's own and other processes' too, looked at "
+                           "every 5 ms"
+                         : "most memory of the process, so far",
+                  "; planned: weights, scratch and the prompt\n\n");
+  return text;
+}
+
+std::string TableHead(const PrefillReport& report) { return Line(Cells(report), &Cell::title); }
+std::string TableRow(const PrefillReport& report) { return Line(Cells(report), &Cell::value); }
+
+}  // namespace headwater

@@ -1,0 +1,65 @@
+// One measured prompt length of a prefill benchmark: its floor, its result row (docs: bench/results), its
+// line of the table.
+#ifndef HW_BENCH_PREFILL_REPORT_H_
+#define HW_BENCH_PREFILL_REPORT_H_
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/time/time.h"
+#include "nlohmann/json.hpp"
+
+#include "bench/prefill_options.h"
+#include "model/config.h"
+
+namespace headwater {
+
+// What a layer's linear layers take alone on the device, a chunk at a time, for each token.
+struct LinearRate {
+  double projection_s = 0;  // Q, K and V
+  double rest_s = 0;        // output, gate, up, down
+};
+
+struct PrefillReport {
+  std::string device;  // the hardware's name
+  std::string linear;  // bf16, ...: what auto came to
+  absl::Time date;
+  int64_t tokens = 0;
+  double ttft_s = 0;  // until the first token is known and every block is with the sender
+  std::vector<std::pair<std::string, double>> stages;  // seconds of each, by name
+  // Only where blocks are acknowledged:
+  std::optional<double> kv_acked_s;      // until every block was
+  std::optional<double> kv_acked_share;  // of the bytes, when the first token was known
+  double density = 1;                    // of attention, as executed
+  double linear_flop = 0;
+  double attention_flop = 0;  // executed
+  std::optional<double> linear_floor_s;
+  std::optional<double> attention_floor_s;
+  uint64_t planned_bytes = 0;  // weights, scratch and the prompt
+  uint64_t peak_bytes = 0;     // measured
+
+  // Sums of the parts that are known; none without linear_floor_s.
+  std::optional<double> floor_s() const;
+  double tflops() const { return (linear_flop + attention_flop) / ttft_s * 1e-12; }
+};
+
+// FLOP, and seconds at that rate, of a prompt's linear layers, and FLOP of its attention over all pairs. In
+// the last layer only the last token passes what follows K and V.
+double LinearFlop(const ModelConfig& config, int64_t tokens);
+double DenseAttentionFlop(const ModelConfig& config, int64_t tokens);
+double LinearSeconds(const LinearRate& rate, const ModelConfig& config, int64_t tokens);
+
+// {"bench": "prefill", "device", "commit", "date", "params": {}, "metrics": {}, "peers": {}}
+nlohmann::ordered_json ToJson(const PrefillReport& report, const PrefillBenchOptions& options);
+
+// Lines of a human table: what is said above it, its head, one length. All end in a newline.
+std::string TableTitle(const PrefillReport& report, const PrefillBenchOptions& options);
+std::string TableHead(const PrefillReport& report);
+std::string TableRow(const PrefillReport& report);
+
+}  // namespace headwater
+
+#endif  // HW_BENCH_PREFILL_REPORT_H_

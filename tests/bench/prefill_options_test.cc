@@ -1,0 +1,89 @@
+#include "bench/prefill_options.h"
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace headwater {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+std::string ErrorOf(const std::vector<std::string>& arguments) {
+  PrefillBenchOptions options;
+  std::string help;
+  const absl::Status status = ParsePrefillBenchOptions(arguments, &options, &help);
+  if (!status.ok()) {
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+  }
+  return std::string(status.message());
+}
+
+TEST(ParseLengthsTest, TakesListsSuffixesAndDoubling) {
+  EXPECT_THAT(*ParseLengths("8192"), ElementsAre(8192));
+  EXPECT_THAT(*ParseLengths("1M,64K,7"), ElementsAre(1 << 20, 64 << 10, 7));
+  EXPECT_THAT(*ParseLengths("8K..64K"), ElementsAre(8 << 10, 16 << 10, 32 << 10, 64 << 10));
+  EXPECT_THAT(*ParseLengths("1..1,3..12"), ElementsAre(1, 3, 6, 12));
+  EXPECT_THAT(*ParseLengths("16M"), ElementsAre(1 << 24));
+}
+
+TEST(ParseLengthsTest, NamesThePartThatIsWrong) {
+  for (const char* bad : {"", "0", "-1", "+1", "8k", "8KiB", "1.5K", "K", "17M", "16777217", "8192,", "1...2",
+                          "9223372036854775807", "9007199254740993K", "99999999999999999999"}) {
+    const auto lengths = ParseLengths(bad);
+    ASSERT_FALSE(lengths.ok()) << bad;
+    EXPECT_THAT(std::string(lengths.status().message()), HasSubstr("1 to 16777216")) << bad;
+  }
+  EXPECT_THAT(std::string(ParseLengths("4,5..11").status().message()),
+              AllOf(HasSubstr("'5..11'"), HasSubstr("11")));
+  EXPECT_THAT(std::string(ParseLengths("8K..4K").status().message()), HasSubstr("ends before it begins"));
+}
+
+TEST(PrefillBenchOptionsTest, DefaultsAndSpellings) {
+  PrefillBenchOptions options;
+  std::string help;
+  ASSERT_TRUE(ParsePrefillBenchOptions(
+                  {"--device=cuda:3", "--tokens=1K,4K,2K", "--attention-tflops=640", "--policy=a_shape"},
+                  &options, &help)
+                  .ok());
+  EXPECT_EQ(options.gpu, 3);
+  EXPECT_EQ(options.longest(), 4096);
+  EXPECT_EQ(options.model_name(), "llama-3-8b");
+  EXPECT_EQ(options.policy.name, "a_shape");
+  EXPECT_EQ(options.policy.density, 0);
+  EXPECT_DOUBLE_EQ(options.attention_tflops, 640);
+  EXPECT_TRUE(help.empty());
+
+  options = {};
+  ASSERT_TRUE(ParsePrefillBenchOptions({"--device=cpu", "--model=/a/b/"}, &options, &help).ok());
+  EXPECT_EQ(options.gpu, PrefillBenchOptions::kCpu);
+  EXPECT_EQ(options.model_name(), "b");
+}
+
+TEST(PrefillBenchOptionsTest, WrongFlagsAreNamed) {
+  EXPECT_THAT(ErrorOf({"--tokens=8192,x"}), AllOf(HasSubstr("--tokens"), HasSubstr("'x'")));
+  EXPECT_THAT(ErrorOf({"--tokns=8192"}), HasSubstr("did you mean --tokens?"));
+  EXPECT_THAT(ErrorOf({"--device=gpu"}), AllOf(HasSubstr("--device"), HasSubstr("'gpu'")));
+  EXPECT_THAT(ErrorOf({"--device=cuda:-1"}), HasSubstr("'cuda:-1'"));
+  EXPECT_THAT(ErrorOf({"--device=cpu"}), AllOf(HasSubstr("--device=cpu"), HasSubstr("--model")));
+  EXPECT_THAT(ErrorOf({"--preset=llama-3-8b", "--model=x"}),
+              AllOf(HasSubstr("--preset"), HasSubstr("--model=x")));
+  EXPECT_THAT(ErrorOf({"--preset=gpt"}), AllOf(HasSubstr("--preset"), HasSubstr("llama-3-8b")));
+  EXPECT_THAT(ErrorOf({"--policy=magic"}), AllOf(HasSubstr("--policy=magic"), HasSubstr("a_shape")));
+  EXPECT_THAT(ErrorOf({"--policy=dense", "--density=0.5"}),
+              AllOf(HasSubstr("--policy=dense"), HasSubstr("density")));
+  EXPECT_THAT(ErrorOf({"--density=1.5"}), AllOf(HasSubstr("--density"), HasSubstr("'1.5'")));
+  EXPECT_THAT(ErrorOf({"--density=nan"}), HasSubstr("'nan'"));
+  EXPECT_THAT(ErrorOf({"--linear=f32"}), HasSubstr("--linear=f32"));
+  EXPECT_THAT(ErrorOf({"--linear=fp8", "--device=cpu", "--model=x"}), HasSubstr("--linear=fp8"));
+  EXPECT_THAT(ErrorOf({"--linear=int4"}), HasSubstr("'int4'"));
+  EXPECT_THAT(ErrorOf({"--sink=disk"}), AllOf(HasSubstr("--sink"), HasSubstr("none, verify")));
+  EXPECT_THAT(ErrorOf({"--chunk_tokens=1000"}), AllOf(HasSubstr("1000"), HasSubstr("multiple of 128")));
+  EXPECT_THAT(ErrorOf({"--repeat=0"}), AllOf(HasSubstr("--repeat"), HasSubstr("1 to 1000")));
+  EXPECT_THAT(ErrorOf({"--attention_tflops=-5"}), HasSubstr("'-5'"));
+  EXPECT_THAT(ErrorOf({"stray"}), HasSubstr("'stray'"));
+}
+
+}  // namespace
+}  // namespace headwater

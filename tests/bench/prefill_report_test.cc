@@ -1,0 +1,149 @@
+#include "bench/prefill_report.h"
+
+#include <algorithm>
+#include <map>
+#include <string>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+#include "model/presets.h"
+
+namespace headwater {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+// 4 s for 1000 tokens, of which 3 s are its floor.
+PrefillReport Report() {
+  PrefillReport report;
+  report.device = "Some GPU";
+  report.linear = "bf16";
+  report.date = absl::FromUnixSeconds(1'700'000'000);
+  report.tokens = 1000;
+  report.ttft_s = 4;
+  report.stages = {{"linear", 2.5}, {"egress_stall", 0.125}};
+  report.density = 0.25;
+  report.linear_flop = 6e12;
+  report.attention_flop = 2e12;
+  report.linear_floor_s = 2;
+  report.attention_floor_s = 1;
+  report.planned_bytes = uint64_t{3} << 30;
+  report.peak_bytes = uint64_t{7} << 29;
+  return report;
+}
+
+// Head and row as columns by title.
+std::map<std::string, std::string> Columns(const PrefillReport& report) {
+  const std::string head = TableHead(report), row = TableRow(report);
+  EXPECT_EQ(head.size(), row.size()) << head << row;
+  std::map<std::string, std::string> columns;
+  for (size_t begin = 0; begin < head.size();) {
+    // Cells are to the right and two blanks apart; a title holds single blanks only.
+    const size_t first = head.find_first_not_of(" \n", begin);
+    if (first == std::string::npos) break;
+    const size_t end = std::min(head.find("  ", first), head.find('\n', first));
+    std::string value = row.substr(begin, end - begin);
+    columns[head.substr(first, end - first)] = value.substr(value.find_first_not_of(' '));
+    begin = end;
+  }
+  return columns;
+}
+
+TEST(PrefillReportTest, FlopOfAShapeCountedByHand) {
+  ModelConfig config;
+  config.num_layers = 3;
+  config.hidden_size = 8;
+  config.intermediate_size = 16;
+  config.num_q_heads = 2;
+  config.num_kv_heads = 1;
+  config.head_dim = 4;
+  // Projections: 8 to (2 + 1 + 1) * 4, 10 rows in 3 layers; the rest: 8 to 8 and 3 times 8 to 16, 10 rows in
+  // 2 layers and one row in the last.
+  EXPECT_DOUBLE_EQ(LinearFlop(config, 10), 2.0 * 8 * 16 * 30 + 2.0 * (64 + 3 * 128) * 21);
+  // 55 causal pairs in two layers, 10 in the last; two products of 4 for each of two heads.
+  EXPECT_DOUBLE_EQ(DenseAttentionFlop(config, 10), 4.0 * 2 * 4 * (2 * 55 + 10));
+  EXPECT_DOUBLE_EQ(LinearSeconds({2, 5}, config, 10), 2 * 30 + 5 * 21);
+}
+
+TEST(PrefillReportTest, FlopOfLlama3) {
+  const auto config = PresetConfig("llama-3-8b", 1 << 20);
+  ASSERT_TRUE(config.ok()) << config.status();
+  // 6.98e9 parameters in linear layers, of which the last layer's 0.19e9 after K and V see one token.
+  EXPECT_NEAR(LinearFlop(*config, 1 << 20), 1.4232e16, 1e12);
+  EXPECT_NEAR(DenseAttentionFlop(*config, 1 << 20), 2.7922e17, 1e13);
+}
+
+TEST(PrefillReportTest, RowHasTheHouseFormat) {
+  PrefillBenchOptions options;
+  options.commit = "abc";
+  options.sink = "verify";
+  options.policy = {"probe", 0.01};
+  PrefillReport report = Report();
+  report.kv_acked_s = 4.5;
+  report.kv_acked_share = 0.875;
+
+  const auto row = ToJson(report, options);
+
+  EXPECT_EQ(row.dump(),
+            R"({"bench":"prefill","device":"Some GPU","commit":"abc","date":"2023-11-14T22:13:20Z",)"
+            R"("params":{"model":"llama-3-8b","weights":"random","tokens":1000,"gpus":1,"policy":"probe",)"
+            R"("density_mode":"forced","linear":"bf16","sink":"verify","repeat":3},)"
+            R"("metrics":{"ttft_s":4.0,"density":0.25,"tokens_per_s":250.0,"tflops_per_gpu":2.0,)"
+            R"("kv_acked_s":4.5,"kv_acked_share_at_first_token":0.875,"linear_s":2.5,"egress_stall_s":0.125,)"
+            R"("linear_floor_s":2.0,"attention_floor_s":1.0,"floor_s":3.0,"attention_flop":2000000000000.0,)"
+            R"("planned_device_bytes":3221225472,"peak_device_bytes":3758096384},"peers":{}})");
+}
+
+TEST(PrefillReportTest, WhatIsNotKnownIsNotInTheRow) {
+  PrefillReport report = Report();
+  report.linear_floor_s.reset();
+  report.attention_floor_s = 1;
+  const auto row = ToJson(report, {});
+  for (const char* key : {"kv_acked_s", "kv_acked_share_at_first_token", "linear_floor_s", "floor_s"}) {
+    EXPECT_FALSE(row["metrics"].contains(key)) << key;
+  }
+  EXPECT_EQ(row["params"]["density_mode"], "natural");
+}
+
+TEST(PrefillReportTest, TableShowsEveryColumnInLine) {
+  PrefillReport report = Report();
+  auto columns = Columns(report);
+  EXPECT_EQ(columns["tokens"], "1000");
+  EXPECT_EQ(columns["TTFT s"], "4");
+  EXPECT_EQ(columns["linear s"], "2.5");
+  EXPECT_EQ(columns["egress stall s"], "0.125");
+  EXPECT_EQ(columns["tokens/s"], "250");
+  EXPECT_EQ(columns["TFLOP/s"], "2");
+  EXPECT_EQ(columns["floor s"], "3");
+  EXPECT_EQ(columns["of floor"], "75.0 %");
+  EXPECT_EQ(columns["KV acked"], "-");
+  EXPECT_EQ(columns["density"], "0.25");
+  EXPECT_EQ(columns["peak GiB"], "3.50");
+  EXPECT_EQ(columns["planned GiB"], "3.00");
+
+  report.kv_acked_share = 0.875;
+  report.linear_floor_s.reset();
+  columns = Columns(report);
+  EXPECT_EQ(columns["KV acked"], "87.5 %");
+  EXPECT_EQ(columns["floor s"], "-");
+  EXPECT_EQ(columns["of floor"], "-");
+}
+
+TEST(PrefillReportTest, TitleSaysWhatTheFloorHolds) {
+  PrefillBenchOptions options;
+  options.attention_tflops = 640;
+  PrefillReport report = Report();
+  EXPECT_THAT(TableTitle(report, options),
+              AllOf(HasSubstr("Some GPU: llama-3-8b (random weights), linear bf16, policy dense, sink none"),
+                    HasSubstr("attention's FLOP at 640 TFLOP/s")));
+  report.attention_floor_s.reset();
+  EXPECT_THAT(TableTitle(report, options), HasSubstr("without attention, which --attention_tflops adds"));
+  report.linear_floor_s.reset();
+  EXPECT_THAT(TableTitle(report, options), Not(HasSubstr("floor")));
+}
+
+}  // namespace
+}  // namespace headwater

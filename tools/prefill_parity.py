@@ -1,0 +1,175 @@
+#!/usr/bin/env python3
+"""Holds a device's prefill of real checkpoints against the CPU's in f32 and against transformers.
+
+    prefill_parity.py prompts MODEL_DIR... --output DIR          writes DIR/MODEL-*.tokens
+    prefill_parity.py run MODEL_DIR... --tokens DIR [--device cuda:0]
+
+prompts takes what a folder has: golden.safetensors' tokens (tests/model/golden); eval/*.jsonl's shortest prompts
+(longctx-36m); else the demo's document and question (needs the PyPI packages tokenizers and jinja2).
+
+run calls prefill_parity for each prompt: relative differences ||a - b|| / ||b|| of K and V at most --tolerance in every
+layer, and, but for golden models, whose weights are random, the same best token. Where torch and transformers are there, the
+last token's logits are held against transformers in f32 on the CPU, too, at most --logits_tolerance. Exit status 1: a
+difference is too large.
+"""
+
+import argparse
+import array
+import base64
+import json
+import math
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "python"))
+
+
+class ParityError(Exception):
+    pass
+
+
+def golden_tokens(path: Path) -> list:
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    begin, end = json.loads(data[8:8 + size])["tokens"]["data_offsets"]
+    return list(struct.unpack(f"<{(end - begin) // 4}i", data[8 + size + begin:8 + size + end]))
+
+
+def eval_tokens(path: Path, count: int) -> list:
+    """The first prompts of the shortest length in a file of longctx-36m's eval/."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    key = next(key for key in ("prompt_ids_u16_b64", "context_ids_u16_b64") if key in rows[0])
+    prompts = [base64.b64decode(row[key]) for row in rows]
+    prompts = [list(struct.unpack(f"<{len(prompt) // 2}H", prompt)) for prompt in prompts]
+    return sorted(prompts, key=len)[:count]
+
+
+def document_tokens(model: Path) -> list:
+    from headwater import demo_prompt
+    from headwater.chat import ChatTokenizer
+
+    text = demo_prompt.DOCUMENT.read_text(encoding="utf-8")
+    return [ChatTokenizer(model).document_prompt(text, demo_prompt.QUESTION, tokens)
+            for tokens in (500, demo_prompt.DOCUMENT_TOKENS)]
+
+
+def make_prompts(model: Path) -> dict:
+    """Prompts by name."""
+    if (model / "golden.safetensors").is_file():
+        return {"golden": golden_tokens(model / "golden.safetensors")}
+    if (model / "eval").is_dir():
+        return {f"{path.stem}{i}": prompt for path in sorted((model / "eval").glob("*.jsonl"))
+                for i, prompt in enumerate(eval_tokens(path, 2))}
+    return {f"document{i}": prompt for i, prompt in enumerate(document_tokens(model))}
+
+
+def read_logits(path: Path) -> array.array:
+    values = array.array("f")
+    values.frombytes(path.read_bytes())
+    return values
+
+
+def relative_error(a, b) -> float:
+    return math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b)) / sum(y * y for y in b))
+
+
+class Transformers:
+    """The last token's logits in f32 on the CPU; `why_not` says why there are none."""
+
+    def __init__(self):
+        self.why_not, self.models = "", {}
+        try:
+            import torch
+            import transformers
+            self.torch, self.auto, self.version = torch, transformers.AutoModelForCausalLM, transformers.__version__
+        except ImportError as error:
+            self.why_not = str(error)
+
+    def logits(self, directory: Path, tokens: list) -> list:
+        if directory not in self.models:
+            self.models = {directory: self.auto.from_pretrained(directory, dtype=self.torch.float32,
+                                                                attn_implementation="sdpa").eval()}
+        with self.torch.inference_mode():
+            return self.models[directory](self.torch.tensor([tokens]), logits_to_keep=1).logits[0, -1].tolist()
+
+
+def run_one(arguments, model: Path, tokens: Path, peer: Transformers) -> bool:
+    is_golden = (model / "golden.safetensors").is_file()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(arguments.program), f"--model={model}", f"--tokens={tokens}", f"--device={arguments.device}",
+                   f"--linear={arguments.linear}", f"--tolerance={arguments.tolerance}", f"--logits={folder}/logits",
+                   "--nosame_top" if is_golden else "--same_top"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit_s)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ParityError(str(error)) from error
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if not lines:
+            raise ParityError(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
+        row, ok = json.loads(lines[-1]), done.returncode == 0
+        print(f"{tokens.stem}: {row['tokens']} tokens on {row['device']}: K {max(row['k_errors']):.4g}, V {max(row['v_errors']):.4g}, "
+              f"logits {row['logits_error']:.4g}, top {row['top']} (CPU {row['reference_top']}): {'ok' if ok else 'TOO FAR'}", flush=True)
+        if peer.why_not:
+            return ok
+        wanted = peer.logits(model, [int(word) for word in tokens.read_text().split()])
+        top = max(range(len(wanted)), key=wanted.__getitem__)
+        for name, ours in (("device", row["top"]), ("reference", row["reference_top"])):
+            error = relative_error(read_logits(Path(folder) / f"logits.{name}.f32"), wanted)
+            fits = error <= arguments.logits_tolerance and (is_golden or ours == top)
+            print(f"  {name:9s} against transformers {peer.version}: logits {error:.4g}, top {ours} ({top}): "
+                  f"{'ok' if fits else 'TOO FAR'}", flush=True)
+            ok = ok and fits
+        return ok
+
+
+def run(arguments) -> int:
+    peer, failed = Transformers(), []
+    if peer.why_not:
+        print(f"transformers is not here ({peer.why_not}): the CPU alone is the reference")
+    for model in arguments.models:
+        files = sorted(arguments.tokens.glob(f"{model.name}-*.tokens"))
+        if not files:
+            raise ParityError(f"no {model.name}-*.tokens in {arguments.tokens}; 'prompts' writes them")
+        failed += [path.stem for path in files if not run_one(arguments, model, path, peer)]
+    print(f"too far: {', '.join(failed)}" if failed else "all within their tolerances")
+    return 1 if failed else 0
+
+
+def prompts(arguments) -> int:
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for model in arguments.models:
+        for name, tokens in make_prompts(model).items():
+            path = arguments.output / f"{model.name}-{name}.tokens"
+            path.write_text(" ".join(map(str, tokens)) + "\n")
+            print(f"{path}: {len(tokens)} tokens")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    making, running = commands.add_parser("prompts"), commands.add_parser("run")
+    for each in (making, running):
+        each.add_argument("models", type=lambda text: Path(text).resolve(), nargs="+", metavar="MODEL_DIR")
+    making.add_argument("--output", type=Path, required=True)
+    running.add_argument("--tokens", type=Path, required=True, help="folder that prompts wrote")
+    running.add_argument("--device", default="cuda:0", help="cuda:N, or cpu in bf16")
+    running.add_argument("--linear", choices=["auto", "bf16", "fp8"], default="auto", help="fp8 needs other tolerances")
+    running.add_argument("--tolerance", type=float, default=2e-2)
+    running.add_argument("--logits_tolerance", type=float, default=3e-2)
+    running.add_argument("--limit_s", type=float, default=300, help="for each prompt")
+    running.add_argument("--program", type=Path, default=ROOT / "build" / "release" / "bin" / "prefill_parity")
+    arguments = parser.parse_args()
+    try:
+        return prompts(arguments) if arguments.command == "prompts" else run(arguments)
+    except (ParityError, ImportError, OSError, ValueError) as error:
+        print(f"prefill_parity: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
