@@ -11,8 +11,11 @@
 namespace headwater {
 namespace {
 
-bool MayBeAway(const absl::Status& status) {
-  return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status);
+// The node may be away, or has more session calls than it takes at once, as when passes of prompts start
+// together.
+bool MayAnswerLater(const absl::Status& status) {
+  return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status) ||
+         ReasonOf(status) == v1::ERROR_REASON_QUEUE_FULL;
 }
 
 bool SessionUnknown(const absl::Status& status) {
@@ -77,7 +80,7 @@ void Scheduler::OnOpened(uint64_t serial, const absl::Status& status) {
   if (status.ok()) {
     job->away_since.reset();
     AssignRanks(*job);
-  } else if (MayBeAway(status)) {
+  } else if (MayAnswerLater(status)) {
     HandleAwayNode(*job, status);
   } else {
     Stop(*job, status);
@@ -274,7 +277,7 @@ void Scheduler::OnCommitted(uint64_t serial, const absl::Status& status) {
   } else if (SessionUnknown(status)) {
     job->last_loss = status;
     Stop(*job, absl::OkStatus());
-  } else if (MayBeAway(status)) {
+  } else if (MayAnswerLater(status)) {
     HandleAwayNode(*job, status);
   } else {
     Stop(*job, status);

@@ -64,8 +64,9 @@ class PrefillBackend {
   // No sender of an earlier call lives.
   virtual absl::StatusOr<PrefillResult> Run(const PrefillJob& job, const PrefillContext& context) = 0;
 
-  // What a packed pass may hold. A pass of max_tokens tokens fits memory_model()'s budget. Fixed for the life
-  // of the backend; from any thread.
+  // What a packed pass may hold. A pass of max_tokens tokens fits memory_model()'s budget and takes a few
+  // seconds at most: a cancelled job is answered at its end, and the coordinator waits ten. Fixed for the
+  // life of the backend; from any thread.
   virtual PackLimits pack_limits() const { return {}; }
 
   // Whether the job may share a pass: one rank, at most max_tokens tokens, a policy that a packed pass

@@ -246,6 +246,29 @@ TEST_F(SchedulerPackingTest, ADrainingWorkersWaitingJobsGoToAnother) {
   for (const auto& [id, watcher] : watchers_) EXPECT_TRUE(watcher->result().ok()) << id;
 }
 
+TEST_F(SchedulerPackingTest, SessionCallsThatANodeHasNoRoomForAreMadeAgain) {
+  Start({"w0"});
+  const absl::Status full =
+      MakeError(absl::StatusCode::kResourceExhausted, v1::ERROR_REASON_QUEUE_FULL, "calls wait already");
+  for (const char* id : {"a", "b"}) Submit(id, 100);
+  cluster_->decode.Answer(full, 1);
+  cluster_->decode.AnswerAll();
+  EXPECT_EQ(Take("w0"), Ids{"a"});
+  EXPECT_FALSE(watchers_["b"]->ended());
+
+  cluster_->Advance(absl::Milliseconds(500));
+  cluster_->decode.AnswerAll();
+
+  ASSERT_EQ(Take("w0"), Ids{"b"});
+  cluster_->worker("w0").assignment = assignments_["b"];
+  cluster_->Complete("w0");
+  cluster_->decode.Answer(full);
+  EXPECT_FALSE(watchers_["b"]->ended());
+  cluster_->Advance(absl::Milliseconds(500));
+  cluster_->decode.AnswerAll();
+  EXPECT_TRUE(watchers_["b"]->result().ok());
+}
+
 TEST_F(SchedulerPackingTest, TenantsRequestsOfOneIdDoNotMeetAtAWorker) {
   Start({"w0"});
   for (const char* tenant : {"red", "blue"}) {

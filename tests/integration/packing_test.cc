@@ -5,9 +5,11 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "gtest/gtest.h"
 #include <grpcpp/client_context.h>
@@ -45,6 +47,7 @@ class PackingServiceTest : public ::testing::Test {
       auto backend = std::make_unique<PackingBackend>(std::shared_ptr<const Model>(std::move(model)),
                                                       PackLimits{kPassPrompts, kPassTokens, true});
       backend_ = backend.get();
+      backend->before_pass = [this] { AwaitLeave(); };
       return backend;
     });
     EXPECT_TRUE(started.ok()) << started.status();
@@ -56,6 +59,18 @@ class PackingServiceTest : public ::testing::Test {
     if (HasFailure()) std::fprintf(stderr, "%s", cluster_->Logs().c_str());
   }
 
+  // Passes start while there are any left.
+  void AwaitLeave() {
+    absl::MutexLock lock(&mutex_);
+    const auto left = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return passes_left_ > 0; };
+    EXPECT_TRUE(mutex_.AwaitWithTimeout(absl::Condition(&left), absl::Seconds(30)));
+    --passes_left_;
+  }
+  void SetPassesLeft(int passes) {
+    absl::MutexLock lock(&mutex_);
+    passes_left_ = passes;
+  }
+
   uint32_t RequestsAtTheWorker() {
     grpc::ClientContext context;
     context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(10));
@@ -65,6 +80,8 @@ class PackingServiceTest : public ::testing::Test {
     return response.workers_size() == 1 ? response.workers(0).num_requests() : 0;
   }
 
+  absl::Mutex mutex_;
+  int passes_left_ ABSL_GUARDED_BY(mutex_) = 1'000'000;
   std::unique_ptr<Cluster> cluster_;
   PackingBackend* backend_ = nullptr;
   std::unique_ptr<Worker> worker_;
@@ -124,6 +141,7 @@ TEST_F(PackingServiceTest, AClientThatGoesAwayFreesTheWorkerOfAllItsPrompts) {
   for (int i = 0; i < 60; ++i) {
     *batch.add_items() = MakeRequest(RandomTokens(static_cast<uint64_t>(i), 300));
   }
+  SetPassesLeft(1);
   {
     grpc::ClientContext context;
     context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(60));
@@ -134,6 +152,7 @@ TEST_F(PackingServiceTest, AClientThatGoesAwayFreesTheWorkerOfAllItsPrompts) {
     EXPECT_TRUE(event.response().has_completed());
     EXPECT_GT(RequestsAtTheWorker(), 0u);
     context.TryCancel();
+    SetPassesLeft(1'000'000);
     while (reader->Read(&event)) {
     }
     reader->Finish();
@@ -150,18 +169,26 @@ TEST_F(PackingServiceTest, AClientThatGoesAwayFreesTheWorkerOfAllItsPrompts) {
 TEST_F(PackingServiceTest, ADrainEndsWhatRunsAndTheRestWaitsForAnotherWorker) {
   v1::BatchPrefillRequest batch;
   for (int i = 0; i < 40; ++i) {
-    *batch.add_items() = MakeRequest(RandomTokens(static_cast<uint64_t>(i), 200));
+    *batch.add_items() = MakeRequest(RandomTokens(static_cast<uint64_t>(i), 100));
   }
+  SetPassesLeft(2);
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(60));
   const auto reader = cluster_->prefill().BatchPrefill(&context, batch);
   v1::BatchPrefillResponse event;
   std::set<uint32_t> completed;
-  while (completed.size() < 5 && reader->Read(&event)) {
+  while (completed.empty() && reader->Read(&event)) {
     if (event.response().has_completed()) completed.insert(event.item());
   }
+  bool drained = false;
+  std::thread drain([&] { drained = worker_->Drain(absl::Seconds(30)); });
+  // The drain has begun when the worker gives back what waited there for the next pass.
+  const absl::Time begun = absl::Now() + absl::Seconds(20);
+  while (RequestsAtTheWorker() > kPassPrompts && absl::Now() < begun) absl::SleepFor(absl::Milliseconds(10));
+  SetPassesLeft(1'000'000);
+  drain.join();
 
-  EXPECT_TRUE(worker_->Drain(absl::Seconds(30)));
+  EXPECT_TRUE(drained);
   worker_.reset();
   v1::ListWorkersResponse workers;
   const absl::Time end = absl::Now() + absl::Seconds(20);

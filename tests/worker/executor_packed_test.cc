@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/notification.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -124,16 +124,22 @@ class ExecutorPackedTest : public ::testing::Test {
               if (entry.on_progress) entry.on_progress();
             },
             [&entry](v1::ConnectRequest result) {
+              absl::MutexLock lock(&entry.mutex);
               entry.result = std::move(result);
-              entry.done.Notify();
+              entry.done = true;
             }};
   }
   v1::ConnectRequest ResultOf(const std::string& id) {
     Entry& entry = entries_.at(id);
-    EXPECT_TRUE(entry.done.WaitForNotificationWithTimeout(kPlenty)) << id << " is not answered";
+    absl::MutexLock lock(&entry.mutex);
+    EXPECT_TRUE(entry.mutex.AwaitWithTimeout(absl::Condition(&entry.done), kPlenty))
+        << id << " is not answered";
     return entry.result;
   }
-  bool Done(const std::string& id) { return entries_.at(id).done.HasBeenNotified(); }
+  bool Done(const std::string& id) {
+    absl::MutexLock lock(&entries_.at(id).mutex);
+    return entries_.at(id).done;
+  }
   absl::Status ErrorOf(const std::string& id) {
     const v1::ConnectRequest result = ResultOf(id);
     EXPECT_TRUE(result.has_failed()) << id;
@@ -165,8 +171,9 @@ class ExecutorPackedTest : public ::testing::Test {
     JobControl control;
     uint32_t layers = 0;
     std::function<void()> on_progress;
-    v1::ConnectRequest result;
-    absl::Notification done;
+    absl::Mutex mutex;
+    v1::ConnectRequest result ABSL_GUARDED_BY(mutex);
+    bool done ABSL_GUARDED_BY(mutex) = false;
   };
 
   AssignmentFixture fixture_;
