@@ -46,8 +46,9 @@ TEST(CudaCancelGpuTest, AtRandomTimesLeavesTheDeviceSoonAndNothingBehind) {
   ASSERT_TRUE(model.ok()) << model.status();
   const auto egress = CudaEgressMemory::Allocate();
   ASSERT_TRUE(egress.ok()) << egress.status();
-  const auto dense = MakeBenchJob(*config, kTokens, v1::KV_DTYPE_BF16);
-  const auto searched = MakeBenchJob(*config, kTokens, v1::KV_DTYPE_BF16, 0.05);
+  const auto dense = MakeBenchJob(*config, RandomPrompt(*config, kTokens), v1::KV_DTYPE_BF16, {});
+  const auto searched =
+      MakeBenchJob(*config, RandomPrompt(*config, kTokens), v1::KV_DTYPE_BF16, {"probe", 0.05});
   ASSERT_TRUE(dense.ok() && searched.ok());
 
   const auto run = [&](const PrefillJob& job, JobControl* control) {

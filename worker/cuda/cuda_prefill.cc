@@ -37,22 +37,6 @@ int64_t QueriesOfCall(double flop_per_pair, int64_t begin) {
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-const kernels::ProbeParameters* ProbeOf(const PrefillJob& job) {
-  const kernels::ProbeParameters* const probe = job.policy->probe();
-  const bool dense =
-      probe == nullptr ||
-      (probe->forced_density == 0 && static_cast<int64_t>(job.tokens.size()) < probe->dense_below_tokens);
-  return dense ? nullptr : probe;
-}
-
-absl::Status CheckJob(const PrefillJob& job) {
-  if (job.world_size() != 1) return absl::UnimplementedError("context parallelism between GPUs");
-  if (job.policy->name() != "dense" && job.policy->probe() == nullptr) {
-    return absl::UnimplementedError(absl::StrCat("policy '", job.policy->name(), "' on a GPU"));
-  }
-  return absl::OkStatus();
-}
-
 class CudaPass {
  public:
   CudaPass(absl::Span<const CudaPrefillPrompt> prompts, const CudaPrefillContext& context)
@@ -382,28 +366,13 @@ class CudaPass {
   std::unique_ptr<CudaEgress> egress_;
 };
 
-absl::Status CheckPass(absl::Span<const CudaPrefillPrompt> prompts) {
-  if (prompts.empty()) return absl::OkStatus();
-  for (const CudaPrefillPrompt& prompt : prompts) {
-    HW_RETURN_IF_ERROR(CheckJob(*prompt.job));
-    if (prompts.size() > 1 && !MayPackCuda(*prompt.job)) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("request ", prompt.job->request_id, " cannot share a pass: policy '",
-                       prompt.job->policy->name(), "', ", prompt.job->tokens.size(), " tokens"));
-    }
-  }
-  return absl::OkStatus();
-}
-
 }  // namespace
-
-bool MayPackCuda(const PrefillJob& job) { return CheckJob(job).ok() && ProbeOf(job) == nullptr; }
 
 std::vector<absl::StatusOr<PrefillResult>> RunCudaPrefill(absl::Span<const CudaPrefillPrompt> prompts,
                                                           const CudaPrefillContext& context) {
+  if (prompts.empty()) return {};
   const absl::Status status = CheckPass(prompts);
   if (!status.ok()) return std::vector<absl::StatusOr<PrefillResult>>(prompts.size(), status);
-  if (prompts.empty()) return {};
   return CudaPass(prompts, context).Run();
 }
 

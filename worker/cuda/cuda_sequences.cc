@@ -1,6 +1,43 @@
 #include "worker/cuda/cuda_sequences.h"
 
+#include "absl/strings/str_cat.h"
+
+#include "base/status_macros.h"
+
 namespace headwater {
+namespace {
+
+absl::Status CheckJob(const PrefillJob& job) {
+  if (job.world_size() != 1) return absl::UnimplementedError("context parallelism between GPUs");
+  if (job.policy->name() != "dense" && job.policy->probe() == nullptr) {
+    return absl::UnimplementedError(absl::StrCat("policy '", job.policy->name(), "' on a GPU"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+const kernels::ProbeParameters* ProbeOf(const PrefillJob& job) {
+  const kernels::ProbeParameters* const probe = job.policy->probe();
+  const bool dense =
+      probe == nullptr ||
+      (probe->forced_density == 0 && static_cast<int64_t>(job.tokens.size()) < probe->dense_below_tokens);
+  return dense ? nullptr : probe;
+}
+
+bool MayPackCuda(const PrefillJob& job) { return CheckJob(job).ok() && ProbeOf(job) == nullptr; }
+
+absl::Status CheckPass(absl::Span<const CudaPrefillPrompt> prompts) {
+  for (const CudaPrefillPrompt& prompt : prompts) {
+    HW_RETURN_IF_ERROR(CheckJob(*prompt.job));
+    if (prompts.size() > 1 && !MayPackCuda(*prompt.job)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("request ", prompt.job->request_id, " cannot share a pass: policy '",
+                       prompt.job->policy->name(), "', ", prompt.job->tokens.size(), " tokens"));
+    }
+  }
+  return absl::OkStatus();
+}
 
 std::vector<CudaSequence> MakeSequences(absl::Span<const CudaPrefillPrompt> prompts, int64_t* num_tokens) {
   std::vector<CudaSequence> sequences;

@@ -21,6 +21,12 @@ struct CudaSequence {
   PrefillResult result;
 };
 
+// The job's search; null: it is dense, by its policy or for its length.
+const kernels::ProbeParameters* ProbeOf(const PrefillJob& job);
+
+// What RunCudaPrefill() refuses before it looks at the device.
+absl::Status CheckPass(absl::Span<const CudaPrefillPrompt> prompts);
+
 // One behind the other; *num_tokens: of all.
 std::vector<CudaSequence> MakeSequences(absl::Span<const CudaPrefillPrompt> prompts, int64_t* num_tokens);
 
