@@ -102,7 +102,8 @@ void Declare(WorkerOptions* o, FlagSet* flags) {
   flags->Int("threads", &o->threads, 0, kMostThreads, "compute threads; 0: all cores");
   flags->Bytes("memory_budget", &o->memory_budget_bytes, "80 % of the free memory; of a GPU's 90 %",
                "memory for weights and prefills together, e.g. 16GiB");
-  flags->Int("kv_channels", &o->kv_channels, 1, 64, "connections to a decode node");
+  flags->Int("kv_channels", &o->kv_channels, 0, 64,
+             "connections to a decode node for each prompt that is not packed; 0: 2, on a GPU 8");
   flags->Int("egress_buffers", &o->egress_buffers, 1, 64,
              "layers whose KV may wait for its acknowledgement, on the CPU; a GPU has a ring of 256 MiB");
   flags->Duration("collective_timeout", &o->collective_timeout, absl::Milliseconds(100), most,
@@ -133,6 +134,7 @@ absl::Status ParseWorkerOptions(absl::Span<const std::string> arguments, WorkerO
   if (options->worker_id.empty()) options->worker_id = DefaultWorkerId();
   if (options->model_name.empty()) options->model_name = DefaultModelName(options->model);
   if (options->threads == 0) options->threads = UsableCores();
+  if (options->kv_channels == 0) options->kv_channels = options->device == "cpu" ? 2 : 8;
   HW_RETURN_IF_ERROR(CheckName("worker_id", options->worker_id));
   HW_RETURN_IF_ERROR(CheckName("model_name", options->model_name));
   HW_RETURN_IF_ERROR(CheckAddress("coordinator", options->coordinator));

@@ -26,7 +26,7 @@ struct WorkerOptions {
   std::string linear = "bf16";
   int64_t threads = 0;               // 0: all cores that this process may use
   uint64_t memory_budget_bytes = 0;  // 0: 80 % of what is available at the start
-  int64_t kv_channels = 2;
+  int64_t kv_channels = 0;           // parsed: 0 is replaced
   int64_t egress_buffers = 3;
   absl::Duration collective_timeout = absl::Seconds(30);
   absl::Duration kv_stall_timeout = absl::Seconds(30);

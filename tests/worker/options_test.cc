@@ -66,7 +66,7 @@ TEST(WorkerOptionsTest, NamesTheFlagAndTheValueThatIsWrong) {
       {{"--model=m", "--threads=-1"}, {"threads", "-1"}},
       {{"--model=m", "--threads=many"}, {"threads", "many"}},
       {{"--model=m", "--compute=f64"}, {"compute", "f64"}},
-      {{"--model=m", "--kv_channels=0"}, {"kv_channels", "0"}},
+      {{"--model=m", "--kv_channels=-1"}, {"kv_channels", "-1"}},
       {{"--model=m", "--egress_buffers=1000"}, {"egress_buffers", "1000"}},
       {{"--model=m", "--listen=7071"}, {"listen", "7071"}},
       {{"--model=m", "--coordinator=host:99999"}, {"coordinator", "host:99999"}},

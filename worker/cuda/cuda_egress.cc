@@ -24,7 +24,7 @@ namespace {
 using kernels::CudaTokenRun;
 
 // Copies that are under way while an earlier one is handed to the sender.
-constexpr size_t kCopiesAhead = 4;
+constexpr size_t kCopiesAhead = 8;
 // A cancelled job is seen after this long at most.
 constexpr absl::Duration kPoll = absl::Milliseconds(20);
 // What a slot's conversion is told and answers: a CudaTokenRun, then a word of problems.

@@ -25,8 +25,9 @@ namespace headwater {
 // The ring: pinned memory and who reads it, kept from pass to pass, so that a pass may start while the
 // senders of the last one still read. Must outlive the senders that were given blocks of it.
 struct CudaEgressMemory {
-  static constexpr int kSlots = 16;
-  static constexpr uint64_t kSlotBytes = 16 << 20;
+  // Many small ones: K or V of a packed prompt's layer takes one, however short the prompt is.
+  static constexpr int kSlots = 64;
+  static constexpr uint64_t kSlotBytes = 4 << 20;
 
   // RESOURCE_EXHAUSTED: no pinned memory. stall_timeout: EgressRing's.
   static absl::StatusOr<std::unique_ptr<CudaEgressMemory>> Allocate(

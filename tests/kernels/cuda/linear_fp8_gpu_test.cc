@@ -132,6 +132,10 @@ class Problem {
   std::vector<double> product_;
 };
 
+// cuBLASLt has no kernel that adds a bias to a few long rows (cuda/linear.h says so). No model that is served
+// has a bias there.
+bool LacksBias(const Case& c) { return c.tokens < 16 && c.in > 8192; }
+
 class CudaLinearFp8GpuTest : public ::testing::TestWithParam<Case> {};
 
 TEST_P(CudaLinearFp8GpuTest, MatchesTheProductOfItsOperands) {
@@ -142,6 +146,7 @@ TEST_P(CudaLinearFp8GpuTest, MatchesTheProductOfItsOperands) {
   for (const bool wide : {false, true}) {
     for (const bool with_bias : {false, true}) {
       for (const bool accumulate : {false, true}) {
+        if (with_bias && LacksBias(GetParam())) continue;
         SCOPED_TRACE(testing::Message()
                      << "f32 " << wide << ", bias " << with_bias << ", accumulate " << accumulate);
         const double rounding = wide ? 0 : 2 * kBf16Error;
