@@ -142,7 +142,7 @@ class Service:
 def run_json(arguments, *words: str) -> bool:
     """Whether `headwater WORDS --json` succeeds and lists something."""
     done = subprocess.run([arguments.bin / "headwater", *words, "--json", "--connect_timeout=1s"], capture_output=True, text=True)
-    return done.returncode == 0 and '"model' in done.stdout
+    return done.returncode == 0 and ('"worker_id"' in done.stdout or '"decode_node"' in done.stdout)
 
 
 def run_batch(arguments, service: Service, requests: Path) -> float:
