@@ -12,7 +12,7 @@ absl::Status CheckJob(const PrefillJob& job) {
   if (job.policy->name() != "dense" && job.policy->probe() == nullptr) {
     return absl::UnimplementedError(absl::StrCat("policy '", job.policy->name(), "' on a GPU"));
   }
-  return absl::OkStatus();
+  return CudaEgress::CheckBlocks(job);
 }
 
 }  // namespace
