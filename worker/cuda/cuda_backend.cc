@@ -25,6 +25,10 @@ constexpr uint32_t kPackedPrompts = 128;
 // Token ids as the assignment's message, in its serialised form and as the loop takes them: host memory.
 constexpr uint64_t kBytesPerPromptToken = 16;
 
+// After kv_stall_timeout a stalled sender fails by itself, and gRPC soon lets go of its blocks. Only a ring
+// that stands still for longer may end the pass, and with it prompts whose decode nodes are well.
+constexpr absl::Duration kReleaseTime = absl::Seconds(10);
+
 class Backend final : public PrefillBackend {
  public:
   Backend(std::unique_ptr<CudaModel> model, std::unique_ptr<CudaEgressMemory> egress, uint64_t budget_bytes)
@@ -146,7 +150,7 @@ absl::StatusOr<std::unique_ptr<PrefillBackend>> CudaBackend::Load(const WorkerOp
   model.budget_bytes = budget;
   model.num_threads = static_cast<int>(std::min<int64_t>(options.threads, kMostLoadThreads));
   HW_ASSIGN_OR_RETURN(std::unique_ptr<CudaEgressMemory> egress,
-                      CudaEgressMemory::Allocate(options.kv_stall_timeout));
+                      CudaEgressMemory::Allocate(options.kv_stall_timeout + kReleaseTime));
   absl::StatusOr<std::unique_ptr<CudaModel>> loaded = CudaModel::Load(model);
   if (!loaded.ok()) return FlagError("model", options.model, loaded.status());
   return std::make_unique<Backend>(*std::move(loaded), std::move(egress), budget);
