@@ -41,8 +41,8 @@ bool MayPackCuda(const PrefillJob& job);
 
 // Runs a pass on the calling thread: one prompt, or several that MayPackCuda(). Where a result is OK, all of
 // its blocks have been submitted. Equal passes give bitwise equal KV. At most about 50 ms of work is enqueued
-// beyond what has run, so that a cancelled pass leaves the device soon; a prompt that is cancelled, or whose
-// sender fails, among others ends alone, and the pass with the last of them.
+// beyond what has run, so that a cancelled pass leaves the device soon; a prompt that is cancelled, whose
+// sender fails or whose values are not finite, among others ends alone, and the pass with the last of them.
 //
 // Errors as RunPrefill(); UNIMPLEMENTED: another policy than "dense" and "probe", more than one rank, KV
 // blocks larger than an egress buffer;
