@@ -13,6 +13,7 @@ block (--sink=verify) take them from `headwater batch`, twice: the first run war
 import argparse
 import datetime
 import json
+import math
 import signal
 import socket
 import struct
@@ -56,12 +57,9 @@ def write_checkpoint(folder: Path, layers: int) -> None:
     config = dict(architectures=["LlamaForCausalLM"], model_type="llama", num_hidden_layers=layers, rms_norm_eps=1e-5,
                   rope_theta=500000.0, max_position_embeddings=8192, tie_word_embeddings=False, hidden_act="silu",
                   torch_dtype="bfloat16", bos_token_id=128000, eos_token_id=128001, **SHAPE)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     header, at = {}, 0
     for name, shape, _ in tensors(layers):
-        size = 2
-        for extent in shape:
-            size *= extent
+        size = num_bytes(shape)
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header).encode()
@@ -72,7 +70,7 @@ def write_checkpoint(folder: Path, layers: int) -> None:
         out.write(struct.pack("<Q", len(text)) + text)
         begin = 0  # in the block: no two tensors are alike
         for _, shape, norm in tensors(layers):
-            left = header_bytes(shape)
+            left = num_bytes(shape)
             if norm:
                 out.write(struct.pack("<H", 0x3F80) * (left // 2))
                 continue
@@ -80,13 +78,12 @@ def write_checkpoint(folder: Path, layers: int) -> None:
                 count = min(left, len(block) - begin)
                 out.write(memoryview(block)[begin:begin + count])
                 begin, left = (begin + count) % len(block), left - count
+    # Last: where it is, the checkpoint is whole.
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def header_bytes(shape) -> int:
-    size = 2
-    for extent in shape:
-        size *= extent
-    return size
+def num_bytes(shape: tuple) -> int:
+    return 2 * math.prod(shape)
 
 
 def free_ports(count: int) -> list:
@@ -170,7 +167,7 @@ def counters(address: str, prefix: str) -> dict:
 
 
 def measure(arguments) -> dict:
-    model = arguments.folder / "llama-3-8b-random"
+    model = arguments.folder / f"llama-3-8b-random-{arguments.layers}-layers"
     if not (model / "config.json").is_file():
         begin = time.monotonic()
         write_checkpoint(model, arguments.layers)
