@@ -98,15 +98,21 @@ class Service:
     """A coordinator, one GPU worker, one decode node."""
 
     def __init__(self, arguments, model: Path):
-        self.coordinator, *self.rest = (f"127.0.0.1:{port}" for port in free_ports(6))
+        self.coordinator, coordinator_metrics, worker, worker_metrics, decode, self.decode_metrics = (
+            f"127.0.0.1:{port}" for port in free_ports(6))
         self.processes = []
-        coordinator_metrics, worker, worker_metrics, decode, decode_metrics = self.rest
+        try:
+            self.start_all(arguments, model, coordinator_metrics, worker, worker_metrics, decode)
+        except OSError:
+            self.stop()
+            raise
+
+    def start_all(self, arguments, model: Path, coordinator_metrics: str, worker: str, worker_metrics: str, decode: str) -> None:
         self.start(arguments, "headwater-coordinator", f"--listen={self.coordinator}", f"--metrics={coordinator_metrics}")
         self.start(arguments, "headwater-worker", f"--model={model}", "--device=cuda:0", f"--coordinator={self.coordinator}",
                    f"--listen={worker}", f"--metrics={worker_metrics}")
         self.start(arguments, "headwater-decode", f"--model={model}", "--sink=verify", f"--coordinator={self.coordinator}",
-                   f"--listen={decode}", f"--metrics={decode_metrics}", "--decode_node=d0")
-        self.metrics = {"coordinator": coordinator_metrics, "worker": worker_metrics, "decode": decode_metrics}
+                   f"--listen={decode}", f"--metrics={self.decode_metrics}", "--decode_node=d0")
 
     def start(self, arguments, program: str, *flags: str) -> None:
         log = open(arguments.folder / f"{program}.log", "wb")
@@ -184,7 +190,7 @@ def measure(arguments) -> dict:
         service.wait_ready(arguments, arguments.limit_s)
         print(f"first batch: {run_batch(arguments, service, requests):.2f} s", flush=True)
         seconds = run_batch(arguments, service, renamed(requests, arguments.folder / "again.jsonl"))
-        for line, value in counters(service.metrics["decode"], "headwater_kv_ingress").items():
+        for line, value in counters(service.decode_metrics, "headwater_kv_ingress").items():
             print(f"  {line} {value:.0f}", flush=True)
     finally:
         service.stop()
