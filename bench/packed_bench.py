@@ -196,7 +196,7 @@ def measure(arguments) -> dict:
         service.stop()
     rate = by_hand["tokens"] / seconds
     print(f"service: {seconds:.2f} s, {rate:.0f} tokens/s, {100 * rate / by_hand['tokens_per_s']:.1f} % of by hand", flush=True)
-    return {"bench": "prefill", "device": arguments.device_name, "commit": arguments.commit,
+    return {"bench": "prefill", "device": by_hand.pop("device"), "commit": arguments.commit,
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "params": {"model": "llama-3-8b", "layers": arguments.layers, "prompts": by_hand["prompts"], "tokens": by_hand["tokens"],
                        "prompt_tokens": "64 to 2048", "policy": "dense", "linear": "bf16", "sink": "verify", "case": "packed"},
@@ -212,7 +212,6 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--limit_s", type=float, default=240, help="for each program")
-    parser.add_argument("--device_name", default="NVIDIA H100 80GB HBM3")
     parser.add_argument("--commit", default="")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "prefill.jsonl")
     arguments = parser.parse_args()
