@@ -13,6 +13,7 @@ block (--sink=verify) take them from `headwater batch`, after a few that warm up
 import argparse
 import datetime
 import json
+import math
 import signal
 import socket
 import struct
@@ -57,12 +58,9 @@ def write_checkpoint(folder: Path, layers: int) -> None:
     config = dict(architectures=["LlamaForCausalLM"], model_type="llama", num_hidden_layers=layers, rms_norm_eps=1e-5,
                   rope_theta=500000.0, max_position_embeddings=8192, tie_word_embeddings=False, hidden_act="silu",
                   torch_dtype="bfloat16", bos_token_id=128000, eos_token_id=128001, **SHAPE)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     header, at = {}, 0
     for name, shape, _ in tensors(layers):
-        size = 2
-        for extent in shape:
-            size *= extent
+        size = num_bytes(shape)
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header).encode()
@@ -73,7 +71,7 @@ def write_checkpoint(folder: Path, layers: int) -> None:
         out.write(struct.pack("<Q", len(text)) + text)
         begin = 0  # in the block: no two tensors are alike
         for _, shape, norm in tensors(layers):
-            left = header_bytes(shape)
+            left = num_bytes(shape)
             if norm:
                 out.write(struct.pack("<H", 0x3F80) * (left // 2))
                 continue
@@ -81,13 +79,12 @@ def write_checkpoint(folder: Path, layers: int) -> None:
                 count = min(left, len(block) - begin)
                 out.write(memoryview(block)[begin:begin + count])
                 begin, left = (begin + count) % len(block), left - count
+    # Last: where it is, the checkpoint is whole.
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def header_bytes(shape) -> int:
-    size = 2
-    for extent in shape:
-        size *= extent
-    return size
+def num_bytes(shape: tuple) -> int:
+    return 2 * math.prod(shape)
 
 
 def free_ports(count: int) -> list:
@@ -102,15 +99,21 @@ class Service:
     """A coordinator, one GPU worker, one decode node."""
 
     def __init__(self, arguments, model: Path):
-        self.coordinator, *self.rest = (f"127.0.0.1:{port}" for port in free_ports(6))
+        self.coordinator, coordinator_metrics, worker, worker_metrics, decode, self.decode_metrics = (
+            f"127.0.0.1:{port}" for port in free_ports(6))
         self.processes = []
-        coordinator_metrics, worker, worker_metrics, decode, decode_metrics = self.rest
+        try:
+            self.start_all(arguments, model, coordinator_metrics, worker, worker_metrics, decode)
+        except OSError:
+            self.stop()
+            raise
+
+    def start_all(self, arguments, model: Path, coordinator_metrics: str, worker: str, worker_metrics: str, decode: str) -> None:
         self.start(arguments, "headwater-coordinator", f"--listen={self.coordinator}", f"--metrics={coordinator_metrics}")
         self.start(arguments, "headwater-worker", f"--model={model}", "--device=cuda:0", f"--coordinator={self.coordinator}",
                    f"--listen={worker}", f"--metrics={worker_metrics}")
         self.start(arguments, "headwater-decode", f"--model={model}", "--sink=verify", f"--coordinator={self.coordinator}",
-                   f"--listen={decode}", f"--metrics={decode_metrics}", "--decode_node=d0")
-        self.metrics = {"coordinator": coordinator_metrics, "worker": worker_metrics, "decode": decode_metrics}
+                   f"--listen={decode}", f"--metrics={self.decode_metrics}", "--decode_node=d0")
 
     def start(self, arguments, program: str, *flags: str) -> None:
         log = open(arguments.folder / f"{program}.log", "wb")
@@ -172,7 +175,7 @@ def counters(address: str, prefix: str) -> dict:
 
 
 def measure(arguments) -> dict:
-    model = arguments.folder / "llama-3-8b-random"
+    model = arguments.folder / f"llama-3-8b-random-{arguments.layers}-layers"
     if not (model / "config.json").is_file():
         begin = time.monotonic()
         write_checkpoint(model, arguments.layers)
@@ -189,13 +192,13 @@ def measure(arguments) -> dict:
         service.wait_ready(arguments, arguments.limit_s)
         run_batch(arguments, service, first_of(requests, WARM_UP_PROMPTS, arguments.folder / "warm-up.jsonl"))
         seconds = run_batch(arguments, service, requests)
-        for line, value in counters(service.metrics["decode"], "headwater_kv_ingress").items():
+        for line, value in counters(service.decode_metrics, "headwater_kv_ingress").items():
             print(f"  {line} {value:.0f}", flush=True)
     finally:
         service.stop()
     rate = by_hand["tokens"] / seconds
     print(f"service: {seconds:.2f} s, {rate:.0f} tokens/s, {100 * rate / by_hand['tokens_per_s']:.1f} % of by hand", flush=True)
-    return {"bench": "prefill", "device": arguments.device_name, "commit": arguments.commit,
+    return {"bench": "prefill", "device": by_hand.pop("device"), "commit": arguments.commit,
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "params": {"model": "llama-3-8b", "layers": arguments.layers, "prompts": by_hand["prompts"], "tokens": by_hand["tokens"],
                        "prompt_tokens": "64 to 2048", "policy": "dense", "linear": "bf16", "sink": "verify", "case": "packed"},
@@ -211,7 +214,6 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--limit_s", type=float, default=240, help="for each program")
-    parser.add_argument("--device_name", default="NVIDIA H100 80GB HBM3")
     parser.add_argument("--commit", default="")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "prefill.jsonl")
     arguments = parser.parse_args()

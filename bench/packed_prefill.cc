@@ -1,13 +1,16 @@
 // Prefills many short prompts on one GPU, packed by hand into passes in their order: what packing in the
 // service is measured against (bench/packed_bench.py). KV blocks are dropped as soon as they are handed over.
-// Prints one JSON line;
-// --requests writes the prompts as `headwater batch` reads them.
+// Prints one JSON line; --requests writes the prompts as `headwater batch` reads them.
+#include <algorithm>
 #include <cstdio>
 #include <fstream>
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include <cuda_runtime_api.h>
 
 #include "absl/flags/flag.h"
 #include "absl/flags/parse.h"
@@ -18,6 +21,7 @@
 
 #include "base/status_macros.h"
 #include "bench/prefill_job.h"
+#include "model/cuda/device_buffer.h"
 #include "worker/cuda/cuda_prefill.h"
 
 ABSL_FLAG(std::string, model, "", "checkpoint directory");
@@ -115,11 +119,12 @@ absl::Status Run() {
   const absl::Time start = absl::Now();
   for (const std::pair<size_t, size_t>& pass : passes) HW_RETURN_IF_ERROR(RunPass(jobs, pass, context));
   const double seconds = absl::ToDoubleSeconds(absl::Now() - start);
-  const nlohmann::json row = {{"prompts", prompts.size()},
-                              {"tokens", tokens},
-                              {"passes", passes.size()},
-                              {"seconds", seconds},
-                              {"tokens_per_s", static_cast<double>(tokens) / seconds}};
+  cudaDeviceProp properties{};
+  HW_RETURN_IF_ERROR(FromCuda(cudaGetDeviceProperties(&properties, model->device()), "the device's name"));
+  const nlohmann::json row = {
+      {"device", properties.name}, {"prompts", prompts.size()},
+      {"tokens", tokens},          {"passes", passes.size()},
+      {"seconds", seconds},        {"tokens_per_s", static_cast<double>(tokens) / seconds}};
   std::printf("%s\n", row.dump().c_str());
   return absl::OkStatus();
 }

@@ -4,7 +4,8 @@
     plot_prefill.py [ROWS.jsonl ...] --output prefill.png
 
 One line a series (device, model, policy, linear layers, sink), dashed its floor, points its peers. Of rows with equal
-parameters the last one counts. Needs matplotlib (pip install matplotlib); exit status 2 where it is missing.
+parameters the last one counts; rows of packed prompts (bench/packed_bench.py) are left out. Needs matplotlib (pip install
+matplotlib); exit status 2 where it is missing.
 """
 
 import argparse
@@ -34,6 +35,8 @@ def read_series(paths: list) -> dict:
                 row = json.loads(line)
                 if row["bench"] != "prefill":
                     raise ValueError(f"bench is {row['bench']!r}")
+                if row["params"].get("case") == "packed":
+                    continue  # many prompts, of many lengths
                 row["metrics"]["ttft_s"], row["params"]["tokens"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}:{number}: not a prefill row ({error})") from error

@@ -57,8 +57,12 @@ absl::Status AssignmentQueue::Enqueue(uint64_t stream, v1::PrefillAssignment* as
     return MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_DRAINING, "this worker is draining");
   }
   std::vector<const v1::PrefillAssignment*> here;
-  for (const auto& [name, job] : running_) here.push_back(&job->assignment);
-  for (const auto& job : waiting_) here.push_back(&job->assignment);
+  for (const auto& [name, job] : running_) {
+    if (job->stream == stream) here.push_back(&job->assignment);
+  }
+  for (const auto& job : waiting_) {
+    if (job->stream == stream) here.push_back(&job->assignment);
+  }
   for (const v1::PrefillAssignment* other : here) {
     if (other->request_id() != assignment->request_id() || other->epoch() < assignment->epoch()) continue;
     if (other->epoch() == assignment->epoch()) return absl::OkStatus();
@@ -78,7 +82,7 @@ absl::Status AssignmentQueue::Enqueue(uint64_t stream, v1::PrefillAssignment* as
 }
 
 void AssignmentQueue::Abort(uint64_t stream, const v1::AbortAssignment& abort) {
-  const JobName name(abort.request_id(), abort.epoch());
+  const JobName name(stream, abort.request_id(), abort.epoch());
   const absl::Status cancelled = MakeError(absl::StatusCode::kCancelled, v1::ERROR_REASON_CANCELLED,
                                            "the coordinator aborted the assignment");
   uint32_t rank = 0;
@@ -89,8 +93,8 @@ void AssignmentQueue::Abort(uint64_t stream, const v1::AbortAssignment& abort) {
       return;
     }
     if (std::find(ended_.begin(), ended_.end(), name) != ended_.end()) return;
-    const auto it = std::find_if(waiting_.begin(), waiting_.end(),
-                                 [&](const auto& job) { return NameOf(job->assignment) == name; });
+    const auto it =
+        std::find_if(waiting_.begin(), waiting_.end(), [&](const auto& job) { return NameOf(*job) == name; });
     if (it != waiting_.end()) {
       rank = (*it)->assignment.rank();
       waiting_.erase(it);
@@ -188,7 +192,7 @@ std::vector<AssignmentQueue::Job*> AssignmentQueue::TakePass() {
     // It has not been stuck while it waited here; where it is cancelled, its runner sees so.
     (void)waiting_.front()->control->Step();
     pass.push_back(waiting_.front().get());
-    running_.emplace(NameOf(next), std::move(waiting_.front()));
+    running_.emplace(NameOf(*pass.back()), std::move(waiting_.front()));
     waiting_.pop_front();
   }
   return pass;
@@ -206,7 +210,7 @@ void AssignmentQueue::End(Job* job, v1::ConnectRequest result) {
   // Before it counts as ended, so that an idle queue has sent all its results.
   send_(job->stream, std::move(result));
   absl::MutexLock lock(&mutex_);
-  ended_.push_back(NameOf(job->assignment));
+  ended_.push_back(NameOf(*job));
   if (ended_.size() > kEndedRemembered) ended_.pop_front();
   running_.erase(ended_.back());
 }

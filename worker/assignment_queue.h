@@ -10,7 +10,7 @@
 #include <memory>
 #include <string>
 #include <thread>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
@@ -40,7 +40,7 @@ class AssignmentQueue {
 
   // Queues the assignment, or answers RankFailed: RESOURCE_EXHAUSTED, QUEUE_FULL; UNAVAILABLE, DRAINING;
   // ABORTED, STALE_EPOCH where a later epoch of the request is here already. The same (request_id, epoch)
-  // again is ignored.
+  // again is ignored. What an earlier stream left running counts for neither.
   void Add(uint64_t stream, v1::PrefillAssignment assignment);
 
   // Cancels it if it runs, drops it if it waits; either way RankFailed (CANCELLED) follows. One that ended
@@ -71,10 +71,11 @@ class AssignmentQueue {
     v1::PrefillAssignment assignment;
     std::unique_ptr<JobControl> control;
   };
-  using JobName = std::pair<std::string, uint32_t>;
+  // With the stream: after it broke, a cancelled job may still run when the next one brings its name again.
+  using JobName = std::tuple<uint64_t, std::string, uint32_t>;
 
-  static JobName NameOf(const v1::PrefillAssignment& assignment) {
-    return {assignment.request_id(), assignment.epoch()};
+  static JobName NameOf(const Job& job) {
+    return {job.stream, job.assignment.request_id(), job.assignment.epoch()};
   }
   absl::Status Enqueue(uint64_t stream, v1::PrefillAssignment* assignment) ABSL_LOCKS_EXCLUDED(mutex_);
   bool HasWork() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return stopping_ || !waiting_.empty(); }

@@ -1,4 +1,5 @@
-"""Tests of bench/prefill_bench.py with stand-in programs: what is run, what a row holds, that a limit is held."""
+"""Tests of bench/prefill_bench.py with stand-in programs: what is run, what a row holds, that a limit is held; and of what
+tools/plot_prefill.py reads."""
 
 import contextlib
 import io
@@ -13,6 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
+sys.path.insert(0, str(ROOT / "tools"))
+
+import plot_prefill  # noqa: E402
 import prefill_bench  # noqa: E402
 
 ROW = {"bench": "prefill", "device": "GPU", "commit": "", "date": "", "params": {"tokens": 0}, "peers": {},
@@ -101,6 +105,24 @@ class PrefillBenchTest(unittest.TestCase):
         self.assertEqual(status, 1)
         self.assertLess(time.monotonic() - start, 20)
         self.assertIn("more than --limit_s=0.5", err)
+
+
+class ReadSeriesTest(unittest.TestCase):
+    def read(self, *rows) -> dict:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "rows"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            return plot_prefill.read_series([path])
+
+    def test_rows_of_packed_prompts_are_left_out(self):
+        params = {"model": "m", "policy": "dense", "linear": "bf16"}
+        packed = {**ROW, "params": {**params, "case": "packed", "tokens": 9}, "metrics": {"tokens_per_s": 1.0}}
+        series = self.read(packed, {**ROW, "params": {**params, "tokens": 5}})
+        self.assertEqual([[row["params"]["tokens"] for row in rows] for rows in series.values()], [[5]])
+
+    def test_what_is_no_prefill_row_is_refused_with_its_line(self):
+        with self.assertRaisesRegex(ValueError, "rows:1: not a prefill row"):
+            self.read({"bench": "prefill", "device": "GPU", "params": {"tokens": 1}, "metrics": {}})
 
 
 if __name__ == "__main__":

@@ -242,6 +242,25 @@ TEST_F(AssignmentQueueTest, DrainsWhatRunsAndWhatThePassLeftBehind) {
   EXPECT_TRUE(queue_.idle());
 }
 
+TEST_F(AssignmentQueueTest, WhatABrokenStreamLeftRunningDoesNotHideItsNameOnTheNext) {
+  Block();
+  queue_.DropAll(absl::CancelledError("the stream broke"));
+  queue_.Add(2, Assignment("blocker", 10));
+  runner_.End("blocker");
+  runner_.Release();
+  ASSERT_EQ(runner_.WaitForPasses(2).back(), Ids{"blocker"});
+  EXPECT_TRUE(runner_.StatusOf("blocker").ok());
+
+  v1::AbortAssignment abort;
+  abort.set_request_id("blocker");
+  abort.set_epoch(1);
+  queue_.Abort(2, abort);
+
+  EXPECT_TRUE(absl::IsCancelled(runner_.StatusOf("blocker"))) << "the end of the first is not its end";
+  runner_.End("blocker");
+  EXPECT_EQ(Results(), (Ids{"blocker CANCELLED", "blocker CANCELLED"}));
+}
+
 TEST_F(AssignmentQueueTest, AReturnedPassLeavesRoomForTheNextWhileItsResultsAreOut) {
   queue_.Add(1, Assignment("a", 10));
   ASSERT_EQ(runner_.WaitForPasses(1).size(), 1u);

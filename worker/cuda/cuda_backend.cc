@@ -8,6 +8,9 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 
+#include "base/log.h"
+#include "base/rpc/grpc_status.h"
+#include "base/signals.h"
 #include "base/status_macros.h"
 #include "model/cuda/cuda_model.h"
 #include "worker/cuda/cuda_egress.h"
@@ -24,6 +27,14 @@ constexpr int64_t kPackedTokens = 1 << 15, kLeastPackedTokens = 1 << 10;
 constexpr uint32_t kPackedPrompts = 128;
 // Token ids as the assignment's message, in its serialised form and as the loop takes them: host memory.
 constexpr uint64_t kBytesPerPromptToken = 16;
+
+// After kv_stall_timeout a stalled sender fails by itself, and gRPC soon lets go of its blocks. Only a ring
+// that stands still for longer may end the pass, and with it prompts whose decode nodes are well.
+constexpr absl::Duration kReleaseTime = absl::Seconds(10);
+
+// After a fault of the device (EX_SOFTWARE), once the results have gone out.
+constexpr int kExitBroken = 70;
+constexpr absl::Duration kFarewell = absl::Seconds(2);
 
 class Backend final : public PrefillBackend {
  public:
@@ -83,8 +94,7 @@ class Backend final : public PrefillBackend {
     for (size_t i = 0; i < jobs.size(); ++i) {
       prompts.push_back({jobs[i], contexts[i].sender, contexts[i].control, contexts[i].progress});
     }
-    return RunCudaPrefill(prompts,
-                          {model_.get(), egress_.get(), contexts.empty() ? nullptr : contexts[0].metrics});
+    return RunPass(prompts, contexts.empty() ? nullptr : contexts[0].metrics);
   }
 
   // The loop allocates what the plan says and gives it back at its end.
@@ -92,10 +102,30 @@ class Backend final : public PrefillBackend {
 
   absl::StatusOr<PrefillResult> Run(const PrefillJob& job, const PrefillContext& context) override {
     CudaPrefillPrompt prompt{&job, context.sender, context.control, context.progress};
-    return std::move(RunCudaPrefill({&prompt, 1}, {model_.get(), egress_.get(), context.metrics})[0]);
+    return std::move(RunPass({&prompt, 1}, context.metrics)[0]);
   }
 
  private:
+  std::vector<absl::StatusOr<PrefillResult>> RunPass(absl::Span<const CudaPrefillPrompt> prompts,
+                                                     WorkerMetrics* metrics) {
+    if (broken_) {
+      return std::vector<absl::StatusOr<PrefillResult>>(
+          prompts.size(), MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_WORKER_LOST,
+                                    "this worker's GPU has failed, and its process ends"));
+    }
+    auto results = RunCudaPrefill(prompts, {model_.get(), egress_.get(), metrics});
+    const bool internal = std::any_of(results.begin(), results.end(),
+                                      [](const auto& result) { return absl::IsInternal(result.status()); });
+    if (const cudaError_t error = internal ? cudaDeviceSynchronize() : cudaSuccess; error != cudaSuccess) {
+      // In this process every later call fails, too. The results still go out: work that breaks a GPU is not
+      // to be tried on the next one.
+      HW_LOG(ERROR) << "the GPU has failed, the process ends: " << cudaGetErrorString(error);
+      broken_ = true;
+      ExitOnSignalOrAfter(kFarewell, kExitBroken);
+    }
+    return results;
+  }
+
   // The largest pass up to kPackedTokens that the budget has room for.
   static PackLimits LimitsFor(const CudaModel& model, uint64_t budget_bytes) {
     const uint64_t resident = model.weight_bytes() + model.scratch_bytes();
@@ -118,6 +148,7 @@ class Backend final : public PrefillBackend {
   const std::unique_ptr<CudaEgressMemory> egress_;
   const uint64_t budget_bytes_;
   const PackLimits limits_;
+  bool broken_ = false;
 };
 
 }  // namespace
@@ -146,7 +177,7 @@ absl::StatusOr<std::unique_ptr<PrefillBackend>> CudaBackend::Load(const WorkerOp
   model.budget_bytes = budget;
   model.num_threads = static_cast<int>(std::min<int64_t>(options.threads, kMostLoadThreads));
   HW_ASSIGN_OR_RETURN(std::unique_ptr<CudaEgressMemory> egress,
-                      CudaEgressMemory::Allocate(options.kv_stall_timeout));
+                      CudaEgressMemory::Allocate(options.kv_stall_timeout + kReleaseTime));
   absl::StatusOr<std::unique_ptr<CudaModel>> loaded = CudaModel::Load(model);
   if (!loaded.ok()) return FlagError("model", options.model, loaded.status());
   return std::make_unique<Backend>(*std::move(loaded), std::move(egress), budget);

@@ -32,6 +32,12 @@ constexpr uint64_t kRunBytes = 32;
 constexpr uint64_t kProblemsOffset = 24;
 static_assert(sizeof(CudaTokenRun) <= kProblemsOffset);
 
+// Of the job's largest block.
+uint64_t BlockBytes(const PrefillJob& job) {
+  const v1::KvLayout& layout = job.geometry->layout();
+  return std::min<uint64_t>(layout.block_tokens(), layout.num_tokens()) * job.geometry->token_bytes();
+}
+
 class Egress final : public CudaEgress {
  public:
   Egress(std::vector<CudaEgressItem> items, CudaEgressMemory* memory)
@@ -53,13 +59,7 @@ class Egress final : public CudaEgress {
   }
 
   absl::Status Init() {
-    for (const CudaEgressItem& item : items_) {
-      const uint64_t block_bytes = BlockBytes(item);
-      if (block_bytes > CudaEgressMemory::kSlotBytes) {
-        return absl::UnimplementedError(absl::StrCat("a KV block of ", block_bytes, " bytes; at most ",
-                                                     CudaEgressMemory::kSlotBytes, " pass an egress buffer"));
-      }
-    }
+    for (const CudaEgressItem& item : items_) HW_RETURN_IF_ERROR(CheckBlocks(*item.job));
     HW_RETURN_IF_ERROR(FromCuda(cudaGetDevice(&device_), "cudaGetDevice"));
     HW_RETURN_IF_ERROR(FromCuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream"));
     for (cudaEvent_t& event : copied_events_) {
@@ -113,10 +113,6 @@ class Egress final : public CudaEgress {
     int64_t use;
     char* slot;
   };
-
-  static uint64_t BlockBytes(const CudaEgressItem& item) {
-    return item.job->geometry->layout().block_tokens() * item.job->geometry->token_bytes();
-  }
 
   static size_t SlotOf(const Piece& piece) {
     return static_cast<size_t>(piece.use) % CudaEgressMemory::kSlots;
@@ -183,7 +179,7 @@ class Egress final : public CudaEgress {
   absl::Status SendTensor(const Layer& layer, size_t i, KvKind kind, std::deque<Piece>* under_way) {
     const CudaEgressItem& item = items_[i];
     const auto num_tokens = static_cast<int64_t>(item.job->tokens.size());
-    const auto piece_tokens = static_cast<int64_t>(CudaEgressMemory::kSlotBytes / BlockBytes(item) *
+    const auto piece_tokens = static_cast<int64_t>(CudaEgressMemory::kSlotBytes / BlockBytes(*item.job) *
                                                    item.job->geometry->layout().block_tokens());
     for (int64_t begin = 0; begin < num_tokens && item_status(i).ok(); begin += piece_tokens) {
       // What is under way must be handed on before its slots can come back.
@@ -296,6 +292,13 @@ absl::StatusOr<std::unique_ptr<CudaEgressMemory>> CudaEgressMemory::Allocate(abs
   for (uint64_t i = 0; i < kSlots; ++i) slots.push_back(memory->slots.data() + i * kSlotBytes);
   memory->ring = std::make_unique<EgressRing>(std::move(slots), stall_timeout);
   return memory;
+}
+
+absl::Status CudaEgress::CheckBlocks(const PrefillJob& job) {
+  const uint64_t bytes = BlockBytes(job);
+  if (bytes <= CudaEgressMemory::kSlotBytes) return absl::OkStatus();
+  return absl::UnimplementedError(absl::StrCat("a KV block of ", bytes, " bytes; at most ",
+                                               CudaEgressMemory::kSlotBytes, " pass an egress buffer"));
 }
 
 absl::StatusOr<std::unique_ptr<CudaEgress>> CudaEgress::Start(std::vector<CudaEgressItem> items,

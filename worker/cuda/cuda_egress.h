@@ -52,8 +52,11 @@ class CudaEgress {
   // What the job control says, and its heartbeat; called while the loop waits, at least every 20 ms.
   using Step = std::function<absl::Status()>;
 
-  // What the items point to and `memory`, which serves one at a time, must outlive this. UNIMPLEMENTED: a
-  // block of a cache is larger than a slot.
+  // UNIMPLEMENTED: a block of the job's cache is larger than a slot.
+  static absl::Status CheckBlocks(const PrefillJob& job);
+
+  // What the items point to and `memory`, which serves one at a time, must outlive this. Errors:
+  // CheckBlocks()'s, CUDA's.
   static absl::StatusOr<std::unique_ptr<CudaEgress>> Start(std::vector<CudaEgressItem> items,
                                                            CudaEgressMemory* memory);
   // Ends at once; waits for copies under way.

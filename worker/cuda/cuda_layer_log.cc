@@ -4,7 +4,6 @@
 
 #include "absl/strings/str_cat.h"
 
-#include "base/rpc/grpc_status.h"
 #include "base/status_macros.h"
 
 namespace headwater {
@@ -55,21 +54,20 @@ absl::Status CudaLayerLog::CopyBadRows(int32_t layer, const int64_t* bad_rows, i
                   "checks of layers");
 }
 
-absl::Status CudaLayerLog::CheckLayer(int32_t layer, int64_t chunk_tokens, bool* has_run) const {
+absl::Status CudaLayerLog::HasRun(int32_t layer, bool* has_run) const {
   const cudaError_t state = cudaEventQuery(events(layer).end.get());
   *has_run = state == cudaSuccess;
   if (state == cudaErrorNotReady) return absl::OkStatus();
-  HW_RETURN_IF_ERROR(FromCuda(state, absl::StrCat("layer ", layer)));
+  return FromCuda(state, absl::StrCat("layer ", layer));
+}
+
+std::vector<int64_t> CudaLayerLog::NonFiniteRows(int32_t layer, int64_t chunk_tokens) const {
+  std::vector<int64_t> rows;
   for (int64_t i = 0; i < num_chunks_; ++i) {
-    if (BadRows(layer)[i] < 0) continue;
-    return MakeError(
-        absl::StatusCode::kInternal, v1::ERROR_REASON_NON_FINITE,
-        absl::StrCat("layer ", layer, ": non-finite hidden state in row ",
-                     first_rows_[static_cast<size_t>(layer)] + i * chunk_tokens + BadRows(layer)[i],
-                     " of the pass"),
-        {{"layer", absl::StrCat(layer)}});
+    const int64_t row = BadRows(layer)[i];
+    if (row >= 0) rows.push_back(first_rows_[static_cast<size_t>(layer)] + i * chunk_tokens + row);
   }
-  return absl::OkStatus();
+  return rows;
 }
 
 absl::Status CudaLayerLog::ReadTimes(int32_t layer, Times* times) const {

@@ -61,11 +61,12 @@ class CudaLayerLog {
   absl::Status CopyBadRows(int32_t layer, const int64_t* bad_rows, int64_t num_chunks, int64_t first_row,
                            cudaStream_t stream);
 
-  // Whether the layer has run, and then whether its values are finite: INTERNAL, NON_FINITE with the layer
-  // and the row. chunk_tokens: rows of a chunk.
-  absl::Status CheckLayer(int32_t layer, int64_t chunk_tokens, bool* has_run) const;
+  absl::Status HasRun(int32_t layer, bool* has_run) const;
 
-  // Of a layer that has run.
+  // Of a layer that has run: rows of the pass that are not finite, the first of each chunk. chunk_tokens:
+  // rows of a chunk.
+  std::vector<int64_t> NonFiniteRows(int32_t layer, int64_t chunk_tokens) const;
+  // Likewise.
   struct Times {
     absl::Duration linear, attention;
   };

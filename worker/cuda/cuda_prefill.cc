@@ -8,7 +8,6 @@
 #include "absl/strings/str_cat.h"
 
 #include "base/log.h"
-#include "base/rpc/grpc_status.h"
 #include "base/status_macros.h"
 #include "kernels/cuda/attention.h"
 #include "model/cuda/device_buffer.h"
@@ -275,8 +274,13 @@ class CudaPass {
   absl::Status CheckFinishedLayers() {
     for (; checked_ < layers_done_; ++checked_) {
       bool has_run = false;
-      HW_RETURN_IF_ERROR(log_.CheckLayer(checked_, model_->chunk_tokens(), &has_run));
+      HW_RETURN_IF_ERROR(log_.HasRun(checked_, &has_run));
       if (!has_run) break;
+      for (const int64_t row : log_.NonFiniteRows(checked_, model_->chunk_tokens())) {
+        // It spreads to all later tokens of its prompt. Another prompt's behind it in the chunk shows in that
+        // one's logits at the latest.
+        EndNonFinite(egress_.get(), checked_, row, &sequences_);
+      }
       CudaLayerLog::Times times;
       HW_RETURN_IF_ERROR(log_.ReadTimes(checked_, &times));
       for (CudaSequence& sequence : sequences_) {
@@ -321,12 +325,14 @@ class CudaPass {
     HW_RETURN_IF_ERROR(CheckFinishedLayers());
     std::vector<float> logits(static_cast<size_t>(config_.vocab_size));
     for (size_t i = 0; i < sequences_.size(); ++i) {
+      HW_RETURN_IF_ERROR(Step());
+      if (!sequences_[i].status.ok()) continue;
       HW_RETURN_IF_ERROR(FromCuda(cudaMemcpy(logits.data(), logits_ + i * logits.size(),
                                              logits.size() * sizeof(float), cudaMemcpyDeviceToHost),
                                   "logits"));
       if (!std::all_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); })) {
-        return MakeError(absl::StatusCode::kInternal, v1::ERROR_REASON_NON_FINITE, "non-finite logits",
-                         {{"layer", absl::StrCat(config_.num_layers)}});
+        EndNonFinite(egress_.get(), config_.num_layers, rows[i], &sequences_);
+        continue;
       }
       sequences_[i].result.top = TopTokens(logits, std::max(1, sequences_[i].prompt->job->top_logprobs));
     }

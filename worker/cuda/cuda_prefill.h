@@ -36,15 +36,16 @@ struct CudaPrefillPrompt {
 };
 
 // Whether RunCudaPrefill() takes the job together with others: one rank, policy dense, or one that is dense
-// at this length.
+// at this length, and KV blocks that pass an egress buffer.
 bool MayPackCuda(const PrefillJob& job);
 
 // Runs a pass on the calling thread: one prompt, or several that MayPackCuda(). Where a result is OK, all of
 // its blocks have been submitted. Equal passes give bitwise equal KV. At most about 50 ms of work is enqueued
-// beyond what has run, so that a cancelled pass leaves the device soon; a prompt that is cancelled, or whose
-// sender fails, among others ends alone, and the pass with the last of them.
+// beyond what has run, so that a cancelled pass leaves the device soon; a prompt that is cancelled, whose
+// sender fails or whose values are not finite, among others ends alone, and the pass with the last of them.
 //
-// Errors as RunPrefill(); UNIMPLEMENTED: another policy than "dense" and "probe", more than one rank;
+// Errors as RunPrefill(); UNIMPLEMENTED: another policy than "dense" and "probe", more than one rank, KV
+// blocks larger than an egress buffer;
 // RESOURCE_EXHAUSTED: the plan does not fit the device's free memory, with both numbers; INVALID_ARGUMENT:
 // prompts that cannot share a pass.
 std::vector<absl::StatusOr<PrefillResult>> RunCudaPrefill(absl::Span<const CudaPrefillPrompt> prompts,

@@ -2,6 +2,7 @@
 
 #include "absl/strings/str_cat.h"
 
+#include "base/rpc/grpc_status.h"
 #include "base/status_macros.h"
 
 namespace headwater {
@@ -12,7 +13,7 @@ absl::Status CheckJob(const PrefillJob& job) {
   if (job.policy->name() != "dense" && job.policy->probe() == nullptr) {
     return absl::UnimplementedError(absl::StrCat("policy '", job.policy->name(), "' on a GPU"));
   }
-  return absl::OkStatus();
+  return CudaEgress::CheckBlocks(job);
 }
 
 }  // namespace
@@ -79,6 +80,19 @@ absl::Status StepSequences(CudaEgress* egress, std::vector<CudaSequence>* sequen
     }
   }
   return alive ? absl::OkStatus() : ended;
+}
+
+void EndNonFinite(CudaEgress* egress, int32_t layer, int64_t row, std::vector<CudaSequence>* sequences) {
+  for (size_t i = 0; i < sequences->size(); ++i) {
+    CudaSequence& sequence = (*sequences)[i];
+    const int64_t token = row - sequence.first_row;
+    if (token < 0 || token >= sequence.num_tokens || !sequence.status.ok()) continue;
+    sequence.status =
+        MakeError(absl::StatusCode::kInternal, v1::ERROR_REASON_NON_FINITE,
+                  absl::StrCat("layer ", layer, ": not finite at token ", token, " of the prompt"),
+                  {{"layer", absl::StrCat(layer)}});
+    egress->Drop(i);
+  }
 }
 
 }  // namespace headwater

@@ -42,6 +42,10 @@ CudaPassInputs MakePassInputs(const std::vector<CudaSequence>& sequences);
 // begun), and drops their blocks. The error of one that has ended once all have.
 absl::Status StepSequences(CudaEgress* egress, std::vector<CudaSequence>* sequences);
 
+// Ends a prompt, unless it has ended, and drops its blocks. INTERNAL, NON_FINITE with the layer: for `row` of
+// the pass after that layer, or, with num_layers for the layer, for the logits.
+void EndNonFinite(CudaEgress* egress, int32_t layer, int64_t row, std::vector<CudaSequence>* sequences);
+
 }  // namespace headwater
 
 #endif  // HW_WORKER_CUDA_CUDA_SEQUENCES_H_
