@@ -83,8 +83,9 @@ class PrefillBackend {
   // leaves the others alone where it can; the pass stops when none is left.
   //
   // Calls Step() of every context's control at least every 50 ms of work, and `progress` of every context
-  // after each layer, from the calling thread. Reserve() is not called: the pass makes its own room, by a
-  // plan for the sum of the tokens; without it, every result is RESOURCE_EXHAUSTED.
+  // after each layer, from the calling thread. Calls `ended` of one that ends before the pass does. Reserve()
+  // is not called: the pass makes its own room, by a plan for the sum of the tokens; without it, every result
+  // is RESOURCE_EXHAUSTED.
   virtual std::vector<absl::StatusOr<PrefillResult>> RunPacked(
       absl::Span<const PrefillJob* const> jobs, absl::Span<const PrefillContext> /*contexts*/) {
     return std::vector<absl::StatusOr<PrefillResult>>(jobs.size(),

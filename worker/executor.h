@@ -99,6 +99,7 @@ class PrefillExecutor final : public AssignmentRunner {
   // Waits until the senders of earlier passes leave room for the pass's; what is cancelled meanwhile ends.
   void WaitForRoom(Pass* pass);
   void RunPass(const Pass& pass);
+  void AnswerEarly(PackedJob* job, const absl::Status& why);
   void EndPacked(PackedJob* job);
 
   const ExecutorOptions options_;

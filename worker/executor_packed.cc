@@ -28,6 +28,8 @@ struct PrefillExecutor::PackedJob {
   // While it waits for other jobs or for the decode node.
   std::optional<JobControl::Waiting> waiting;
   absl::StatusOr<PrefillResult> result;
+  // Before its pass has ended: the task's assignment and control may be gone.
+  bool answered = false;
 };
 
 absl::Status PrefillExecutor::WaitForPasses(JobControl* control) {
@@ -98,6 +100,9 @@ void PrefillExecutor::RunPass(const Pass& pass) {
     packed->hook.emplace(task.control, [sender = packed->sender.get()] { sender->Cancel(); });
     jobs.push_back(&packed->job);
     contexts.push_back(MakeContext(packed->job, packed->sender.get(), task.control, task.progress));
+    contexts.back().ended = [this, packed = packed.get()](const absl::Status& why) {
+      AnswerEarly(packed, why);
+    };
     planned += packed->job.plan.total_bytes();
   }
   options_.metrics->planned_bytes.Set(static_cast<double>(planned));
@@ -107,12 +112,26 @@ void PrefillExecutor::RunPass(const Pass& pass) {
   HW_CHECK(results.size() == pass.size());
   for (size_t i = 0; i < pass.size(); ++i) {
     pass[i]->result = std::move(results[i]);
-    pass[i]->waiting.emplace(pass[i]->task.control);
+    if (!pass[i]->answered) pass[i]->waiting.emplace(pass[i]->task.control);
     finisher_.Add([this, packed = pass[i]] { EndPacked(packed.get()); });
   }
 }
 
+void PrefillExecutor::AnswerEarly(PackedJob* packed, const absl::Status& why) {
+  // The pass may last, and so the sender, which sends nothing more.
+  packed->sender->Cancel();
+  packed->hook.reset();
+  absl::StatusOr<Outcome> outcome = why;
+  if (const absl::Status cancelled = packed->task.control->status(); !cancelled.ok()) outcome = cancelled;
+  packed->answered = true;
+  packed->task.done(Report(*packed->task.assignment, &packed->job, outcome, packed->start));
+}
+
 void PrefillExecutor::EndPacked(PackedJob* packed) {
+  if (packed->answered) {
+    EndSender(std::move(packed->sender));
+    return;
+  }
   JobControl* const control = packed->task.control;
   absl::StatusOr<Outcome> outcome = Outcome();
   if (packed->result.ok()) {

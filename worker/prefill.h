@@ -63,6 +63,9 @@ struct PrefillContext {
   double flop_per_step = 4e9;                            // see RingAttentionArgs
   std::function<void(const PrefillProgress&)> progress;  // after every layer, from the calling thread; may be
                                                          // empty
+  // The prompt has ended before the pass that it shares: control and progress are not used again, the sender
+  // is. From the calling thread, once at most; may be empty.
+  std::function<void(const absl::Status&)> ended;
 };
 
 struct PrefillResult {

@@ -198,6 +198,53 @@ TEST_F(CudaPrefillGpuTest, APackedPromptThatIsCancelledOrFailsEndsAlone) {
   EXPECT_FALSE(got[2]->result.ok());
 }
 
+// Senders of one pass still read the ring while the next passes write it.
+TEST_F(CudaPrefillGpuTest, PassesShareARingThatIsStillRead) {
+  HW_REQUIRE_SM90();
+  CheckpointShape shape;
+  shape.num_layers = 4;
+  Load(shape);
+  GroupRun run;
+  run.wire = v1::KV_DTYPE_BF16;
+  const auto ring = CudaEgressMemory::Allocate();
+  ASSERT_TRUE(ring.ok()) << ring.status();
+  constexpr size_t kPasses = 6;
+  std::vector<PrefillJob> jobs;
+  std::vector<std::unique_ptr<KvCapture>> captures;
+  std::vector<std::unique_ptr<MemorySink>> sinks;
+  std::vector<std::string> alone;
+  JobControl control;
+  for (size_t i = 0; i < kPasses; ++i) {
+    const std::vector<int32_t> tokens = RandomTokens(2000 + 300 * static_cast<int>(i), 512);
+    alone.push_back(Run(tokens, run)->kv.bytes());
+    jobs.push_back(testing::MakeJob(*host_, tokens, run, 0));
+    captures.push_back(std::make_unique<KvCapture>(*jobs[i].geometry));
+    sinks.push_back(std::make_unique<MemorySink>(captures[i].get(), run.sink));
+  }
+  for (size_t i = 0; i < kPasses; ++i) {
+    const CudaPrefillPrompt prompt{&jobs[i], sinks[i].get(), &control, {}};
+    const auto results = RunCudaPrefill({&prompt, 1}, {device_.get(), ring->get(), nullptr});
+    ASSERT_TRUE(results[0].ok()) << results[0].status();
+  }
+  for (size_t i = 0; i < kPasses; ++i) {
+    ASSERT_TRUE(sinks[i]->Finish().ok());
+    EXPECT_TRUE(captures[i]->bytes() == alone[i]) << "pass " << i;
+  }
+  sinks.clear();
+}
+
+TEST_F(CudaPrefillGpuTest, APackedPromptThatIsNotFiniteEndsAlone) {
+  HW_REQUIRE_SM90();
+  Load({});
+  std::vector<std::vector<int32_t>> prompts = {RandomTokens(200, 512), RandomTokens(300, 512),
+                                               RandomTokens(150, 512)};
+  prompts[1][7] = 512;  // past the vocabulary: its row is NaN
+  GroupRun run;
+  const auto got = RunPass(prompts, run);
+  EXPECT_EQ(got[1]->result.status().code(), absl::StatusCode::kInternal) << got[1]->result.status();
+  for (const size_t i : {size_t{0}, size_t{2}}) ExpectEqualsTheCpu(*got[i], prompts[i], run, absl::StrCat(i));
+}
+
 // Where every block is listed, attention is exact; and what was visited is reported.
 TEST_F(CudaPrefillGpuTest, ProbeAtFullDensityEqualsTheCpu) {
   HW_REQUIRE_SM90();

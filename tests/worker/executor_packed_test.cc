@@ -263,6 +263,24 @@ TEST_F(ExecutorPackedTest, ACancelledOneLeavesTheOther) {
   ExpectStored("good");
 }
 
+TEST_F(ExecutorPackedTest, OneThatEndsBeforeItsPassIsAnsweredThen) {
+  Start(false);
+  for (const char* id : {"cancelled", "good"}) receiver_.Open(Make(id, 100));
+  std::vector<Task> tasks = {Add(Make("cancelled", 100)), Add(Make("good", 100))};
+  backend_->before_pass = [&] {
+    entries_.at("cancelled")
+        .control.Cancel(MakeError(absl::StatusCode::kCancelled, v1::ERROR_REASON_CANCELLED, "enough"));
+  };
+  bool answered = false;
+  entries_.at("good").on_progress = [&] { answered = Done("cancelled"); };
+
+  executor_->RunPacked(std::move(tasks));
+
+  EXPECT_TRUE(answered) << "while the pass ran";
+  EXPECT_EQ(ReasonOf(ErrorOf("cancelled")), v1::ERROR_REASON_CANCELLED);
+  ExpectStored("good");
+}
+
 TEST_F(ExecutorPackedTest, TailsOfTwoPassesRunOnBesideTheNextAndNoMore) {
   Start(true, true);
   executor_->RunPacked({Add(Make("a", 20)), Add(Make("b", 20))});

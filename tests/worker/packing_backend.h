@@ -47,6 +47,11 @@ class PackingBackend final : public PrefillBackend {
     if (before_pass) before_pass();
     std::vector<absl::StatusOr<PrefillResult>> results;
     for (size_t i = 0; i < jobs.size(); ++i) {
+      if (const absl::Status ended = contexts[i].control->status(); !ended.ok()) {
+        contexts[i].ended(ended);
+        results.push_back(ended);
+        continue;
+      }
       // Kept: senders may read its memory after the pass.
       used_.push_back(NewBackend());
       const absl::Status reserved = used_.back()->Reserve(*jobs[i]);

@@ -92,7 +92,8 @@ class Backend final : public PrefillBackend {
                                                        absl::Span<const PrefillContext> contexts) override {
     std::vector<CudaPrefillPrompt> prompts;
     for (size_t i = 0; i < jobs.size(); ++i) {
-      prompts.push_back({jobs[i], contexts[i].sender, contexts[i].control, contexts[i].progress});
+      prompts.push_back(
+          {jobs[i], contexts[i].sender, contexts[i].control, contexts[i].progress, contexts[i].ended});
     }
     return RunPass(prompts, contexts.empty() ? nullptr : contexts[0].metrics);
   }
@@ -101,7 +102,7 @@ class Backend final : public PrefillBackend {
   absl::Status Reserve(const PrefillJob& /*job*/) override { return absl::OkStatus(); }
 
   absl::StatusOr<PrefillResult> Run(const PrefillJob& job, const PrefillContext& context) override {
-    CudaPrefillPrompt prompt{&job, context.sender, context.control, context.progress};
+    CudaPrefillPrompt prompt{&job, context.sender, context.control, context.progress, {}};
     return std::move(RunPass({&prompt, 1}, context.metrics)[0]);
   }
 

@@ -57,7 +57,10 @@ absl::Status CudaLayerLog::CopyBadRows(int32_t layer, const int64_t* bad_rows, i
 absl::Status CudaLayerLog::HasRun(int32_t layer, bool* has_run) const {
   const cudaError_t state = cudaEventQuery(events(layer).end.get());
   *has_run = state == cudaSuccess;
-  if (state == cudaErrorNotReady) return absl::OkStatus();
+  if (state == cudaErrorNotReady) {
+    (void)cudaGetLastError();  // no failure: the next launch must not take it for its own
+    return absl::OkStatus();
+  }
   return FromCuda(state, absl::StrCat("layer ", layer));
 }
 

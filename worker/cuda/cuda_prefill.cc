@@ -82,7 +82,8 @@ class CudaPass {
       ++layers_done_;
       for (CudaSequence& sequence : sequences_) {
         sequence.result.progress.layers_done = static_cast<uint32_t>(layers_done_);
-        if (sequence.prompt->progress) sequence.prompt->progress(sequence.result.progress);
+        if (sequence.status.ok() && sequence.prompt->progress)
+          sequence.prompt->progress(sequence.result.progress);
       }
     }
     HW_RETURN_IF_ERROR(ScoreLastTokens());

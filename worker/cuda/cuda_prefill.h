@@ -33,6 +33,7 @@ struct CudaPrefillPrompt {
   KvSender* sender = nullptr;
   JobControl* control = nullptr;
   std::function<void(const PrefillProgress&)> progress;  // after every layer has been enqueued; may be empty
+  std::function<void(const absl::Status&)> ended = nullptr;  // as PrefillContext's
 };
 
 // Whether RunCudaPrefill() takes the job together with others: one rank, policy dense, or one that is dense

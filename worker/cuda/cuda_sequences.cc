@@ -71,7 +71,10 @@ absl::Status StepSequences(CudaEgress* egress, std::vector<CudaSequence>* sequen
     if (sequence.status.ok()) {
       sequence.status = sequence.prompt->control->Step();
       if (sequence.status.ok() && egress != nullptr) sequence.status = egress->item_status(i);
-      if (!sequence.status.ok() && egress != nullptr) egress->Drop(i);
+      if (!sequence.status.ok()) {
+        if (egress != nullptr) egress->Drop(i);
+        if (sequence.prompt->ended) sequence.prompt->ended(sequence.status);
+      }
     }
     if (sequence.status.ok()) {
       alive = true;
