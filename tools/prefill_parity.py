@@ -110,7 +110,8 @@ def run_one(arguments, model: Path, tokens: Path, peer: Transformers) -> bool:
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if not lines:
             raise ParityError(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
-        row, ok = json.loads(lines[-1]), done.returncode == 0
+        row = json.loads(lines[-1])
+        ok = done.returncode == 0 and row["logits_error"] <= arguments.logits_tolerance
         print(f"{tokens.stem}: {row['tokens']} tokens on {row['device']}: K {max(row['k_errors']):.4g}, V {max(row['v_errors']):.4g}, "
               f"logits {row['logits_error']:.4g}, top {row['top']} (CPU {row['reference_top']}): {'ok' if ok else 'TOO FAR'}", flush=True)
         if peer.why_not:
