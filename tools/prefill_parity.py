@@ -74,7 +74,7 @@ def read_logits(path: Path) -> array.array:
 
 
 def relative_error(a, b) -> float:
-    return math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b)) / sum(y * y for y in b))
+    return math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / sum(y * y for y in b))
 
 
 class Transformers:
