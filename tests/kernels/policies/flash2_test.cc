@@ -9,6 +9,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
+#include "kernels/reference/mean_keys.h"
 #include "tests/kernels/policies/flash_cases.h"
 
 namespace headwater::kernels::reference {
@@ -267,6 +268,18 @@ TEST(Flash2Test, NamesWhatIsNearTheThreshold) {
   EXPECT_THAT(tile(std::exp(-2) * 1.01).undecided, ElementsAre(3));
   EXPECT_THAT(tile(std::exp(-2) * 0.99).kept, ElementsAre(0, 2, 3, 5));
   EXPECT_THAT(tile(std::exp(-2) * 1.03).undecided, IsEmpty());
+}
+
+// V2's correction: one mean per block, where superblocks would make one of blocks 0 to 7.
+TEST(Flash2Test, MeanKeysWithoutSuperblocksAreTheBlocksNotListed) {
+  std::vector<std::vector<int64_t>> keys;
+  for (const MeanKey& key : MeanKeys({9, 11}, 12, 13 * 128, false))
+    keys.push_back({key.table_row, key.tokens});
+  std::vector<std::vector<int64_t>> expected;
+  for (const int64_t block : {0, 1, 2, 3, 4, 5, 6, 7, 8, 10}) expected.push_back({block, 128});
+
+  EXPECT_EQ(keys, expected);
+  EXPECT_EQ(MeanKeys({9, 11}, 12, 13 * 128).size(), 3u);
 }
 
 TEST(Flash2Test, RefusesWhatIsOutOfRange) {
