@@ -205,6 +205,8 @@ TEST(FlashTest, ThresholdKeepsAShareOfTheBestAndNamesWhatIsNear) {
   EXPECT_THAT(tile(std::exp(-2) * 1.01).kept, ElementsAre(0, 2, 4));
   EXPECT_THAT(tile(std::exp(-2) * 1.01).undecided, ElementsAre(3));
   EXPECT_THAT(tile(std::exp(-2) * 0.97).undecided, IsEmpty());
+  // The tile's own block is at the threshold, which does not decide it.
+  EXPECT_THAT(tile(std::exp(-9) / 128 * 1.001).undecided, IsEmpty());
   EXPECT_THAT(tile(1).kept, ElementsAre(0, 4));
   EXPECT_THAT(tile(0).kept, ElementsAre(0, 1, 2, 3, 4));
 }
