@@ -355,6 +355,10 @@ TEST(SkeletonMaskTest, TheBestElementOfABlockCounts) {
   SelectSkeletonBlocks(1000, p, &head);
   EXPECT_THAT(head.kept[7], ElementsAre(0, 1, 2, 3, 4, 5, 6, 7));
   EXPECT_THAT(head.undecided[7], ElementsAre(1, 2, 4, 5));
+  head.h[900] = head.tau + 59.99;
+  SelectSkeletonBlocks(1000, p, &head);
+  EXPECT_THAT(head.kept[7], ElementsAre(0, 3, 6, 7));
+  EXPECT_THAT(head.undecided[7], ElementsAre(1, 2, 4, 5));
 }
 
 // The threshold under which a share of the pairs of blocks lies, put back into equation 14.
