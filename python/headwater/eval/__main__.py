@@ -1,0 +1,20 @@
+"""python -m headwater.eval: see headwater.eval.cli."""
+
+import importlib.util
+import sys
+
+NEEDED = ("torch", "transformers", "tokenizers", "numpy")
+
+
+def main() -> int:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"headwater.eval: {', '.join(missing)} not installed (pip install {' '.join(missing)})", file=sys.stderr)
+        return 2
+    from headwater.eval import cli
+
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
