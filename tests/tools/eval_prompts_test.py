@@ -112,6 +112,14 @@ class GeneratorTest(unittest.TestCase):
                         for question in one.questions:
                             self.assertEqual(context.count(text(question.answer_ids)), 2 if task == "passkey" else 1)
 
+    def test_keys_are_made_of_words_that_are_tokens_where_there_are_many(self):
+        self.assertIn("anchor", prompts.vocabulary(TOKENIZER))
+        letters = "abcdefghij"
+        words = [f"wo{x}{y}{z}" for x in letters for y in letters for z in letters]
+        vocab = {token: i for i, token in enumerate([*("\u0120" + word for word in words), "\u0120Big", "inner", "\u0120a1b2"])}
+        many = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+        self.assertEqual(prompts.vocabulary(many), words)
+
     def test_depths_of_pass_keys_are_even(self):
         made = self.make("passkey", count=4)
         depths = [text(one.context_ids).index("The pass key is") / 4000 for one in made]

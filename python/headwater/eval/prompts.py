@@ -13,14 +13,22 @@ from headwater.eval.items import Item, Question, encode_plain
 TASKS = ("passkey", "numbers", "words", "uuids")
 SCATTERED = 32  # numbers in a context
 RESERVE = 8  # tokens for what joins at seams
-_ADJECTIVES = ("amber brisk calm dusty early faint gentle hollow idle jolly keen lunar mellow narrow olive plain quiet rapid "
-               "silent tidy upper vivid warm young zesty bitter copper damp eager frosty").split()
-_NOUNS = ("anchor basket candle drum engine forest garden harbor island jacket kettle ladder meadow needle orchard pillow "
-          "quarry river saddle tunnel umbrella valley window yard bridge castle desert ember fountain granite").split()
+_WORDS = ("amber brisk calm dusty early faint gentle hollow idle jolly keen lunar mellow narrow olive plain quiet "
+          "rapid silent tidy upper vivid warm young zesty bitter copper damp eager frosty anchor basket candle drum "
+          "engine forest garden harbor island jacket kettle ladder meadow needle orchard pillow quarry river saddle "
+          "tunnel umbrella valley window yard bridge castle desert ember fountain granite").split()
 _FILLER = ("The road follows the river for a while and then turns towards the hills. ",
            "Nobody at the station could say when the next train would leave. ",
            "In the afternoon the rain stopped and the market opened again.\n",
            "He wrote the letter twice, and sent neither. ")
+
+
+def vocabulary(tokenizer) -> List[str]:
+    """Words that a key may be made of: lower-case ones that are a token each, so that keys seldom share one; a few built-in
+    ones where the tokenizer has not many."""
+    words = {token[1:] for token in tokenizer.get_vocab() if token[:1] in ("\u0120", "\u2581")}
+    found = sorted(word for word in words if 4 <= len(word) <= 10 and word.isascii() and word.isalpha() and word.islower())
+    return found if len(found) >= 500 else _WORDS
 
 
 def filler(draw: random.Random, characters: int) -> str:
@@ -56,6 +64,7 @@ class _Maker:
         self.tokenizer = tokenizer
         self.prefix = tokenizer.encode("").ids
         self.text_ids = text_ids
+        self.words = vocabulary(tokenizer)
 
     def ids(self, text: str) -> List[int]:
         return encode_plain(self.tokenizer, text)
@@ -93,10 +102,10 @@ class _Maker:
 
     def names(self, count: int) -> List[str]:
         """Distinct made-up names."""
-        pairs = [f"{adjective}-{noun}" for adjective in _ADJECTIVES for noun in _NOUNS]
-        if count <= len(pairs):
-            return self.draw.sample(pairs, count)
-        return [f"{pairs[i % len(pairs)]}-{i // len(pairs) + 1}" for i in self.draw.sample(range(count), count)]
+        words = self.words
+        chosen = self.draw.sample(range(max(count, len(words) ** 2)), count)
+        return [f"{words[i // len(words) % len(words)]}-{words[i % len(words)]}" +
+                (f"-{i // len(words) ** 2}" if i >= len(words) ** 2 else "") for i in chosen]
 
     def pairs(self, lines: Callable[[int], List[tuple]], head: str, tail: str, ask: str, questions: int):
         """A context as full of (line, key, value) as fits, between head and tail; `ask` holds {} for the key."""
