@@ -1,6 +1,7 @@
 """python -m headwater.eval: see headwater.eval.cli."""
 
 import importlib.util
+import signal
 import sys
 
 NEEDED = ("torch", "transformers", "tokenizers", "numpy")
@@ -13,6 +14,7 @@ def main() -> int:
         return 2
     from headwater.eval import cli
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is done is kept
     return cli.main()
 
 

@@ -37,7 +37,8 @@ def read_text(name: str) -> Tuple[str, str]:
 def _bible() -> str:
     if shutil.which(BIBLE[0]) is None:
         raise TextError("text kjv: the program `bible` is absent (apt-get install bible-kjv)")
-    done = subprocess.run(BIBLE, capture_output=True, text=True, errors="replace", timeout=60, check=False)
+    done = subprocess.run(BIBLE, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=60,
+                          check=False)
     if done.returncode != 0 or len(done.stdout) < 1 << 20:
         raise TextError(f"text kjv: `{' '.join(BIBLE)}` gave {len(done.stdout)} characters, status {done.returncode}")
     return done.stdout
