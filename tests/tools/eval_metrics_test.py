@@ -17,7 +17,8 @@ except ImportError:
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
 from headwater.eval import metrics, report  # noqa: E402
 
-META = {"model": "m", "device": "CPU", "dtype": "f32", "seed": 3, "date": "2026-01-01", "commit": "abc"}
+META = {"model": "m", "device": "CPU", "dtype": "f32", "seed": 3, "date": "2026-01-01", "commit": "abc",
+        "questions": "All shared."}
 
 
 def result(policy, name, nll, correct=None, tokens=1024, set_name="ppl:t", group=None, attention_ms=1.0):

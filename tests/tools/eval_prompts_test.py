@@ -116,7 +116,8 @@ class GeneratorTest(unittest.TestCase):
         self.assertIn("anchor", prompts.vocabulary(TOKENIZER))
         letters = "abcdefghij"
         words = [f"wo{x}{y}{z}" for x in letters for y in letters for z in letters]
-        vocab = {token: i for i, token in enumerate([*("\u0120" + word for word in words), "\u0120Big", "inner", "\u0120a1b2"])}
+        tokens = [*("\u0120" + word for word in words), "\u0120Big", "inner", "\u0120a1b2"]
+        vocab = {token: i for i, token in enumerate(tokens)}
         many = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
         self.assertEqual(prompts.vocabulary(many), words)
 

@@ -113,9 +113,11 @@ def describe(args: argparse.Namespace, path: Path, dtype: str) -> dict:
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"CPU ({platform.machine()})"
     flags = {name: [str(one) for one in value] if isinstance(value, list) else str(value)
              for name, value in vars(args).items()}
-    return {"model": path.resolve().name, "device": device, "dtype": dtype, "seed": args.seed, "commit": commit_of_tree(),
-            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), "flags": flags,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    questions = ("Every question was prefilled with its context." if args.whole_prompts else
+                 "Several questions of a context share its cache and attend exactly.")
+    return {"model": path.resolve().name, "device": device, "dtype": dtype, "seed": args.seed, "questions": questions,
+            "commit": commit_of_tree(), "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "flags": flags, "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
 
 
 def check(args: argparse.Namespace) -> None:

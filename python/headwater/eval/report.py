@@ -85,7 +85,7 @@ def markdown(rows: List[dict], meta: dict, notes: List[str]) -> str:
              f"{meta['device']}, {meta['dtype']}, seed {meta['seed']}, {meta['date']}. Value: perplexity (ppl) or share of "
              "right answers; difference: to dense, relative for perplexity, of shares else, on the same windows and "
              "questions; NLL in nats a token; recall: dense attention's mass on attended keys, over sampled rows of all "
-             "layers and heads.", ""]
+             f"layers and heads. {meta['questions']}", ""]
     lines += [f"- {note}" for note in notes] + [""] * bool(notes)
     last = None
     for row in rows:
