@@ -125,7 +125,7 @@ class RunnerTest(unittest.TestCase):
         self.assertIn("left", self.said[-1])
 
     def test_whole_prompts_score_as_a_shared_context_does_under_dense(self):
-        shared, whole = (self.run_all(whole_prompts=each).results for each in (False, True))
+        whole, shared = (self.run_all(share_context=each).results for each in (False, True))
         for one, other in zip(shared, whole):
             self.assertAlmostEqual(one.nll, other.nll, places=4)
 

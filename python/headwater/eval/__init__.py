@@ -10,5 +10,5 @@ policy and prompt length are measured
 - time of attention and of the whole prefill
 
 Differences are to policy "dense", on the same windows and questions, with bootstrap intervals. The prompt is prefilled by
-the policy; what comes after it (question, where it shares the context's cache, and answer) attends exactly.
+the policy; what comes after it (the answer, and questions that share a context's cache) attends exactly.
 """

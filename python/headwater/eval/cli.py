@@ -38,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
     add("--own", nargs="*", choices=prompts.TASKS, default=list(prompts.TASKS), help="retrieval prompts made from the seed")
     add("--own_prompts", type=int, default=4, help="of a task and length")
     add("--questions", type=int, default=8, help="of a prompt with many answers")
-    add("--whole_prompts", action="store_true",
-        help="prefill every question with its context; else several questions share the context's cache and attend exactly")
+    add("--share_context", action="store_true",
+        help="several questions of a context share its cache and attend exactly: quick, and flatters sparse policies")
     add("--recall_prompts", type=int, default=1, help="of a set and length that recall is sampled on; also warms up")
     add("--recall_rows", type=int, default=64, help="sampled rows of such a prompt")
     add("--limit_s", type=float, default=float("inf"), help="time of one policy")
@@ -113,8 +113,8 @@ def describe(args: argparse.Namespace, path: Path, dtype: str) -> dict:
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"CPU ({platform.machine()})"
     flags = {name: [str(one) for one in value] if isinstance(value, list) else str(value)
              for name, value in vars(args).items()}
-    questions = ("Every question was prefilled with its context." if args.whole_prompts else
-                 "Several questions of a context share its cache and attend exactly.")
+    questions = ("Several questions of a context share its cache and attend exactly." if args.share_context else
+                 "Every question was prefilled with its context.")
     return {"model": path.resolve().name, "device": device, "dtype": dtype, "seed": args.seed, "questions": questions,
             "commit": commit_of_tree(), "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "flags": flags, "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
@@ -156,7 +156,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         say("headwater.eval: nothing to measure; give --text, --prompts or --own")
         return 2
     meta = describe(args, path, dtype)
-    runner = Runner(model, Settings(args.seed, args.recall_prompts, args.recall_rows, args.whole_prompts, args.limit_s), say,
+    runner = Runner(model, Settings(args.seed, args.recall_prompts, args.recall_rows, args.share_context, args.limit_s), say,
                     lambda records: report.write(args.output, records, meta, final=False))
     runner.records.notes += notes
     status = 0

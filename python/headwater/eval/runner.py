@@ -55,9 +55,9 @@ class Settings:
     seed: int = 1
     recall_prompts: int = 1  # of a set and length
     recall_rows: int = 64  # of a prompt
-    # Every question is prefilled with its context. Else so is a context's only question; several share the context's
-    # cache, and attend exactly.
-    whole_prompts: bool = False
+    # Several questions of a context share its cache and attend exactly: quick, but a policy that drops what they ask for
+    # does not show it. Else every question is prefilled with its context.
+    share_context: bool = False
     limit_s: float = float("inf")  # of one policy
 
 
@@ -130,7 +130,7 @@ class Runner:
             raise
 
     def _whole(self, item: Item) -> bool:
-        return self._settings.whole_prompts or len(item.questions) == 1
+        return not self._settings.share_context or len(item.questions) == 1
 
     def _work(self, length: int, prompt) -> float:
         passes = len(prompt.questions) if isinstance(prompt, Item) and self._whole(prompt) else 1
