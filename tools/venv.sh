@@ -6,7 +6,7 @@ cd "$root"
 venv=$root/.venv
 stamp=$venv/headwater.stamp
 
-wanted=$({ cat tools/requirements.txt tools/venv.sh proto/headwater/v1/*.proto; cat python/setup.py python/pyproject.toml python/headwater/*.py python/headwater/ops/*.py; } | sha256sum)
+wanted=$({ cat tools/requirements.txt tools/venv.sh proto/headwater/v1/*.proto; cat python/setup.py python/pyproject.toml python/headwater/*.py python/headwater/{eval,eval/policies,ops}/*.py; } | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
   echo ".venv is up to date"
   exit 0
