@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "kernels/dtype.h"
+#include "kernels/reference/rounding.h"
 
 namespace headwater::kernels::reference {
 namespace {
@@ -12,15 +12,6 @@ namespace {
 constexpr int64_t kRows = 128;  // of a tile
 constexpr int64_t kBlockKeys = 128;
 constexpr double kNothing = -std::numeric_limits<double>::infinity();
-
-float RoundToBf16(double value) {
-  const float single = static_cast<float>(value);
-  uint16_t bits = 0;
-  float rounded = 0;
-  Convert(&single, DType::kF32, &bits, DType::kBF16, 1);
-  Convert(&bits, DType::kBF16, &rounded, DType::kF32, 1);
-  return rounded;
-}
 
 // Mean of one head's rows [begin, end) of x [tokens, heads, dim].
 std::vector<float> Mean(const float* x, int64_t begin, int64_t end, int32_t heads, int32_t head,

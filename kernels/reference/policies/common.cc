@@ -25,6 +25,12 @@ Status CheckRange(const std::string& name, int64_t value, int64_t least, int64_t
                          " to " + std::to_string(most));
 }
 
+Status CheckReal(const std::string& name, double value, double least, double most) {
+  if (value >= least && value <= most) return {};
+  return InvalidArgument(name + " " + std::to_string(value) + " is outside " + std::to_string(least) +
+                         " to " + std::to_string(most));
+}
+
 Status CheckPerHead(const std::string& name, int64_t values, int32_t num_q_heads) {
   if (values == 1 || values == num_q_heads) return {};
   return InvalidArgument(name + " has " + std::to_string(values) + " values, not 1 or one for each of " +

@@ -18,6 +18,8 @@ Status CheckPolicyProblem(const PolicyProblem& problem);
 
 // INVALID_ARGUMENT, with the name, the value and the range, unless least <= value <= most.
 Status CheckRange(const std::string& name, int64_t value, int64_t least, int64_t most);
+// The same of real numbers; refuses NaN.
+Status CheckReal(const std::string& name, double value, double least, double most);
 
 // INVALID_ARGUMENT unless there is one value for all heads or one for each.
 Status CheckPerHead(const std::string& name, int64_t values, int32_t num_q_heads);

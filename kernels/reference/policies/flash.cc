@@ -4,6 +4,8 @@
 #include <limits>
 #include <utility>
 
+#include "kernels/reference/policies/common.h"
+
 namespace headwater::kernels::reference {
 namespace {
 
@@ -40,8 +42,8 @@ std::vector<bool> AlwaysKept(const FlashParameters& a, int64_t tile, const std::
 }  // namespace
 
 Status CheckFlashParameters(const FlashParameters& a) {
-  constexpr double kMost = 1 << 20;
-  HW_KERNELS_RETURN_IF_ERROR(CheckRange("alpha", a.alpha, 0, 1));
+  constexpr int64_t kMost = 1 << 20;
+  HW_KERNELS_RETURN_IF_ERROR(CheckReal("alpha", a.alpha, 0, 1));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("sink_blocks", a.sink_blocks, 0, kMost));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("window_blocks", a.window_blocks, 1, kMost));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("dense_last_blocks", a.dense_last_blocks, 0, kMost));
@@ -50,7 +52,7 @@ Status CheckFlashParameters(const FlashParameters& a) {
 
 Status FlashSelect(const PolicyProblem& p, const FlashParameters& a, FlashTrace* trace, BlockIndex* index) {
   HW_KERNELS_RETURN_IF_ERROR(CheckFlashParameters(a));
-  HW_KERNELS_RETURN_IF_ERROR(CheckProblem(p));
+  HW_KERNELS_RETURN_IF_ERROR(CheckPolicyProblem(p));
   FlashTrace stages{MeanOfKeyBlocks(p), {}};
   const int64_t num_tiles = stages.means.num_blocks;
   for (int32_t head = 0; head < p.num_q_heads; ++head) {

@@ -5,6 +5,8 @@
 #include <string>
 #include <utility>
 
+#include "kernels/reference/policies/common.h"
+
 namespace headwater::kernels::reference {
 namespace {
 
@@ -37,7 +39,7 @@ void SelectOfTile(const PolicyProblem& p, const Flash2Parameters& a, const Block
 
 Status CheckAll(const PolicyProblem& p, const Flash2Parameters& a, int32_t layer, bool wants_index) {
   HW_KERNELS_RETURN_IF_ERROR(CheckFlash2Parameters(a));
-  HW_KERNELS_RETURN_IF_ERROR(CheckProblem(p));
+  HW_KERNELS_RETURN_IF_ERROR(CheckPolicyProblem(p));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("layer", layer, 0, 1 << 20));
   const int32_t group = p.num_q_heads / p.num_kv_heads;
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_q_heads / num_kv_heads", group, 1, kRows));
@@ -52,13 +54,13 @@ Status CheckAll(const PolicyProblem& p, const Flash2Parameters& a, int32_t layer
 }  // namespace
 
 Status CheckFlash2Parameters(const Flash2Parameters& a) {
-  constexpr double kMost = 1 << 20;
-  HW_KERNELS_RETURN_IF_ERROR(CheckRange("alpha", a.alpha, 0, 1));
+  constexpr int64_t kMost = 1 << 20;
+  HW_KERNELS_RETURN_IF_ERROR(CheckReal("alpha", a.alpha, 0, 1));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("sink_blocks", a.sink_blocks, 0, kMost));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("window_blocks", a.window_blocks, 1, kMost));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("dense_last_tiles", a.dense_last_tiles, 0, kMost));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("dense_layers", a.dense_layers, 0, kMost));
-  return CheckRange("dense_tokens", static_cast<double>(a.dense_tokens), 0, 1LL << 40);
+  return CheckRange("dense_tokens", a.dense_tokens, 0, int64_t{1} << 40);
 }
 
 Status Flash2Select(const PolicyProblem& p, const Flash2Parameters& a, int32_t layer, Flash2Trace* trace,

@@ -5,7 +5,7 @@
 #include <limits>
 #include <string>
 
-#include "kernels/dtype.h"
+#include "kernels/reference/rounding.h"
 
 namespace headwater::kernels::reference {
 namespace {
@@ -13,40 +13,7 @@ namespace {
 constexpr double kNothing = -std::numeric_limits<double>::infinity();
 constexpr double kUndecided = 0.02;  // of the threshold
 
-float RoundToBf16(double value) {
-  const float single = static_cast<float>(value);
-  uint16_t bits = 0;
-  float rounded = 0;
-  Convert(&single, DType::kF32, &bits, DType::kBF16, 1);
-  Convert(&bits, DType::kBF16, &rounded, DType::kF32, 1);
-  return rounded;
-}
-
 }  // namespace
-
-Status CheckRange(const char* name, double value, double low, double high) {
-  if (value >= low && value <= high) return {};
-  return InvalidArgument(std::string(name) + " " + std::to_string(value) + " is outside " +
-                         std::to_string(low) + " to " + std::to_string(high));
-}
-
-Status CheckProblem(const PolicyProblem& p) {
-  constexpr double kMost = 1 << 20;
-  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_tokens", static_cast<double>(p.num_tokens), 1, 1LL << 40));
-  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_q_heads", p.num_q_heads, 1, kMost));
-  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_kv_heads", p.num_kv_heads, 1, p.num_q_heads));
-  HW_KERNELS_RETURN_IF_ERROR(CheckRange("head_dim", p.head_dim, 1, kMost));
-  if (p.num_q_heads % p.num_kv_heads != 0) {
-    return InvalidArgument("num_q_heads " + std::to_string(p.num_q_heads) +
-                           " is not a multiple of num_kv_heads " + std::to_string(p.num_kv_heads));
-  }
-  if (p.q == nullptr || p.k == nullptr) return InvalidArgument("q or k is null");
-  if (!(p.softmax_scale > 0) || !std::isfinite(p.softmax_scale)) {
-    return InvalidArgument("softmax_scale " + std::to_string(p.softmax_scale) +
-                           " is not positive and finite");
-  }
-  return {};
-}
 
 BlockMeans MeanOfKeyBlocks(const PolicyProblem& p) {
   BlockMeans means{(p.num_tokens + kKeyBlockTokens - 1) / kKeyBlockTokens, p.head_dim, {}};

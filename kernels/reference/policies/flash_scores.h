@@ -7,16 +7,8 @@
 
 #include "kernels/attention/block_index.h"
 #include "kernels/reference/policies/problem.h"
-#include "kernels/status.h"
 
 namespace headwater::kernels::reference {
-
-// INVALID_ARGUMENT names what of the problem is out of range: sizes below 1, heads that do not divide, q or k
-// null, a scale that is not positive and finite.
-Status CheckProblem(const PolicyProblem& problem);
-
-// INVALID_ARGUMENT unless low <= value <= high; the message names all three.
-Status CheckRange(const char* name, double value, double low, double high);
 
 // [num_kv_heads, blocks, head_dim]: means of K over each block's tokens, from double sums, rounded to bf16 as
 // both versions store them. The last block's mean is over the tokens that it has.

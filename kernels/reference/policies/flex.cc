@@ -8,6 +8,8 @@
 #include <string>
 #include <utility>
 
+#include "kernels/reference/policies/common.h"
+
 namespace headwater::kernels::reference {
 namespace {
 
@@ -27,28 +29,6 @@ Status CheckParameters(const FlexParameters& p) {
   }
   if (p.block_tokens != 16 && p.block_tokens != 32 && p.block_tokens != 64 && p.block_tokens != 128) {
     return bad("block_tokens", std::to_string(p.block_tokens), "16, 32, 64 or 128");
-  }
-  return {};
-}
-
-Status CheckProblem(const PolicyProblem& p) {
-  if (p.num_tokens < 1) return InvalidArgument("num_tokens " + std::to_string(p.num_tokens) + " is below 1");
-  if (p.num_q_heads < 1 || p.num_kv_heads < 1 || p.num_q_heads % p.num_kv_heads != 0) {
-    return InvalidArgument("num_q_heads " + std::to_string(p.num_q_heads) +
-                           " is not a positive multiple of num_kv_heads " + std::to_string(p.num_kv_heads));
-  }
-  if (p.head_dim < 1 || p.head_dim > 256) {
-    return InvalidArgument("head_dim " + std::to_string(p.head_dim) + " is not from 1 to 256");
-  }
-  if (!std::isfinite(p.softmax_scale) || p.softmax_scale <= 0) {
-    return InvalidArgument("softmax_scale " + std::to_string(p.softmax_scale) + " is not a positive number");
-  }
-  if (p.q == nullptr || p.k == nullptr) return InvalidArgument("q or k is null");
-  const auto finite = [](float x) { return std::isfinite(x); };
-  const int64_t row = p.head_dim * p.num_tokens;
-  if (!std::all_of(p.q, p.q + row * p.num_q_heads, finite) ||
-      !std::all_of(p.k, p.k + row * p.num_kv_heads, finite)) {
-    return InvalidArgument("q or k has a NaN or an infinity");
   }
   return {};
 }
@@ -148,7 +128,7 @@ void BlockSet::Add(const std::vector<int32_t>& columns, const std::vector<int32_
 
 Status CheckFlex(const PolicyProblem& problem, const FlexParameters& parameters) {
   HW_KERNELS_RETURN_IF_ERROR(CheckParameters(parameters));
-  return CheckProblem(problem);
+  return CheckPolicyProblem(problem);
 }
 
 int64_t Cover(std::vector<double> x, double share) {

@@ -6,7 +6,7 @@
 #include <string>
 #include <utility>
 
-#include "kernels/reference/policies/flash_scores.h"
+#include "kernels/reference/policies/common.h"
 #include "kernels/reference/policies/skeleton_mask.h"
 
 namespace headwater::kernels::reference {
@@ -211,7 +211,7 @@ uint64_t SplitMix64(uint64_t state) {
 
 Status CheckAll(const PolicyProblem& p, const SkeletonParameters& a) {
   HW_KERNELS_RETURN_IF_ERROR(CheckSkeletonParameters(a));
-  HW_KERNELS_RETURN_IF_ERROR(CheckProblem(p));
+  HW_KERNELS_RETURN_IF_ERROR(CheckPolicyProblem(p));
   if (p.head_dim % 2 != 0) return InvalidArgument("head_dim " + std::to_string(p.head_dim) + " is odd");
   if (!a.frequencies.empty() && a.frequencies.size() != static_cast<size_t>(p.head_dim / 2)) {
     return InvalidArgument("frequencies has " + std::to_string(a.frequencies.size()) + " values, not " +
@@ -223,16 +223,17 @@ Status CheckAll(const PolicyProblem& p, const SkeletonParameters& a) {
 }  // namespace
 
 Status CheckSkeletonParameters(const SkeletonParameters& a) {
-  constexpr double kMost = 1 << 20, kSmallest = std::numeric_limits<double>::min();
+  constexpr int64_t kMost = 1 << 20;
+  constexpr double kSmallest = std::numeric_limits<double>::min();
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("sink_tokens", a.sink_tokens, 0, kMost));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("local_tokens", a.local_tokens, 1, kMost));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("samples_per_dim", a.samples_per_dim, 1, 1 << 16));
-  HW_KERNELS_RETURN_IF_ERROR(CheckRange("ridge", a.ridge, 1e-9, 1));
-  HW_KERNELS_RETURN_IF_ERROR(CheckRange("epsilon", a.epsilon, kSmallest, 1e6));
-  HW_KERNELS_RETURN_IF_ERROR(CheckRange("budget_blocks", a.budget_blocks, 0, static_cast<double>(1LL << 40)));
-  HW_KERNELS_RETURN_IF_ERROR(CheckRange("rope_base", a.rope_base, 1, 1e12));
+  HW_KERNELS_RETURN_IF_ERROR(CheckReal("ridge", a.ridge, 1e-9, 1));
+  HW_KERNELS_RETURN_IF_ERROR(CheckReal("epsilon", a.epsilon, kSmallest, 1e6));
+  HW_KERNELS_RETURN_IF_ERROR(CheckReal("budget_blocks", a.budget_blocks, 0, static_cast<double>(1LL << 40)));
+  HW_KERNELS_RETURN_IF_ERROR(CheckReal("rope_base", a.rope_base, 1, 1e12));
   for (const double theta : a.frequencies) {
-    HW_KERNELS_RETURN_IF_ERROR(CheckRange("a frequency", theta, 0, 1e3));
+    HW_KERNELS_RETURN_IF_ERROR(CheckReal("a frequency", theta, 0, 1e3));
   }
   return {};
 }

@@ -268,7 +268,8 @@ TEST(FlashTest, RefusesProblemsThatMakeNoSense) {
     return status.message();
   };
   EXPECT_THAT(refusal([](PolicyProblem* p) { p->num_tokens = 0; }), HasSubstr("num_tokens 0"));
-  EXPECT_THAT(refusal([](PolicyProblem* p) { p->num_kv_heads = 2; }), HasSubstr("not a multiple"));
+  EXPECT_THAT(refusal([](PolicyProblem* p) { p->num_kv_heads = 2; }),
+              HasSubstr("not a positive multiple of num_kv_heads 2"));
   EXPECT_THAT(refusal([](PolicyProblem* p) { p->head_dim = 0; }), HasSubstr("head_dim 0"));
   EXPECT_THAT(refusal([](PolicyProblem* p) { p->q = nullptr; }), HasSubstr("null"));
   EXPECT_THAT(refusal([](PolicyProblem* p) { p->softmax_scale = -1; }), HasSubstr("softmax_scale -1"));
