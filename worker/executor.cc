@@ -159,7 +159,7 @@ v1::ConnectRequest PrefillExecutor::Report(const v1::PrefillAssignment& assignme
   }
   HW_LOG(INFO).Field("request_id", job->request_id).Field("epoch", job->epoch).Field("rank", job->rank)
       << "prefilled " << NumTokens(job->local()) << " of " << job->tokens.size() << " tokens in "
-      << absl::FormatDuration(total);
+      << absl::FormatDuration(total) << ", planned in " << job->plan.total_bytes() << " bytes";
   return message;
 }
 

@@ -138,31 +138,46 @@ std::ostream& operator<<(std::ostream& out, const Case& c) { return out << c.nam
 
 class CudaModelGpuTest : public ::testing::TestWithParam<Case> {};
 
-TEST_P(CudaModelGpuTest, EqualsTheCpu) {
-  HW_REQUIRE_SM90();
-  const Case& c = GetParam();
+// K, V of every layer and the logits of one checkpoint on the device, and as the CPU computes them in f32.
+struct Comparison {
+  DenseResult got, wanted;
+  uint64_t weight_bytes = 0, planned_weight_bytes = 0;
+};
+
+void Compare(const Case& c, LinearType linear, Comparison* comparison) {
   const TempDir folder;
   testing::WriteRandomCheckpoint(folder.path(), c.shape, 3);
   const auto host = Model::Load({folder.path(), kernels::DType::kF32, 0});
   ASSERT_TRUE(host.ok()) << host.status();
-  const auto device = CudaModel::Load({folder.path(), 0, 3, 0, c.chunk_tokens});
+  const auto device = CudaModel::Load({folder.path(), 0, 3, 0, c.chunk_tokens, linear});
   ASSERT_TRUE(device.ok()) << device.status();
   EXPECT_EQ((*device)->fingerprint(), (*host)->fingerprint());
+  comparison->weight_bytes = (*device)->weight_bytes();
+  comparison->planned_weight_bytes = CudaWeightBytes((*device)->config(), linear);
   const std::vector<int32_t> tokens = RandomTokens(c.tokens, c.shape.vocab_size);
-  const auto wanted = testing::ForwardDense(**host, tokens);
+  auto wanted = testing::ForwardDense(**host, tokens);
   ASSERT_TRUE(wanted.ok()) << wanted.status();
-
-  DenseResult got;
+  comparison->wanted = *std::move(wanted);
   Forward forward(device->get(), tokens);
-  forward.Run(&got);
-
-  ASSERT_EQ(got.k.size(), wanted->k.size());
-  for (size_t layer = 0; layer < got.k.size(); ++layer) {
-    EXPECT_LE(RelativeError(got.k[layer], wanted->k[layer]), kTolerance) << "K of layer " << layer;
-    EXPECT_LE(RelativeError(got.v[layer], wanted->v[layer]), kTolerance) << "V of layer " << layer;
-  }
-  EXPECT_LE(RelativeError(got.logits, wanted->logits), kTolerance);
+  forward.Run(&comparison->got);
+  ASSERT_EQ(comparison->got.k.size(), comparison->wanted.k.size());
   EXPECT_THAT(forward.bad_rows, ::testing::Each(-1));
+}
+
+void ExpectWithin(const Comparison& c, double tolerance) {
+  for (size_t layer = 0; layer < c.got.k.size(); ++layer) {
+    EXPECT_LE(RelativeError(c.got.k[layer], c.wanted.k[layer]), tolerance) << "K of layer " << layer;
+    EXPECT_LE(RelativeError(c.got.v[layer], c.wanted.v[layer]), tolerance) << "V of layer " << layer;
+  }
+  EXPECT_LE(RelativeError(c.got.logits, c.wanted.logits), tolerance);
+}
+
+TEST_P(CudaModelGpuTest, EqualsTheCpu) {
+  HW_REQUIRE_SM90();
+  Comparison comparison;
+  ASSERT_NO_FATAL_FAILURE(Compare(GetParam(), LinearType::kBF16, &comparison));
+  ExpectWithin(comparison, kTolerance);
+  EXPECT_EQ(comparison.weight_bytes, comparison.planned_weight_bytes);
 }
 
 CheckpointShape Llama() { return {}; }
@@ -201,31 +216,14 @@ class CudaModelFp8GpuTest : public ::testing::TestWithParam<Case> {};
 
 TEST_P(CudaModelFp8GpuTest, IsAsFarFromTheCpuAsFp8Makes) {
   HW_REQUIRE_SM90();
-  const Case& c = GetParam();
-  const TempDir folder;
-  testing::WriteRandomCheckpoint(folder.path(), c.shape, 3);
-  const auto host = Model::Load({folder.path(), kernels::DType::kF32, 0});
-  ASSERT_TRUE(host.ok()) << host.status();
-  const auto device = CudaModel::Load({folder.path(), 0, 3, 0, c.chunk_tokens, LinearType::kFP8});
-  ASSERT_TRUE(device.ok()) << device.status();
-  EXPECT_EQ((*device)->fingerprint(), (*host)->fingerprint());
-  EXPECT_EQ((*device)->weight_bytes(), CudaWeightBytes((*device)->config(), LinearType::kFP8));
-  const std::vector<int32_t> tokens = RandomTokens(c.tokens, c.shape.vocab_size);
-  const auto wanted = testing::ForwardDense(**host, tokens);
-  ASSERT_TRUE(wanted.ok()) << wanted.status();
-
-  DenseResult got;
-  Forward forward(device->get(), tokens);
-  forward.Run(&got);
-
-  ASSERT_EQ(got.k.size(), wanted->k.size());
-  for (size_t layer = 0; layer < got.k.size(); ++layer) {
-    EXPECT_LE(RelativeError(got.k[layer], wanted->k[layer]), kFp8Tolerance) << "K of layer " << layer;
-    EXPECT_LE(RelativeError(got.v[layer], wanted->v[layer]), kFp8Tolerance) << "V of layer " << layer;
-    EXPECT_GE(RelativeError(got.v[layer], wanted->v[layer]), kLeastFp8Error) << "V of layer " << layer;
+  Comparison comparison;
+  ASSERT_NO_FATAL_FAILURE(Compare(GetParam(), LinearType::kFP8, &comparison));
+  ExpectWithin(comparison, kFp8Tolerance);
+  for (size_t layer = 0; layer < comparison.got.v.size(); ++layer) {
+    EXPECT_GE(RelativeError(comparison.got.v[layer], comparison.wanted.v[layer]), kLeastFp8Error)
+        << "V of layer " << layer;
   }
-  EXPECT_LE(RelativeError(got.logits, wanted->logits), kFp8Tolerance);
-  EXPECT_THAT(forward.bad_rows, ::testing::Each(-1));
+  EXPECT_EQ(comparison.weight_bytes, comparison.planned_weight_bytes);
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, CudaModelFp8GpuTest,

@@ -25,6 +25,8 @@ using kernels::CudaTokenRun;
 
 // Copies that are under way while an earlier one is handed to the sender.
 constexpr size_t kCopiesAhead = 8;
+static_assert(kCopiesAhead + 1 <
+              CudaEgressMemory::kSlots);  // else a slot is waited for that is not handed on
 // A cancelled job is seen after this long at most.
 constexpr absl::Duration kPoll = absl::Milliseconds(20);
 // What a slot's conversion is told and answers: a CudaTokenRun, then a word of problems.

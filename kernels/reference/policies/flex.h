@@ -80,8 +80,8 @@ struct FlexTrace {
 // Fills `index` (one list per query head, tiles and blocks of block_tokens) and, where it is not null,
 // `trace`. Every segment is dense where num_tokens <= max(2 * block_tokens, min_budget_tokens rounded up to
 // blocks). INVALID_ARGUMENT, with both untouched: a parameter outside its range, or what
-// CheckPolicyProblem() refuses. v is not looked at. Cost: block_tokens * N * head_dim products a head, plus nb^2 *
-// head_dim in query-aware ones, and two sorts of N.
+// CheckPolicyProblem() refuses. v is not looked at. Cost: block_tokens * N * head_dim products a head, plus
+// nb^2 * head_dim in query-aware ones, and two sorts of N.
 Status FlexSelect(const PolicyProblem& problem, const FlexParameters& parameters, FlexTrace* trace,
                   BlockIndex* index);
 
