@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/attention/block_index.h"
+#include "kernels/pattern/parameters.h"
 #include "kernels/status.h"
 
 namespace headwater::kernels {
@@ -21,14 +22,6 @@ struct PatternInputs {
   int64_t num_tokens = 0;  // of the whole prompt
   int64_t first_q_tile = 0;
   int64_t num_q_tiles = 0;
-};
-
-// What the search of cuda/pattern.h is told.
-struct ProbeParameters {
-  double threshold = 0.18;
-  double forced_density = 0;  // over 0: that share of the blocks, whatever their scores
-  int64_t dense_below_tokens =
-      8192;  // shorter prompts go dense, which is faster; not where a density is forced
 };
 
 // Immutable and thread-safe: the same inputs give the same index on every rank.

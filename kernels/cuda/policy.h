@@ -1,0 +1,84 @@
+// CudaPolicy: decides on the GPU which keys each query tile of a prompt attends to, layer by layer. Every
+// published method has a class in cuda/policies/; its rule is that of the reference of the same name in
+// reference/policies/.
+#ifndef HW_KERNELS_CUDA_POLICY_H_
+#define HW_KERNELS_CUDA_POLICY_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/block_masks.h"
+#include "kernels/pattern/parameters.h"
+#include "kernels/status.h"
+
+namespace headwater::kernels {
+
+struct CudaPolicyShape {
+  int32_t num_layers = 0;
+  int32_t num_q_heads = 0;
+  int32_t num_kv_heads = 0;
+  int32_t head_dim = 0;
+  float softmax_scale = 0;
+};
+
+// One layer of one prompt: bf16, device memory, 16-byte aligned, contiguous, rotated.
+struct CudaPolicyLayer {
+  int32_t layer = 0;
+  const void* q = nullptr;  // [num_tokens, num_q_heads, head_dim]
+  const void* k = nullptr;  // [num_tokens, num_kv_heads, head_dim]
+  const void* v = nullptr;  // as k
+};
+
+// Keys to the token, for the two methods whose patterns are not blocks (cuda/range_attention.h).
+struct CudaKeyRanges;
+
+// What a layer's attention reads; device memory of the policy, valid until its next Select() on the same
+// stream.
+struct CudaSelection {
+  CudaBlockLists lists;                   // num_lists 0: dense, unless `ranges` is set
+  CudaMeanCorrection correction;          // for what `lists` leaves out
+  const CudaKeyRanges* ranges = nullptr;  // in place of lists
+  // uint64 and uint32 in device memory, or null: as CudaListsOfMasksArgs has them.
+  const uint64_t* visited = nullptr;
+  const uint32_t* overflows = nullptr;
+  uint64_t possible = 0;  // what *visited is a share of
+};
+
+// Not thread-safe; one prompt at a time. Calls enqueue on the stream that they are given, which is the same
+// for a whole prompt, and return without waiting for it.
+class CudaPolicy {
+ public:
+  virtual ~CudaPolicy() = default;
+
+  // Device memory for a prompt of num_tokens: lists, scratch, and what layers leave for later ones. 256-byte
+  // aligned.
+  virtual size_t MemoryBytes(int64_t num_tokens) const = 0;
+
+  // A new prompt; what an earlier one left is forgotten. `memory` lives until the next Begin() or the end of
+  // the work that has been enqueued. INVALID_ARGUMENT: too little memory, misaligned, num_tokens outside 1 to
+  // 2^31 - 1.
+  virtual Status Begin(int64_t num_tokens, void* memory, size_t memory_bytes, cudaStream_t stream) = 0;
+
+  // Layers go up, from 0 or later.
+  virtual Status Select(const CudaPolicyLayer& layer, cudaStream_t stream, CudaSelection* selection) = 0;
+
+  // Whether Finish() wants the layer's lse_ln [num_tokens, num_q_heads], f32.
+  virtual bool wants_lse() const { return false; }
+  // After the layer's attention has been enqueued.
+  virtual Status Finish(const CudaPolicyLayer& /*layer*/, const float* /*lse_ln*/, cudaStream_t /*stream*/) {
+    return {};
+  }
+};
+
+// INVALID_ARGUMENT: shape out of range. UNIMPLEMENTED: a policy or parameter that the GPU has no path for;
+// the message names it.
+Status MakeCudaPolicy(const PolicyParameters& parameters, const CudaPolicyShape& shape,
+                      std::unique_ptr<CudaPolicy>* made);
+
+}  // namespace headwater::kernels
+
+#endif  // HW_KERNELS_CUDA_POLICY_H_

@@ -1,0 +1,53 @@
+// Parameters of every policy, typed and checked, from the names and numbers that requests carry.
+#ifndef HW_KERNELS_PATTERN_PARAMETERS_H_
+#define HW_KERNELS_PATTERN_PARAMETERS_H_
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "kernels/reference/policies/flash.h"
+#include "kernels/reference/policies/flash2.h"
+#include "kernels/reference/policies/flex.h"
+#include "kernels/reference/policies/share.h"
+#include "kernels/reference/policies/skeleton.h"
+#include "kernels/reference/policies/vertical_slash.h"
+#include "kernels/reference/policies/xattention.h"
+#include "kernels/status.h"
+
+namespace headwater::kernels {
+
+struct DenseParameters {};
+
+// StreamingLLM's attention sinks and sliding window (Xiao et al., arXiv:2309.17453), token-exact: query p
+// sees key j <= p if j < sink_tokens or j > p - window_tokens.
+struct AShapeParameters {
+  int64_t sink_tokens = 128;     // 0 to 2^22
+  int64_t window_tokens = 3968;  // 1 to 2^22
+};
+
+// What the search of cuda/pattern.h is told.
+struct ProbeParameters {
+  double threshold = 0.18;
+  double forced_density = 0;  // over 0: that share of the blocks, whatever their scores
+  // Shorter prompts go dense, which is faster; not where a density is forced.
+  int64_t dense_below_tokens = 8192;
+};
+
+// SharePrefill's, with the map of heads that `python -m headwater.cluster` makes.
+struct ShareWithClusters {
+  reference::ShareParameters share;
+  reference::ShareClusters clusters;
+};
+
+using PolicyParameters =
+    std::variant<DenseParameters, AShapeParameters, ProbeParameters, reference::FlashParameters,
+                 reference::Flash2Parameters, reference::FlexParameters, ShareWithClusters,
+                 reference::SkeletonParameters, reference::VerticalSlashParameters,
+                 reference::XAttentionParameters>;
+
+}  // namespace headwater::kernels
+
+#endif  // HW_KERNELS_PATTERN_PARAMETERS_H_
