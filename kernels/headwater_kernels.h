@@ -241,6 +241,54 @@ typedef struct {
 } hw_pack_kv_args;
 HW_EXPORT hw_status hw_pack_kv(const hw_pack_kv_args* args, void* stream);
 
+/* --- Pattern policies (policy.h) --- */
+
+typedef struct hw_policy hw_policy;
+
+typedef struct {
+  int32_t layer, head, cluster;
+} hw_head_cluster;
+
+typedef struct {
+  uint32_t struct_size;
+  const char* name;        /* as pattern/parameters.h has them */
+  const char* const* keys; /* [num_parameters] */
+  const double* values;    /* [num_parameters] */
+  int32_t num_parameters;
+  int32_t num_layers, num_q_heads, num_kv_heads, head_dim;
+  float softmax_scale;
+  const double* rope_frequencies;  /* [head_dim / 2] in host memory, for "skeleton", or null: by rope_base */
+  const hw_head_cluster* clusters; /* for "share", or null */
+  int32_t num_clusters;
+  const int32_t* shared_clusters;
+  int32_t num_shared_clusters;
+} hw_policy_config;
+
+/* What a layer's attention read; device memory of the policy. */
+typedef struct {
+  uint32_t struct_size;
+  hw_block_lists lists;          /* num_lists 0: dense, or key ranges */
+  const void *k_means, *v_means; /* mean correction, or null */
+  int32_t has_ranges;            /* patterns to the token (range_attention.h) */
+  const uint64_t* visited;       /* or null */
+  const uint32_t* overflows;     /* or null */
+  uint64_t possible;
+} hw_selection;
+
+/* *policy is null where this fails. */
+HW_EXPORT hw_status hw_policy_create(const hw_policy_config* config, hw_policy** policy);
+HW_EXPORT void hw_policy_destroy(hw_policy* policy); /* null: does nothing */
+HW_EXPORT size_t hw_policy_memory_bytes(const hw_policy* policy, int64_t num_tokens);
+HW_EXPORT size_t hw_policy_workspace_bytes(const hw_policy* policy, int64_t num_tokens);
+HW_EXPORT int32_t hw_policy_wants_lse(const hw_policy* policy);
+HW_EXPORT hw_status hw_policy_begin(hw_policy* policy, int64_t num_tokens, void* memory, size_t memory_bytes,
+                                    void* stream);
+/* One layer: search, attention, and what later layers want to know of it. out: bf16 as q. lse_ln: f32
+ * [tokens, query heads], or null unless the policy wants it. */
+HW_EXPORT hw_status hw_policy_attention(hw_policy* policy, int32_t layer, const void* q, const void* k,
+                                        const void* v, void* out, float* lse_ln, void* workspace,
+                                        size_t workspace_bytes, void* stream, hw_selection* selection);
+
 /* --- Linear layers (linear.h) --- */
 
 typedef struct hw_linear hw_linear;

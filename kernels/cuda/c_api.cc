@@ -1,5 +1,5 @@
+#include "kernels/c_api_support.h"
 #include "kernels/cuda/attention.h"
-#include "kernels/cuda/c_api_support.h"
 #include "kernels/cuda/merge.h"
 #include "kernels/cuda/pattern.h"
 #include "kernels/headwater_kernels.h"

@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <memory>
 
+#include "kernels/c_api_support.h"
 #include "kernels/cuda/block_stats.h"
-#include "kernels/cuda/c_api_support.h"
 #include "kernels/cuda/layer_ops.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/quantize.h"

@@ -79,6 +79,21 @@ class CudaPolicy {
 Status MakeCudaPolicy(const PolicyParameters& parameters, const CudaPolicyShape& shape,
                       std::unique_ptr<CudaPolicy>* made);
 
+// What a layer's attention over a selection needs besides its arrays.
+struct CudaPolicyOutput {
+  void* out = nullptr;      // bf16 as q; may be q itself, unless the policy wants_lse()
+  float* lse_ln = nullptr;  // f32 [num_tokens, num_q_heads]; may be null unless the policy wants_lse()
+};
+
+// Device memory for CudaPolicyAttention(), 256-byte aligned.
+size_t CudaPolicyAttentionWorkspaceBytes(const CudaPolicyShape& shape, int64_t num_tokens);
+
+// Select(), attention over what it selected, Finish(): one layer of a prompt that has begun. Enqueues on
+// `stream`; lifetimes and errors as CudaAttention(). *selection is what was selected.
+Status CudaPolicyAttention(CudaPolicy* policy, const CudaPolicyShape& shape, int64_t num_tokens,
+                           const CudaPolicyLayer& layer, const CudaPolicyOutput& output, void* workspace,
+                           size_t workspace_bytes, cudaStream_t stream, CudaSelection* selection);
+
 }  // namespace headwater::kernels
 
 #endif  // HW_KERNELS_CUDA_POLICY_H_

@@ -48,6 +48,18 @@ using PolicyParameters =
                  reference::SkeletonParameters, reference::VerticalSlashParameters,
                  reference::XAttentionParameters>;
 
+// The parameters of the policy called `name`, "" being "dense", with `parameters` in place of their defaults.
+// INVALID_ARGUMENT: unknown name (the message lists the known ones), unknown parameter, or a value outside
+// its range (the message names value and range). Names are those of the structures' fields, with three
+// exceptions: probe's forced_density is "density"; vertical_slash's budgets are "n_vertical" and "n_slash",
+// xattention's thresholds "threshold", the same for all heads. What is not a number (clusters, frequencies,
+// budgets of single heads) keeps its default, and `compat` is off.
+Status ParsePolicyParameters(const std::string& name, const std::map<std::string, double>& parameters,
+                             PolicyParameters* parsed);
+
+// Names of all policies, "dense" first.
+std::vector<std::string> PolicyNames();
+
 }  // namespace headwater::kernels
 
 #endif  // HW_KERNELS_PATTERN_PARAMETERS_H_

@@ -1,13 +1,13 @@
 #include "kernels/pattern/policy.h"
 
 #include <algorithm>
-#include <cmath>
 #include <new>
+#include <utility>
+#include <variant>
 
 namespace headwater::kernels {
 namespace {
 
-constexpr int64_t kMaxPatternTokens = int64_t{1} << 22;
 // Blocks are int32_t.
 constexpr int64_t kMaxPromptTokens = int64_t{1} << 37;
 
@@ -26,9 +26,22 @@ Status CheckInputs(const PatternInputs& inputs) {
   return {};
 }
 
-class DensePolicy final : public PatternPolicy {
+// A policy and what it was told.
+class NamedPolicy : public PatternPolicy {
  public:
+  NamedPolicy(std::string name, PolicyParameters parameters)
+      : name_(std::move(name)), parameters_(std::move(parameters)) {}
   const std::string& name() const override { return name_; }
+  const PolicyParameters& parameters() const override { return parameters_; }
+
+ private:
+  const std::string name_;
+  const PolicyParameters parameters_;
+};
+
+class DensePolicy final : public NamedPolicy {
+ public:
+  using NamedPolicy::NamedPolicy;
   Status Select(const PatternInputs& inputs, BlockIndex* index) const override {
     HW_KERNELS_RETURN_IF_ERROR(CheckInputs(inputs));
     try {
@@ -39,17 +52,14 @@ class DensePolicy final : public PatternPolicy {
     }
     return {};
   }
-
- private:
-  const std::string name_ = "dense";
 };
 
-class AShapePolicy final : public PatternPolicy {
+class AShapePolicy final : public NamedPolicy {
  public:
-  AShapePolicy(int64_t sink_tokens, int64_t window_tokens)
-      : sink_tokens_(sink_tokens), window_tokens_(window_tokens) {}
-
-  const std::string& name() const override { return name_; }
+  AShapePolicy(const std::string& name, const AShapeParameters& parameters)
+      : NamedPolicy(name, parameters),
+        sink_tokens_(parameters.sink_tokens),
+        window_tokens_(parameters.window_tokens) {}
 
   Status Select(const PatternInputs& inputs, BlockIndex* index) const override {
     HW_KERNELS_RETURN_IF_ERROR(CheckInputs(inputs));
@@ -91,93 +101,33 @@ class AShapePolicy final : public PatternPolicy {
     index->offsets.push_back(static_cast<int64_t>(index->blocks.size()));
   }
 
-  const std::string name_ = "a_shape";
   const int64_t sink_tokens_;
   const int64_t window_tokens_;
 };
 
-class ProbePolicy final : public PatternPolicy {
+// Its lists depend on Q and K: cuda/policy.h makes them.
+class SearchingPolicy final : public NamedPolicy {
  public:
-  explicit ProbePolicy(const ProbeParameters& parameters) : parameters_(parameters) {}
-  const std::string& name() const override { return name_; }
+  using NamedPolicy::NamedPolicy;
   Status Select(const PatternInputs&, BlockIndex*) const override {
-    return {StatusCode::kUnimplemented, "policy probe searches on a GPU; there is none here"};
+    return {StatusCode::kUnimplemented, "policy " + name() + " searches on a GPU; there is none here"};
   }
-  const ProbeParameters* probe() const override { return &parameters_; }
-
- private:
-  const std::string name_ = "probe";
-  const ProbeParameters parameters_;
 };
-
-// Takes parameter `key` out of `parameters`: over 0, at most 1.
-Status TakeShare(std::map<std::string, double>* parameters, const std::string& key, double* share) {
-  const auto found = parameters->find(key);
-  if (found == parameters->end()) return {};
-  if (!(found->second > 0 && found->second <= 1)) {
-    return InvalidArgument(key + " " + std::to_string(found->second) + " is not over 0 and at most 1");
-  }
-  *share = found->second;
-  parameters->erase(found);
-  return {};
-}
-
-// Takes parameter `key` out of `parameters`: a whole number from `least` to kMaxPatternTokens.
-Status TakeTokens(std::map<std::string, double>* parameters, const std::string& key, int64_t least,
-                  int64_t* tokens) {
-  const auto found = parameters->find(key);
-  if (found == parameters->end()) return {};
-  const double value = found->second;
-  if (!(value >= static_cast<double>(least) && value <= static_cast<double>(kMaxPatternTokens)) ||
-      value != std::floor(value)) {
-    return InvalidArgument(key + " " + std::to_string(value) + " is not a whole number from " +
-                           std::to_string(least) + " to " + std::to_string(kMaxPatternTokens));
-  }
-  *tokens = static_cast<int64_t>(value);
-  parameters->erase(found);
-  return {};
-}
-
-Status RefuseRest(const std::string& policy, const std::map<std::string, double>& rest) {
-  if (rest.empty()) return {};
-  return InvalidArgument("policy " + policy + " has no parameter \"" + rest.begin()->first + "\"");
-}
 
 }  // namespace
 
 Status MakePolicy(const std::string& name, const std::map<std::string, double>& parameters,
                   std::unique_ptr<PatternPolicy>* policy) {
-  std::map<std::string, double> rest = parameters;
-  if (name.empty() || name == "dense") {
-    HW_KERNELS_RETURN_IF_ERROR(RefuseRest("dense", rest));
-    *policy = std::make_unique<DensePolicy>();
-    return {};
+  PolicyParameters parsed;
+  HW_KERNELS_RETURN_IF_ERROR(ParsePolicyParameters(name, parameters, &parsed));
+  if (std::holds_alternative<DenseParameters>(parsed)) {
+    *policy = std::make_unique<DensePolicy>("dense", std::move(parsed));
+  } else if (const auto* const a_shape = std::get_if<AShapeParameters>(&parsed)) {
+    *policy = std::make_unique<AShapePolicy>(name, *a_shape);
+  } else {
+    *policy = std::make_unique<SearchingPolicy>(name, std::move(parsed));
   }
-  if (name == "a_shape") {
-    int64_t sink_tokens = 128;
-    int64_t window_tokens = 3968;
-    HW_KERNELS_RETURN_IF_ERROR(TakeTokens(&rest, "sink_tokens", 0, &sink_tokens));
-    HW_KERNELS_RETURN_IF_ERROR(TakeTokens(&rest, "window_tokens", 1, &window_tokens));
-    HW_KERNELS_RETURN_IF_ERROR(RefuseRest("a_shape", rest));
-    *policy = std::make_unique<AShapePolicy>(sink_tokens, window_tokens);
-    return {};
-  }
-  if (name == "probe") {
-    ProbeParameters probe;
-    if (rest.count("threshold") > 0 && rest.count("density") > 0) {
-      return InvalidArgument("policy probe takes a threshold or a density, not both");
-    }
-    HW_KERNELS_RETURN_IF_ERROR(TakeShare(&rest, "threshold", &probe.threshold));
-    HW_KERNELS_RETURN_IF_ERROR(TakeShare(&rest, "density", &probe.forced_density));
-    HW_KERNELS_RETURN_IF_ERROR(RefuseRest("probe", rest));
-    *policy = std::make_unique<ProbePolicy>(probe);
-    return {};
-  }
-  std::string known;
-  for (const std::string& each : PolicyNames()) known += (known.empty() ? "" : ", ") + each;
-  return InvalidArgument("policy \"" + name + "\" is not one of " + known);
+  return {};
 }
-
-std::vector<std::string> PolicyNames() { return {"dense", "a_shape", "probe"}; }
 
 }  // namespace headwater::kernels

@@ -32,23 +32,12 @@ class PatternPolicy {
   // Fills `index` for the tiles asked for. The result passes ValidateBlockIndex(). UNIMPLEMENTED: a policy
   // whose lists depend on Q and K.
   virtual Status Select(const PatternInputs& inputs, BlockIndex* index) const = 0;
-  // Null but for the policy "probe".
-  virtual const ProbeParameters* probe() const { return nullptr; }
+  virtual const PolicyParameters& parameters() const = 0;
 };
 
-// Makes the policy called `name` with `parameters`; "" is "dense". INVALID_ARGUMENT: unknown name (the
-// message lists the known ones), unknown parameter, or a value outside its range (the message names value and
-// range).
-//
-//   dense    no parameters
-//   a_shape  sink_tokens (0 to 2^22, default 128), window_tokens (1 to 2^22, default 3968): StreamingLLM's
-//   attention sinks
-//            plus a sliding window (Xiao et al., arXiv:2309.17453), token-exact; dense for tiles that see no
-//            more than that
+// Makes the policy called `name` with `parameters`, as ParsePolicyParameters() takes them; errors as there.
 Status MakePolicy(const std::string& name, const std::map<std::string, double>& parameters,
                   std::unique_ptr<PatternPolicy>* policy);
-
-std::vector<std::string> PolicyNames();
 
 }  // namespace headwater::kernels
 

@@ -1,5 +1,7 @@
 #include "worker/cuda/cuda_sequences.h"
 
+#include <variant>
+
 #include "absl/strings/str_cat.h"
 
 #include "base/rpc/grpc_status.h"
@@ -10,7 +12,9 @@ namespace {
 
 absl::Status CheckJob(const PrefillJob& job) {
   if (job.world_size() != 1) return absl::UnimplementedError("context parallelism between GPUs");
-  if (job.policy->name() != "dense" && job.policy->probe() == nullptr) {
+  const kernels::PolicyParameters& parameters = job.policy->parameters();
+  if (!std::holds_alternative<kernels::DenseParameters>(parameters) &&
+      !std::holds_alternative<kernels::ProbeParameters>(parameters)) {
     return absl::UnimplementedError(absl::StrCat("policy '", job.policy->name(), "' on a GPU"));
   }
   return CudaEgress::CheckBlocks(job);
@@ -19,7 +23,7 @@ absl::Status CheckJob(const PrefillJob& job) {
 }  // namespace
 
 const kernels::ProbeParameters* ProbeOf(const PrefillJob& job) {
-  const kernels::ProbeParameters* const probe = job.policy->probe();
+  const auto* const probe = std::get_if<kernels::ProbeParameters>(&job.policy->parameters());
   const bool dense =
       probe == nullptr ||
       (probe->forced_density == 0 && static_cast<int64_t>(job.tokens.size()) < probe->dense_below_tokens);

@@ -5,6 +5,7 @@
 #include <limits>
 #include <string>
 
+#include "kernels/reference/dot.h"
 #include "kernels/reference/rounding.h"
 
 namespace headwater::kernels::reference {
@@ -36,9 +37,7 @@ double ScoreLog2(const PolicyProblem& p, const BlockMeans& means, int64_t token,
                  int64_t block) {
   const float* q = p.Q(token, q_head);
   const float* mean = means.Of(q_head / (p.num_q_heads / p.num_kv_heads), block);
-  double dot = 0;
-  for (int32_t i = 0; i < p.head_dim; ++i) dot += static_cast<double>(q[i]) * mean[i];
-  return dot * p.softmax_scale / std::log(2.0);
+  return Dot(q, mean, p.head_dim) * p.softmax_scale / std::log(2.0);
 }
 
 void FinishEnergies(const std::vector<std::vector<double>>& x, int64_t num_blocks, double alpha,

@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "kernels/reference/dot.h"
 #include "kernels/reference/policies/common.h"
 
 namespace headwater::kernels::reference {
@@ -49,7 +50,7 @@ void Softmax(std::vector<double>* x) {
   for (double& value : *x) value /= sum;
 }
 
-double Dot(const std::vector<double>& a, const std::vector<double>& b) {
+double DotOfMeans(const std::vector<double>& a, const std::vector<double>& b) {
   return std::inner_product(a.begin(), a.end(), b.begin(), 0.0);
 }
 
@@ -90,10 +91,7 @@ std::vector<double> AttentionRow(const PolicyProblem& problem, int32_t head, int
   std::vector<double> row(token + 1);
   const float* q = problem.Q(token, head);
   for (int64_t j = 0; j <= token; ++j) {
-    const float* k = problem.K(j, head);
-    double dot = 0;
-    for (int32_t i = 0; i < problem.head_dim; ++i) dot += static_cast<double>(q[i]) * k[i];
-    row[j] = dot * scale;
+    row[j] = Dot(q, problem.K(j, head), problem.head_dim) * scale;
   }
   Softmax(&row);
   return row;
@@ -188,7 +186,7 @@ FlexHead ScoreHead(const PolicyProblem& problem, const FlexParameters& parameter
   const std::vector<double> probe =
       Mean([&](int64_t token) { return problem.Q(token, head); }, first, tokens, problem.head_dim);
   for (const std::vector<double>& mean : KeyMeans(problem, parameters.block_tokens, head)) {
-    h.pooled.push_back(Dot(probe, mean) * scale);
+    h.pooled.push_back(DotOfMeans(probe, mean) * scale);
   }
   Softmax(&h.pooled);
   h.js_distance = JsDistance(h.pooled, h.column_scores, parameters.compat.nan_rule);
@@ -212,7 +210,7 @@ std::vector<FlexBlock> ChoosePooled(const PolicyProblem& problem, const FlexPara
   for (size_t row = 0; row < queries.size(); ++row) {
     std::vector<double> scores;
     for (size_t column = 0; column <= row; ++column) {
-      scores.push_back(Dot(queries[row], keys[column]) * scale);
+      scores.push_back(DotOfMeans(queries[row], keys[column]) * scale);
     }
     Softmax(&scores);
     for (size_t column = 0; column <= row; ++column) map.push_back({scores[column], FlexBlock(row, column)});

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <numeric>
 
+#include "kernels/reference/dot.h"
+
 namespace headwater::kernels::reference {
 namespace {
 
@@ -38,10 +40,7 @@ std::vector<double> AverageAttention(const PolicyProblem& problem, int64_t block
   for (int64_t i = 0; i < tokens; ++i) {
     std::vector<double> row(i + 1);
     for (int64_t j = 0; j <= i; ++j) {
-      for (int32_t x = 0; x < problem.head_dim; ++x) {
-        row[j] += static_cast<double>(problem.Q(i, head)[x]) * problem.K(j, head)[x];
-      }
-      row[j] *= problem.softmax_scale;
+      row[j] = Dot(problem.Q(i, head), problem.K(j, head), problem.head_dim) * problem.softmax_scale;
     }
     const double top = *std::max_element(row.begin(), row.end());
     double sum = 0;

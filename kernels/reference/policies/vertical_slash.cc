@@ -5,6 +5,7 @@
 #include <numeric>
 #include <utility>
 
+#include "kernels/reference/dot.h"
 #include "kernels/reference/policies/common.h"
 
 namespace headwater::kernels::reference {
@@ -32,11 +33,8 @@ std::vector<double> Weights(const PolicyProblem& problem, int32_t head, int64_t 
   std::vector<double> weights;
   double top = -INFINITY, sum = 0;
   for (const int64_t key : keys) {
-    double dot = 0;
-    for (int32_t i = 0; i < problem.head_dim; ++i) {
-      dot += static_cast<double>(problem.Q(query, head)[i]) * problem.K(key, head)[i];
-    }
-    weights.push_back(dot * problem.softmax_scale);
+    weights.push_back(Dot(problem.Q(query, head), problem.K(key, head), problem.head_dim) *
+                      problem.softmax_scale);
     top = std::max(top, weights.back());
   }
   for (double& weight : weights) sum += weight = std::exp(weight - top);

@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "kernels/reference/dot.h"
 #include "kernels/reference/policies/common.h"
 
 namespace headwater::kernels::reference {
@@ -33,12 +34,6 @@ Status CheckParameters(const XAttentionParameters& p, int32_t num_q_heads) {
                            " is not 0 or a multiple of 128 up to 2^28");
   }
   return {};
-}
-
-double Dot(const float* x, const float* y, int32_t dim) {
-  double dot = 0;
-  for (int32_t i = 0; i < dim; ++i) dot += static_cast<double>(x[i]) * y[i];
-  return dot;
 }
 
 // y[w, u]: tokens past the prompt add nothing.

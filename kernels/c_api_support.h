@@ -1,6 +1,6 @@
 // What the files of the C interface share.
-#ifndef HW_KERNELS_CUDA_C_API_SUPPORT_H_
-#define HW_KERNELS_CUDA_C_API_SUPPORT_H_
+#ifndef HW_KERNELS_C_API_SUPPORT_H_
+#define HW_KERNELS_C_API_SUPPORT_H_
 
 #include <cstddef>
 #include <cstring>
@@ -52,4 +52,4 @@ inline Status BadStructure() {
 
 }  // namespace headwater::kernels::capi
 
-#endif  // HW_KERNELS_CUDA_C_API_SUPPORT_H_
+#endif  // HW_KERNELS_C_API_SUPPORT_H_

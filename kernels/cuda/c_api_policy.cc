@@ -1,0 +1,110 @@
+// The C interface of pattern policies.
+#include <memory>
+#include <new>
+#include <string>
+
+#include "kernels/c_api_support.h"
+#include "kernels/cuda/policy.h"
+#include "kernels/headwater_kernels.h"
+#include "kernels/pattern/config.h"
+
+using headwater::kernels::CudaPolicy;
+using headwater::kernels::CudaPolicyShape;
+using headwater::kernels::CudaSelection;
+using headwater::kernels::InvalidArgument;
+using headwater::kernels::PolicyParameters;
+using headwater::kernels::Status;
+using headwater::kernels::capi::BadStructure;
+using headwater::kernels::capi::Read;
+using headwater::kernels::capi::Report;
+
+struct hw_policy {
+  CudaPolicyShape shape;
+  std::unique_ptr<CudaPolicy> policy;
+  int64_t num_tokens = 0;  // of the prompt that has begun
+};
+
+namespace {
+
+Status Create(const hw_policy_config& c, hw_policy* made) {
+  PolicyParameters parameters;
+  HW_KERNELS_RETURN_IF_ERROR(headwater::kernels::ReadPolicyConfig(c, &parameters));
+  made->shape = {c.num_layers, c.num_q_heads, c.num_kv_heads, c.head_dim, c.softmax_scale};
+  return headwater::kernels::MakeCudaPolicy(parameters, made->shape, &made->policy);
+}
+
+}  // namespace
+
+extern "C" {
+
+hw_status hw_policy_create(const hw_policy_config* config, hw_policy** policy) {
+  if (policy == nullptr) return Report(InvalidArgument("policy is null"));
+  *policy = nullptr;
+  hw_policy_config c;
+  if (!Read(config, &c)) return Report(BadStructure());
+  try {
+    auto made = std::make_unique<hw_policy>();
+    const Status status = Create(c, made.get());
+    if (status.ok()) *policy = made.release();
+    return Report(status);
+  } catch (const std::bad_alloc&) {
+    return Report({headwater::kernels::StatusCode::kResourceExhausted, "no memory for a policy"});
+  }
+}
+
+void hw_policy_destroy(hw_policy* policy) { delete policy; }
+
+size_t hw_policy_memory_bytes(const hw_policy* policy, int64_t num_tokens) {
+  return policy == nullptr || num_tokens < 1 ? 0 : policy->policy->MemoryBytes(num_tokens);
+}
+
+size_t hw_policy_workspace_bytes(const hw_policy* policy, int64_t num_tokens) {
+  return policy == nullptr || num_tokens < 1
+             ? 0
+             : headwater::kernels::CudaPolicyAttentionWorkspaceBytes(policy->shape, num_tokens);
+}
+
+int32_t hw_policy_wants_lse(const hw_policy* policy) {
+  return policy != nullptr && policy->policy->wants_lse() ? 1 : 0;
+}
+
+hw_status hw_policy_begin(hw_policy* policy, int64_t num_tokens, void* memory, size_t memory_bytes,
+                          void* stream) {
+  if (policy == nullptr) return Report(InvalidArgument("policy is null"));
+  const Status status =
+      policy->policy->Begin(num_tokens, memory, memory_bytes, static_cast<cudaStream_t>(stream));
+  policy->num_tokens = status.ok() ? num_tokens : 0;
+  return Report(status);
+}
+
+hw_status hw_policy_attention(hw_policy* policy, int32_t layer, const void* q, const void* k, const void* v,
+                              void* out, float* lse_ln, void* workspace, size_t workspace_bytes, void* stream,
+                              hw_selection* selection) {
+  if (policy == nullptr || policy->num_tokens == 0) {
+    return Report(InvalidArgument("policy is null, or no prompt has begun"));
+  }
+  if (layer < 0 || layer >= policy->shape.num_layers) {
+    return Report(InvalidArgument("layer is " + std::to_string(layer) + "; 0 to " +
+                                  std::to_string(policy->shape.num_layers - 1) + " is wanted"));
+  }
+  CudaSelection found;
+  const Status status = headwater::kernels::CudaPolicyAttention(
+      policy->policy.get(), policy->shape, policy->num_tokens, {layer, q, k, v}, {out, lse_ln}, workspace,
+      workspace_bytes, static_cast<cudaStream_t>(stream), &found);
+  if (status.ok() && selection != nullptr) {
+    hw_selection c{};
+    c.struct_size = sizeof c;
+    c.lists = {found.lists.num_lists, found.lists.counts, found.lists.offsets, found.lists.blocks};
+    c.k_means = found.correction.k_means;
+    c.v_means = found.correction.v_means;
+    c.has_ranges = found.ranges != nullptr ? 1 : 0;
+    c.visited = found.visited;
+    c.overflows = found.overflows;
+    c.possible = found.possible;
+    if (selection->struct_size != sizeof c) return Report(BadStructure());
+    *selection = c;
+  }
+  return Report(status);
+}
+
+}  // extern "C"

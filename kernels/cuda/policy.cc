@@ -1,0 +1,90 @@
+#include "kernels/cuda/policy.h"
+
+#include <algorithm>
+#include <cmath>
+#include <variant>
+
+#include "kernels/cuda/check.h"
+#include "kernels/cuda/policies/probe.h"
+
+namespace headwater::kernels {
+namespace {
+
+Status CheckShape(const CudaPolicyShape& shape) {
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_layers", shape.num_layers, 1, 1 << 20));
+  HW_KERNELS_RETURN_IF_ERROR(CheckSizes(1, 1, shape.num_q_heads, shape.num_kv_heads, shape.head_dim));
+  if (!(shape.softmax_scale > 0) || !std::isfinite(shape.softmax_scale)) {
+    return InvalidArgument("softmax_scale is " + std::to_string(shape.softmax_scale) +
+                           "; a positive number is wanted");
+  }
+  return {};
+}
+
+CudaAttentionArgs ArgsOf(const CudaPolicyShape& shape, int64_t num_tokens) {
+  CudaAttentionArgs args;
+  args.total_q = args.total_k = num_tokens;
+  args.num_q_heads = shape.num_q_heads;
+  args.num_kv_heads = shape.num_kv_heads;
+  args.head_dim = shape.head_dim;
+  args.softmax_scale = shape.softmax_scale;
+  return args;
+}
+
+// Overloads for std::visit.
+struct Make {
+  const CudaPolicyShape& shape;
+  std::unique_ptr<CudaPolicy>* made;
+
+  Status operator()(const DenseParameters& p) const { return MakeCudaDense(p, shape, made); }
+  Status operator()(const ProbeParameters& p) const { return MakeCudaProbe(p, shape, made); }
+  template <typename Other>
+  Status operator()(const Other&) const {
+    return {StatusCode::kUnimplemented, "this policy has no path on a GPU"};
+  }
+};
+
+}  // namespace
+
+Status MakeCudaPolicy(const PolicyParameters& parameters, const CudaPolicyShape& shape,
+                      std::unique_ptr<CudaPolicy>* made) {
+  HW_KERNELS_RETURN_IF_ERROR(CheckShape(shape));
+  return std::visit(Make{shape, made}, parameters);
+}
+
+size_t CudaPolicyAttentionWorkspaceBytes(const CudaPolicyShape& shape, int64_t num_tokens) {
+  // Sizes are asked for before there are arrays: any aligned address that is not null does.
+  static int64_t some[2] __attribute__((aligned(256)));
+  CudaAttentionArgs args = ArgsOf(shape, num_tokens);
+  args.q = args.k = args.v = args.out = some;
+  args.lists.counts = reinterpret_cast<int32_t*>(some);
+  args.lists.offsets = some;
+  args.lists.blocks = reinterpret_cast<int32_t*>(some);
+  size_t most = 0;
+  for (const int32_t lists : {0, shape.num_kv_heads, shape.num_q_heads}) {
+    args.lists.num_lists = lists;
+    most = std::max(most, CudaAttentionWorkspaceBytes(args));
+  }
+  return most;
+}
+
+Status CudaPolicyAttention(CudaPolicy* policy, const CudaPolicyShape& shape, int64_t num_tokens,
+                           const CudaPolicyLayer& layer, const CudaPolicyOutput& output, void* workspace,
+                           size_t workspace_bytes, cudaStream_t stream, CudaSelection* selection) {
+  if (policy->wants_lse() && (output.lse_ln == nullptr || output.out == layer.q)) {
+    return InvalidArgument("this policy needs lse_ln, and an output that is not q");
+  }
+  HW_KERNELS_RETURN_IF_ERROR(policy->Select(layer, stream, selection));
+  CudaAttentionArgs args = ArgsOf(shape, num_tokens);
+  args.q = layer.q;
+  args.k = layer.k;
+  args.v = layer.v;
+  args.out = output.out;
+  args.lse_ln = output.lse_ln;
+  args.lists = selection->lists;
+  args.correction = selection->correction;
+  HW_KERNELS_RETURN_IF_ERROR(CudaAttention(args, workspace, workspace_bytes, stream));
+  if (policy->wants_lse()) return policy->Finish(layer, output.lse_ln, stream);
+  return {};
+}
+
+}  // namespace headwater::kernels

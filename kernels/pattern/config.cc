@@ -1,0 +1,56 @@
+#include "kernels/pattern/config.h"
+
+#include <map>
+#include <string>
+#include <variant>
+
+namespace headwater::kernels {
+namespace {
+
+// What requests do not carry as numbers.
+Status AddTables(const hw_policy_config& c, PolicyParameters* parameters) {
+  if (auto* const skeleton = std::get_if<reference::SkeletonParameters>(parameters)) {
+    if (c.rope_frequencies != nullptr) {
+      skeleton->frequencies.assign(c.rope_frequencies, c.rope_frequencies + c.head_dim / 2);
+    }
+  } else if (c.rope_frequencies != nullptr) {
+    return InvalidArgument("rope_frequencies are for policy skeleton");
+  }
+  auto* const share = std::get_if<ShareWithClusters>(parameters);
+  if (share == nullptr) {
+    return c.clusters == nullptr ? Status() : InvalidArgument("clusters are for policy share");
+  }
+  for (int32_t i = 0; c.clusters != nullptr && i < c.num_clusters; ++i) {
+    const hw_head_cluster& head = c.clusters[i];
+    if (head.layer < 0 || head.layer >= c.num_layers || head.head < 0 || head.head >= c.num_q_heads ||
+        head.cluster < 0) {
+      return InvalidArgument("cluster " + std::to_string(head.cluster) + " of head " +
+                             std::to_string(head.head) + " in layer " + std::to_string(head.layer) +
+                             " is outside " + std::to_string(c.num_layers) + " layers of " +
+                             std::to_string(c.num_q_heads) + " heads");
+    }
+    share->clusters.cluster_of[{head.layer, head.head}] = head.cluster;
+  }
+  for (int32_t i = 0; c.shared_clusters != nullptr && i < c.num_shared_clusters; ++i) {
+    share->clusters.shareable.insert(c.shared_clusters[i]);
+  }
+  return {};
+}
+
+}  // namespace
+
+Status ReadPolicyConfig(const hw_policy_config& c, PolicyParameters* parameters) {
+  if (c.name == nullptr || c.num_parameters < 0 ||
+      (c.num_parameters > 0 && (c.keys == nullptr || c.values == nullptr))) {
+    return InvalidArgument("a policy's name or parameters are null");
+  }
+  std::map<std::string, double> given;
+  for (int32_t i = 0; i < c.num_parameters; ++i) {
+    if (c.keys[i] == nullptr) return InvalidArgument("a parameter's name is null");
+    given[c.keys[i]] = c.values[i];
+  }
+  HW_KERNELS_RETURN_IF_ERROR(ParsePolicyParameters(c.name, given, parameters));
+  return AddTables(c, parameters);
+}
+
+}  // namespace headwater::kernels

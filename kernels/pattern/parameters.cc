@@ -1,0 +1,206 @@
+#include "kernels/pattern/parameters.h"
+
+#include <cmath>
+
+namespace headwater::kernels {
+namespace {
+
+constexpr int64_t kMaxPatternTokens = int64_t{1} << 22;
+constexpr int64_t kMaxBlocks = int64_t{1} << 20;
+constexpr int64_t kMaxBudget = (int64_t{1} << 31) - 1;
+
+// Takes parameters out of what a request says; keeps the first thing that is wrong.
+class Taker {
+ public:
+  Taker(const std::string& policy, const std::map<std::string, double>& parameters)
+      : policy_(policy), rest_(parameters) {}
+
+  // A whole number from `least` to `most`.
+  template <typename Integer>
+  void Whole(const std::string& key, int64_t least, int64_t most, Integer* value) {
+    double given = 0;
+    if (!Take(key, &given)) return;
+    if (!(given >= static_cast<double>(least) && given <= static_cast<double>(most)) ||
+        given != std::floor(given)) {
+      return Refuse(key, given,
+                    "is not a whole number from " + std::to_string(least) + " to " + std::to_string(most));
+    }
+    *value = static_cast<Integer>(given);
+  }
+
+  // Over 0, at most 1.
+  void Share(const std::string& key, double* value) {
+    double given = 0;
+    if (!Take(key, &given)) return;
+    if (!(given > 0 && given <= 1)) return Refuse(key, given, "is not over 0 and at most 1");
+    *value = given;
+  }
+
+  void Real(const std::string& key, double least, double most, double* value) {
+    double given = 0;
+    if (!Take(key, &given)) return;
+    if (!(given >= least && given <= most)) {
+      return Refuse(key, given, "is not from " + std::to_string(least) + " to " + std::to_string(most));
+    }
+    *value = given;
+  }
+
+  bool Has(const std::string& key) const { return rest_.count(key) > 0; }
+  void Refuse(const std::string& message) {
+    if (status_.ok()) status_ = InvalidArgument(message);
+  }
+
+  // The first thing that was wrong, or a name that nobody took.
+  Status Finish() const {
+    if (!status_.ok() || rest_.empty()) return status_;
+    return InvalidArgument("policy " + policy_ + " has no parameter \"" + rest_.begin()->first + "\"");
+  }
+
+ private:
+  bool Take(const std::string& key, double* value) {
+    const auto found = rest_.find(key);
+    if (found == rest_.end()) return false;
+    *value = found->second;
+    rest_.erase(found);
+    return true;
+  }
+  void Refuse(const std::string& key, double value, const std::string& why) {
+    Refuse(key + " " + std::to_string(value) + " " + why);
+  }
+
+  const std::string policy_;
+  std::map<std::string, double> rest_;
+  Status status_;
+};
+
+void TakeDense(Taker*, DenseParameters*) {}
+
+void TakeAShape(Taker* from, AShapeParameters* p) {
+  from->Whole("sink_tokens", 0, kMaxPatternTokens, &p->sink_tokens);
+  from->Whole("window_tokens", 1, kMaxPatternTokens, &p->window_tokens);
+}
+
+void TakeProbe(Taker* from, ProbeParameters* p) {
+  if (from->Has("threshold") && from->Has("density")) {
+    from->Refuse("policy probe takes a threshold or a density, not both");
+  }
+  from->Share("threshold", &p->threshold);
+  from->Share("density", &p->forced_density);
+}
+
+void TakeFlash(Taker* from, reference::FlashParameters* p) {
+  from->Real("alpha", 0, 1, &p->alpha);
+  from->Whole("sink_blocks", 0, kMaxBlocks, &p->sink_blocks);
+  from->Whole("window_blocks", 1, kMaxBlocks, &p->window_blocks);
+  from->Whole("dense_last_blocks", 0, kMaxBlocks, &p->dense_last_blocks);
+  from->Whole("min_blocks", 0, kMaxBlocks, &p->min_blocks);
+}
+
+void TakeFlash2(Taker* from, reference::Flash2Parameters* p) {
+  from->Real("alpha", 0, 1, &p->alpha);
+  from->Whole("sink_blocks", 0, kMaxBlocks, &p->sink_blocks);
+  from->Whole("window_blocks", 1, kMaxBlocks, &p->window_blocks);
+  from->Whole("dense_last_tiles", 0, kMaxBlocks, &p->dense_last_tiles);
+  from->Whole("dense_layers", 0, kMaxBlocks, &p->dense_layers);
+  from->Whole("dense_tokens", 0, int64_t{1} << 40, &p->dense_tokens);
+}
+
+// gamma is over 0 and below 1.
+void TakeGamma(Taker* from, double* gamma) { from->Real("gamma", 1e-9, 1 - 1e-9, gamma); }
+
+void TakeFlex(Taker* from, reference::FlexParameters* p) {
+  TakeGamma(from, &p->gamma);
+  from->Real("tau", 0, 1, &p->tau);
+  from->Whole("min_budget_tokens", 1, kMaxBudget, &p->min_budget_tokens);
+  from->Whole("max_budget_tokens", 0, kMaxBudget, &p->max_budget_tokens);
+}
+
+void TakeShare(Taker* from, ShareWithClusters* p) {
+  TakeGamma(from, &p->share.gamma);
+  from->Real("similarity", 0, 1, &p->share.similarity);
+  from->Real("fallback", 0, 1, &p->share.fallback);
+  from->Real("query_aware", 0, 1, &p->share.query_aware);
+  from->Whole("min_budget_tokens", 1, kMaxBudget, &p->share.min_budget_tokens);
+  from->Whole("max_budget_tokens", 0, kMaxBudget, &p->share.max_budget_tokens);
+  from->Whole("pivots_per_layer", 0, kMaxBlocks, &p->share.pivots_per_layer);
+}
+
+void TakeSkeleton(Taker* from, reference::SkeletonParameters* p) {
+  from->Whole("sink_tokens", 0, kMaxBlocks, &p->sink_tokens);
+  from->Whole("local_tokens", 1, kMaxBlocks, &p->local_tokens);
+  from->Whole("samples_per_dim", 1, 1 << 16, &p->samples_per_dim);
+  from->Whole("seed", 0, int64_t{1} << 53, &p->seed);
+  from->Real("ridge", 1e-9, 1, &p->ridge);
+  from->Real("epsilon", 1e-12, 1e6, &p->epsilon);
+  from->Real("budget_blocks", 0, std::ldexp(1.0, 40), &p->budget_blocks);
+  from->Real("rope_base", 1, 1e12, &p->rope_base);
+}
+
+void TakeVerticalSlash(Taker* from, reference::VerticalSlashParameters* p) {
+  from->Whole("n_vertical", 1, kMaxPatternTokens, &p->budgets[0].n_vertical);
+  from->Whole("n_slash", 1, kMaxPatternTokens, &p->budgets[0].n_slash);
+  from->Whole("last_q", 1, kMaxPatternTokens, &p->last_q);
+  from->Whole("forced_verticals", 0, kMaxPatternTokens, &p->forced_verticals);
+  from->Whole("forced_locals", 1, kMaxPatternTokens, &p->forced_locals);
+  from->Whole("least_verticals", 1, kMaxPatternTokens, &p->least_verticals);
+  from->Whole("least_slashes", 1, kMaxPatternTokens, &p->least_slashes);
+}
+
+void TakeXAttention(Taker* from, reference::XAttentionParameters* p) {
+  from->Whole("stride", 1, 128, &p->stride);
+  if (128 % p->stride != 0) {
+    from->Refuse("stride " + std::to_string(p->stride) + " does not divide 128");
+  }
+  from->Real("threshold", 0, 1, &p->thresholds[0]);
+  from->Real("norm", 1e-9, 1e9, &p->norm);
+}
+
+template <typename Parameters, void (*kTake)(Taker*, Parameters*)>
+Status Parse(const std::string& name, const std::map<std::string, double>& given, PolicyParameters* taken) {
+  Taker taker(name, given);
+  Parameters parameters;
+  kTake(&taker, &parameters);
+  HW_KERNELS_RETURN_IF_ERROR(taker.Finish());
+  *taken = std::move(parameters);
+  return {};
+}
+
+struct Known {
+  const char* name;
+  Status (*parse)(const std::string& name, const std::map<std::string, double>& given,
+                  PolicyParameters* taken);
+};
+constexpr Known kKnown[] = {
+    {"dense", Parse<DenseParameters, TakeDense>},
+    {"a_shape", Parse<AShapeParameters, TakeAShape>},
+    {"probe", Parse<ProbeParameters, TakeProbe>},
+    {"flash", Parse<reference::FlashParameters, TakeFlash>},
+    {"flash2", Parse<reference::Flash2Parameters, TakeFlash2>},
+    {"flex", Parse<reference::FlexParameters, TakeFlex>},
+    {"share", Parse<ShareWithClusters, TakeShare>},
+    {"skeleton", Parse<reference::SkeletonParameters, TakeSkeleton>},
+    {"vertical_slash", Parse<reference::VerticalSlashParameters, TakeVerticalSlash>},
+    {"xattention", Parse<reference::XAttentionParameters, TakeXAttention>},
+};
+
+}  // namespace
+
+Status ParsePolicyParameters(const std::string& name, const std::map<std::string, double>& parameters,
+                             PolicyParameters* parsed) {
+  for (const Known& known : kKnown) {
+    if (name == known.name || (name.empty() && &known == kKnown)) {
+      return known.parse(known.name, parameters, parsed);
+    }
+  }
+  std::string names;
+  for (const std::string& each : PolicyNames()) names += (names.empty() ? "" : ", ") + each;
+  return InvalidArgument("policy \"" + name + "\" is not one of " + names);
+}
+
+std::vector<std::string> PolicyNames() {
+  std::vector<std::string> names;
+  for (const Known& known : kKnown) names.emplace_back(known.name);
+  return names;
+}
+
+}  // namespace headwater::kernels
