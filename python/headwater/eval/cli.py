@@ -138,13 +138,15 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
     try:
         check(args)
-        chosen = {"dense": policies.make("dense"), **{spec: policies.make(spec) for spec in args.policy}}
+        for spec in args.policy:  # before the model is loaded, which takes longer
+            policies.make(spec)
         path = find_model(args.model)
         tokenizer = load_tokenizer(path)
         notes = []
         gathered = gather(args, tokenizer, notes)
         dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "f32")
         model = EvalModel.load(path, args.device, DTYPES[dtype])
+        chosen = {spec: policies.make(spec, model.policy_values()) for spec in ["dense", *args.policy]}
         if max(args.tokens) > model.max_tokens:
             raise ModelError(f"--tokens={max(args.tokens)}; {path} is for {model.max_tokens} at most")
     except (ValueError, OSError) as error:

@@ -124,6 +124,11 @@ class EvalModel:
                                                      local_files_only=True)
         return cls(model.to(device))
 
+    def policy_values(self) -> dict:
+        """What policies may want of the model: headwater.eval.policies.make()."""
+        rotary = getattr(self.model.base_model, "rotary_emb", None)
+        return {"rope_frequencies": tuple(rotary.inv_freq.double().tolist())} if rotary is not None else {}
+
     @property
     def max_tokens(self) -> int:
         return self.model.config.max_position_embeddings

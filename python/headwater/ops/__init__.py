@@ -10,6 +10,8 @@ use and for measuring beside others.
     means = ops.mean_tables(ops.block_statistics(k, v), len(k))     # for what is not listed
     out, info = ops.prefill_attention(q, k, v, policy="probe", means=means)
 
+Every policy by name, layer by layer, and its reference: PatternPolicy and Reference (headwater.ops.policies).
+
 The other operations (headwater.ops.layers): embed_tokens, rms_norm, rope_table, split_qkv, silu_mul, first_nonfinite_row,
 block_statistics, mean_tables, mean_table_coarse_row, pack_kv, quantize_rows, and the classes BlockStats and Linear.
 
@@ -28,6 +30,7 @@ from headwater.ops import library
 from headwater.ops.layers import (BlockStats, Linear, block_statistics, embed_tokens, first_nonfinite_row,  # noqa: F401
                                   mean_table_coarse_row, mean_tables, pack_kv, quantize_rows, rms_norm, rope_table,
                                   silu_mul, split_qkv)
+from headwater.ops.policies import PatternPolicy, Reference  # noqa: F401
 
 BLOCK_KEYS = 128
 POLICIES = ("dense", "probe")

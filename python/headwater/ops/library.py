@@ -103,6 +103,33 @@ LinearArgs = _sized("LinearArgs", [
     *_longs("num_tokens", "in_features", "out_features"), *_pointers("x_scale", "weight_scale")])
 
 
+
+
+class HeadCluster(ctypes.Structure):
+    _fields_ = _ints("layer", "head", "cluster")
+
+
+PolicyConfig = _sized("PolicyConfig", [
+    ("name", ctypes.c_char_p), *_pointers("keys", "values"),
+    *_ints("num_parameters", "num_layers", "num_q_heads", "num_kv_heads", "head_dim"), ("softmax_scale", ctypes.c_float),
+    *_pointers("rope_frequencies", "clusters"), *_ints("num_clusters"), *_pointers("shared_clusters"),
+    *_ints("num_shared_clusters")])
+
+Selection = _sized("Selection", [
+    ("lists", BlockLists), *_pointers("k_means", "v_means"), *_ints("has_ranges"), *_pointers("visited", "overflows"),
+    ("possible", ctypes.c_uint64)])
+
+ReferenceLists = _sized("ReferenceLists", [
+    *_ints("num_lists", "tile_positions"), *_longs("num_tiles"), *_pointers("dense", "offsets", "blocks"),
+    *_longs("sink_tokens", "window_tokens")])
+
+
+def check(status: int, last_error) -> None:
+    """Raises what a status of the C interface stands for."""
+    if status:
+        raise _STATUS.get(status, RuntimeError)(last_error().decode())
+
+
 def candidates() -> list:
     """Where the library is looked for: $HEADWATER_KERNELS, beside this file, then build folders of a checkout."""
     if given := os.environ.get("HEADWATER_KERNELS"):
@@ -119,7 +146,8 @@ class Library:
         self.path = path
         self._lib = ctypes.CDLL(str(path))
         self._lib.hw_last_error.restype = ctypes.c_char_p
-        for name in ("hw_attention_workspace_bytes", "hw_search_workspace_bytes"):
+        for name in ("hw_attention_workspace_bytes", "hw_search_workspace_bytes", "hw_policy_memory_bytes",
+                     "hw_policy_workspace_bytes"):
             getattr(self._lib, name).restype = ctypes.c_size_t
         for name in ("hw_search_tiles", "hw_mean_table_rows", "hw_mean_table_coarse_row"):
             getattr(self._lib, name).restype = ctypes.c_int64
@@ -128,8 +156,7 @@ class Library:
             raise RuntimeError(f"{path} has ABI version {version}; this package wants {ABI_VERSION}")
 
     def _check(self, status: int) -> None:
-        if status:
-            raise _STATUS.get(status, RuntimeError)(self._lib.hw_last_error().decode())
+        check(status, self._lib.hw_last_error)
 
     def attention_workspace_bytes(self, args) -> int:
         return self._lib.hw_attention_workspace_bytes(ctypes.byref(args))
@@ -198,6 +225,37 @@ class Library:
 
     def linear_destroy(self, handle: int) -> None:
         self._lib.hw_linear_destroy(ctypes.c_void_p(handle))
+
+    def policy_create(self, config) -> int:
+        """A handle; policy_destroy() ends it."""
+        handle = ctypes.c_void_p()
+        self._check(self._lib.hw_policy_create(ctypes.byref(config), ctypes.byref(handle)))
+        return handle.value
+
+    def policy_destroy(self, handle: int) -> None:
+        self._lib.hw_policy_destroy(ctypes.c_void_p(handle))
+
+    def policy_memory_bytes(self, handle: int, tokens: int) -> int:
+        return self._lib.hw_policy_memory_bytes(ctypes.c_void_p(handle), ctypes.c_int64(tokens))
+
+    def policy_workspace_bytes(self, handle: int, tokens: int) -> int:
+        return self._lib.hw_policy_workspace_bytes(ctypes.c_void_p(handle), ctypes.c_int64(tokens))
+
+    def policy_wants_lse(self, handle: int) -> bool:
+        return bool(self._lib.hw_policy_wants_lse(ctypes.c_void_p(handle)))
+
+    def policy_begin(self, handle: int, tokens: int, memory: int, size: int, stream: int) -> None:
+        self._check(self._lib.hw_policy_begin(ctypes.c_void_p(handle), ctypes.c_int64(tokens), ctypes.c_void_p(memory),
+                                              ctypes.c_size_t(size), ctypes.c_void_p(stream)))
+
+    def policy_attention(self, handle: int, layer: int, q: int, k: int, v: int, out: int, lse: int, workspace: int, size: int,
+                         stream: int):
+        """What the layer's attention read (Selection)."""
+        found = Selection()
+        self._check(self._lib.hw_policy_attention(
+            ctypes.c_void_p(handle), layer, *(ctypes.c_void_p(pointer) for pointer in (q, k, v, out, lse, workspace)),
+            ctypes.c_size_t(size), ctypes.c_void_p(stream), ctypes.byref(found)))
+        return found
 
     def _call(self, function, args, stream: int) -> None:
         self._check(function(ctypes.byref(args), ctypes.c_void_p(stream)))

@@ -13,7 +13,7 @@ prompt come in order, layer 0 first, so a policy that carries something from lay
 import dataclasses
 import importlib
 import pkgutil
-from typing import ClassVar, Protocol, Tuple
+from typing import ClassVar, Mapping, Optional, Protocol, Tuple
 
 import torch
 
@@ -42,14 +42,21 @@ def names() -> list:
     return sorted(_registry)
 
 
-def make(spec: str) -> Policy:
-    """A policy of "name" or "name:parameter=value,...". ValueError names what is wrong."""
+def of_model() -> dataclasses.Field:
+    """A field that make() fills from the model, and no flag does."""
+    return dataclasses.field(default=(), metadata={"of_model": True})
+
+
+def make(spec: str, model: Optional[Mapping[str, object]] = None) -> Policy:
+    """A policy of "name" or "name:parameter=value,...". model: values of of_model() fields by name. ValueError names what is
+    wrong."""
     _load()
     name, _, rest = spec.partition(":")
     if name not in _registry:
         raise ValueError(f"policy '{name}' is not one of {', '.join(names())}")
-    fields = {field.name: field.type for field in dataclasses.fields(_registry[name])}
-    values = {}
+    every = dataclasses.fields(_registry[name])
+    fields = {field.name: field.type for field in every if not field.metadata.get("of_model")}
+    values = {field.name: (model or {})[field.name] for field in every if field.name not in fields and field.name in (model or {})}
     for part in filter(None, rest.split(",")):
         key, equals, text = part.partition("=")
         if key not in fields or not equals:
