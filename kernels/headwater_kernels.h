@@ -262,6 +262,8 @@ typedef struct {
   int32_t num_clusters;
   const int32_t* shared_clusters;
   int32_t num_shared_clusters;
+  const float* thresholds; /* [num_layers * num_kv_heads], for "headwater", or null */
+  int32_t num_thresholds;
 } hw_policy_config;
 
 /* What a layer's attention read; device memory of the policy. */

@@ -45,9 +45,12 @@ struct CudaListsOfMasksArgs {
   uint32_t* overflows = nullptr;
 };
 
-// Lists as attention takes them: ascending. Bits past a tile's last visible block are not looked at. Enqueues
-// on `stream`; equal calls give equal lists, their order within `blocks` aside. INVALID_ARGUMENT: null or
-// misaligned arrays, sizes out of range. Cost: a read of the masks.
+// Lists as attention takes them: ascending, one after the other in the order of segments. Bits past a tile's
+// last visible block are not looked at. Enqueues on `stream`, no host synchronisation; arrays must live until
+// it has passed. Equal calls give equal bits. INVALID_ARGUMENT: null or misaligned arrays (16 bytes; visited
+// 8, overflows 4), sizes out of range. UNIMPLEMENTED: a device that is not sm_90. INTERNAL: a CUDA call
+// failed. Cost: two reads of the masks as far as tiles see, a write of the lists, a sum over segments by one
+// CTA.
 Status CudaListsOfMasks(const CudaListsOfMasksArgs& args, cudaStream_t stream);
 
 // Blocks of all lists that attention without lists would visit: what `visited` is a share of.

@@ -38,7 +38,17 @@ Status Validate(const CudaSearchArgs& a) {
     return InvalidArgument("forced_density is " + std::to_string(a.forced_density) +
                            "; 0 (by threshold), or over 0 and at most 1 is wanted");
   }
-  if (a.forced_density == 0 && !(a.threshold > 0 && a.threshold <= 1)) {
+  if (a.num_kv_heads > sm90::kSearchHeads) {
+    return {StatusCode::kUnimplemented, std::to_string(a.num_kv_heads) + " KV heads; at most " +
+                                            std::to_string(sm90::kSearchHeads) + " are known"};
+  }
+  for (int32_t head = 0; a.thresholds != nullptr && head < a.num_kv_heads; ++head) {
+    if (!(a.thresholds[head] >= 0)) {
+      return InvalidArgument("threshold of KV head " + std::to_string(head) + " is " +
+                             std::to_string(a.thresholds[head]) + "; 0 or more is wanted");
+    }
+  }
+  if (a.forced_density == 0 && a.thresholds == nullptr && !(a.threshold > 0 && a.threshold <= 1)) {
     return InvalidArgument("threshold is " + std::to_string(a.threshold) +
                            "; over 0 and at most 1 is wanted");
   }
@@ -116,6 +126,18 @@ size_t CudaSearchWorkspaceBytes(const CudaSearchArgs& args) {
   return plan.mean_bytes + plan.probe_bytes;
 }
 
+size_t CudaSearchProbeBytes(int64_t num_tokens, int32_t num_q_heads, int32_t num_kv_heads, int32_t head_dim) {
+  CudaSearchArgs args;
+  args.k_means = &args;  // its contents are not looked at
+  args.total_q = args.total_k = num_tokens;
+  args.num_q_heads = num_q_heads;
+  args.num_kv_heads = num_kv_heads;
+  args.head_dim = head_dim;
+  return CheckSizes(num_tokens, num_tokens, num_q_heads, num_kv_heads, head_dim).ok()
+             ? MakePlan(args).probe_bytes
+             : 0;
+}
+
 Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t workspace_bytes,
                         cudaStream_t stream) {
   HW_KERNELS_RETURN_IF_ERROR(Validate(args));
@@ -148,7 +170,10 @@ Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t work
   p.q_position = args.query_position == CudaAttentionArgs::kBottomRightAligned ? p.kv_len - p.q_len
                                                                                : args.query_position;
   p.scale_log2 = static_cast<float>(args.softmax_scale * kLog2E);
-  p.threshold_log2 = std::log2(args.threshold);
+  for (int32_t head = 0; head < args.num_kv_heads; ++head) {
+    const float threshold = args.thresholds == nullptr ? args.threshold : args.thresholds[head];
+    p.thresholds_log2[head] = threshold > 1 ? INFINITY : std::log2(threshold);
+  }
   p.forced_density = args.forced_density;
   p.sink_blocks = args.sink_blocks;
   p.window_blocks = args.window_blocks;

@@ -29,6 +29,9 @@ struct CudaSearchArgs {
   int32_t query_position = CudaAttentionArgs::kBottomRightAligned;
   // A block is listed if it is worth `threshold` (over 0, at most 1) of the tile's best one.
   float threshold = 0.18f;
+  // Host memory [num_kv_heads], read before the call returns, or null: a threshold for each KV head in place
+  // of `threshold`. 0: the head is dense; over 1: its lists are sinks and window, and it is not searched.
+  const float* thresholds = nullptr;
   // Over 0, at most 1: the ceil(forced_density * visible) best blocks are listed, sinks and window among
   // them; `visible` blocks are seen by the tile's last query, and threshold is not used. For measuring on
   // inputs without a pattern: every list has just this length (or that of sinks and window, where they are
@@ -55,6 +58,9 @@ int64_t CudaSearchTiles(const CudaSearchArgs& args);
 // Means of K (unless given), 2 bytes * head_dim a block and KV head, and at most 64 MiB of means of Q. 0:
 // invalid arguments.
 size_t CudaSearchWorkspaceBytes(const CudaSearchArgs& args);
+
+// Workspace of a search of num_tokens queries with k_means given; 0: sizes that CudaSelectBlocks() refuses.
+size_t CudaSearchProbeBytes(int64_t num_tokens, int32_t num_q_heads, int32_t num_kv_heads, int32_t head_dim);
 
 // Finds the block lists: sm90/search_kernel.cuh has the rule, sm90/search_density.cuh that of a forced
 // density, whose best blocks are exact but for margins within 2^-12 of the last one's. Enqueues on `stream`,

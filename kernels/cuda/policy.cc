@@ -5,6 +5,8 @@
 #include <variant>
 
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/policies/flash.h"
+#include "kernels/cuda/policies/headwater.h"
 #include "kernels/cuda/policies/probe.h"
 
 namespace headwater::kernels {
@@ -37,6 +39,9 @@ struct Make {
 
   Status operator()(const DenseParameters& p) const { return MakeCudaDense(p, shape, made); }
   Status operator()(const ProbeParameters& p) const { return MakeCudaProbe(p, shape, made); }
+  Status operator()(const reference::FlashParameters& p) const { return MakeCudaFlash(p, shape, made); }
+  Status operator()(const reference::Flash2Parameters& p) const { return MakeCudaFlash2(p, shape, made); }
+  Status operator()(const HeadwaterParameters& p) const { return MakeCudaHeadwater(p, shape, made); }
   template <typename Other>
   Status operator()(const Other&) const {
     return {StatusCode::kUnimplemented, "this policy has no path on a GPU"};

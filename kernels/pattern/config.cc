@@ -16,6 +16,17 @@ Status AddTables(const hw_policy_config& c, PolicyParameters* parameters) {
   } else if (c.rope_frequencies != nullptr) {
     return InvalidArgument("rope_frequencies are for policy skeleton");
   }
+  auto* const headwater = std::get_if<HeadwaterParameters>(parameters);
+  if (c.thresholds != nullptr && headwater == nullptr) {
+    return InvalidArgument("thresholds are for policy headwater");
+  }
+  for (int32_t i = 0; c.thresholds != nullptr && i < c.num_thresholds; ++i) {
+    if (!(c.thresholds[i] >= 0)) {
+      return InvalidArgument("threshold " + std::to_string(i) + " is " + std::to_string(c.thresholds[i]) +
+                             "; 0 or more is wanted");
+    }
+    headwater->thresholds.push_back(c.thresholds[i]);
+  }
   auto* const share = std::get_if<ShareWithClusters>(parameters);
   if (share == nullptr) {
     return c.clusters == nullptr ? Status() : InvalidArgument("clusters are for policy share");

@@ -88,6 +88,15 @@ void TakeProbe(Taker* from, ProbeParameters* p) {
   from->Share("density", &p->forced_density);
 }
 
+void TakeHeadwater(Taker* from, HeadwaterParameters* p) {
+  from->Share("threshold", &p->threshold);
+  from->Whole("sink_blocks", 0, kMaxBlocks, &p->sink_blocks);
+  from->Whole("window_blocks", 1, kMaxBlocks, &p->window_blocks);
+  from->Whole("dense_last_tokens", 0, kMaxPatternTokens, &p->dense_last_tokens);
+  from->Whole("correction", 0, 1, &p->correction);
+  from->Whole("dense_below_tokens", 0, kMaxBudget, &p->dense_below_tokens);
+}
+
 void TakeFlash(Taker* from, reference::FlashParameters* p) {
   from->Real("alpha", 0, 1, &p->alpha);
   from->Whole("sink_blocks", 0, kMaxBlocks, &p->sink_blocks);
@@ -173,6 +182,7 @@ struct Known {
 constexpr Known kKnown[] = {
     {"dense", Parse<DenseParameters, TakeDense>},
     {"a_shape", Parse<AShapeParameters, TakeAShape>},
+    {"headwater", Parse<HeadwaterParameters, TakeHeadwater>},
     {"probe", Parse<ProbeParameters, TakeProbe>},
     {"flash", Parse<reference::FlashParameters, TakeFlash>},
     {"flash2", Parse<reference::Flash2Parameters, TakeFlash2>},

@@ -36,6 +36,19 @@ struct ProbeParameters {
   int64_t dense_below_tokens = 8192;
 };
 
+// Our own: the search of cuda/pattern.h, each KV head with a threshold of its own, and mean correction.
+struct HeadwaterParameters {
+  double threshold = 0.1;  // over 0, at most 1: of heads that `thresholds` does not have
+  int32_t sink_blocks = 2;
+  int32_t window_blocks = 4;        // 1 and more
+  int32_t dense_last_tokens = 256;  // tiles of the last queries, which ask for what the prompt holds
+  bool correction = true;           // block means stand for what is not listed
+  int64_t dense_below_tokens = 8192;
+  // [layers * KV heads], what `python -m headwater.calibrate` found: over 0 and at most 1 a threshold; 0: the
+  // head is dense; over 1: sinks and window alone, it is not searched. Empty: `threshold` for all.
+  std::vector<float> thresholds;
+};
+
 // SharePrefill's, with the map of heads that `python -m headwater.cluster` makes.
 struct ShareWithClusters {
   reference::ShareParameters share;
@@ -43,9 +56,9 @@ struct ShareWithClusters {
 };
 
 using PolicyParameters =
-    std::variant<DenseParameters, AShapeParameters, ProbeParameters, reference::FlashParameters,
-                 reference::Flash2Parameters, reference::FlexParameters, ShareWithClusters,
-                 reference::SkeletonParameters, reference::VerticalSlashParameters,
+    std::variant<DenseParameters, AShapeParameters, ProbeParameters, HeadwaterParameters,
+                 reference::FlashParameters, reference::Flash2Parameters, reference::FlexParameters,
+                 ShareWithClusters, reference::SkeletonParameters, reference::VerticalSlashParameters,
                  reference::XAttentionParameters>;
 
 // The parameters of the policy called `name`, "" being "dense", with `parameters` in place of their defaults.

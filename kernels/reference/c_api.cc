@@ -75,6 +75,7 @@ struct Select {
   }
   Status operator()(const hk::DenseParameters&) const { return None("dense"); }
   Status operator()(const hk::ProbeParameters&) const { return None("probe"); }
+  Status operator()(const hk::HeadwaterParameters&) const { return None("headwater"); }
 
   static Status None(const std::string& name) {
     return {hk::StatusCode::kUnimplemented, "policy " + name + " has no reference of this kind"};

@@ -225,19 +225,19 @@ struct SearchConsumer {
   }
 
   // Raw score from which on a block is listed; infinity: none is.
-  __device__ __forceinline__ float Threshold(int r) const {
-    const float threshold = (shared.row_lse[row[r]] + p.threshold_log2 + Best(r)) / p.scale_log2;
+  __device__ __forceinline__ float Threshold(int r, float threshold_log2) const {
+    const float threshold = (shared.row_lse[row[r]] + threshold_log2 + Best(r)) / p.scale_log2;
     return threshold > -INFINITY ? threshold : INFINITY;
   }
 
   // The list of one tile, by one warp.
-  __device__ __forceinline__ void WriteList(int local, int head) {
+  __device__ __forceinline__ void WriteList(int local, int head, bool dense_head) {
     const int lane = thread & 31, tile = first_tile + local;
     uint32_t* const bitmap = shared.bitmap + local * p.tile_words;
     const TileBlocks blocks = BlocksOfTile(p, tile);
     const int64_t segment = static_cast<int64_t>(head) * p.num_tiles + tile;
     const int words = (blocks.total + 31) / 32;
-    bool dense = tile >= p.first_dense_tile;
+    bool dense = dense_head || tile >= p.first_dense_tile;
     uint32_t total = 0;
     if (!dense) {
       for (int i = lane; i < min(p.sink_blocks, blocks.total); i += 32) {

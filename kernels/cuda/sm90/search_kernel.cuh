@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       p.begin_tile + (groups - 1 - static_cast<int>(blockIdx.x) / p.num_heads) * p.tiles_per_cta;
   const int tiles = min(p.tiles_per_cta, p.end_tile - first_tile);
   const int complete = BlocksOfTile(p, first_tile + tiles - 1).complete;
-  const int steps = first_tile >= p.first_dense_tile ? 0 : (complete + 127) / 128;
+  const bool searched = kForcedRows != 0 || fabsf(p.thresholds_log2[head]) < INFINITY;
+  const int steps = first_tile >= p.first_dense_tile || !searched ? 0 : (complete + 127) / 128;
   for (int i = threadIdx.x; i < tiles * p.tile_words; i += Traits::kThreads) shared.bitmap[i] = 0;
   if (threadIdx.x == 0) {
     BarrierInit(SharedAddress(&shared.probes_full), 1);
@@ -85,14 +86,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     consumer.StoreRows();
     NamedSync(1, 256);
     if constexpr (kForcedRows == 0) {
-      const float threshold[2] = {consumer.Threshold(0), consumer.Threshold(1)};
+      const float log2 = p.thresholds_log2[head];
+      const float threshold[2] = {consumer.Threshold(0, log2), consumer.Threshold(1, log2)};
       consumer.Pass(steps, [&](float(&s)[64], int first_block) { consumer.Mark(s, first_block, threshold); });
       NamedSync(1, 256);
     } else {
       DensitySearch<Traits, kForcedRows>{consumer}.Mark(steps);
     }
     for (int local = warpgroup * 4 + (consumer.thread >> 5); local < tiles; local += 8) {
-      consumer.WriteList(local, head);
+      consumer.WriteList(local, head, kForcedRows == 0 && p.thresholds_log2[head] == -INFINITY);
     }
   }
 }

@@ -9,6 +9,7 @@ namespace headwater::kernels::sm90 {
 
 inline constexpr int32_t kSearchRows = 128;           // probes of one CTA
 inline constexpr int32_t kSearchBitmapWords = 20480;  // of all its tiles
+inline constexpr int32_t kSearchHeads = 128;          // KV heads at most
 inline constexpr int32_t kSearchBins = 512;  // of a tile's histogram, which shares the bitmaps' memory
 
 // Means over windows of `window` tokens of x [tokens, heads, head_dim] bf16, in f32, rounded to bf16:
@@ -40,8 +41,9 @@ struct SearchParams {
   int32_t q_len;
   int32_t kv_len;
   int32_t q_position;
-  float scale_log2;       // softmax scale * log2(e)
-  float threshold_log2;   // log2(alpha); unused with a forced density
+  float scale_log2;  // softmax scale * log2(e)
+  // log2(alpha) of each KV head; unused with a forced density. -infinity: dense; infinity: not searched.
+  float thresholds_log2[kSearchHeads];
   double forced_density;  // 0: by threshold
   int32_t sink_blocks;
   int32_t window_blocks;  // the tile's last block included

@@ -113,7 +113,7 @@ PolicyConfig = _sized("PolicyConfig", [
     ("name", ctypes.c_char_p), *_pointers("keys", "values"),
     *_ints("num_parameters", "num_layers", "num_q_heads", "num_kv_heads", "head_dim"), ("softmax_scale", ctypes.c_float),
     *_pointers("rope_frequencies", "clusters"), *_ints("num_clusters"), *_pointers("shared_clusters"),
-    *_ints("num_shared_clusters")])
+    *_ints("num_shared_clusters"), *_pointers("thresholds"), *_ints("num_thresholds")])
 
 Selection = _sized("Selection", [
     ("lists", BlockLists), *_pointers("k_means", "v_means"), *_ints("has_ranges"), *_pointers("visited", "overflows"),
@@ -151,6 +151,8 @@ class Library:
             getattr(self._lib, name).restype = ctypes.c_size_t
         for name in ("hw_search_tiles", "hw_mean_table_rows", "hw_mean_table_coarse_row"):
             getattr(self._lib, name).restype = ctypes.c_int64
+        self._destroy_policy = self._lib.hw_policy_destroy
+        self._destroy_policy.argtypes = [ctypes.c_void_p]
         version = self._lib.hw_kernels_abi_version()
         if version != ABI_VERSION:
             raise RuntimeError(f"{path} has ABI version {version}; this package wants {ABI_VERSION}")
@@ -233,7 +235,7 @@ class Library:
         return handle.value
 
     def policy_destroy(self, handle: int) -> None:
-        self._lib.hw_policy_destroy(ctypes.c_void_p(handle))
+        self._destroy_policy(handle)
 
     def policy_memory_bytes(self, handle: int, tokens: int) -> int:
         return self._lib.hw_policy_memory_bytes(ctypes.c_void_p(handle), ctypes.c_int64(tokens))

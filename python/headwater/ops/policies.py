@@ -38,6 +38,7 @@ class PolicyConfig:
     rope_frequencies: Optional[Sequence[float]] = None  # "skeleton": head_dim / 2 angles a position
     clusters: Sequence[Tuple[int, int, int]] = ()  # "share": (layer, head, cluster)
     shared_clusters: Sequence[int] = ()
+    thresholds: Sequence[float] = ()  # "headwater": [layers * kv_heads]
 
     def structure(self) -> "library.PolicyConfig":
         """For the C interface; owns what it points to."""
@@ -46,6 +47,7 @@ class PolicyConfig:
         values = (ctypes.c_double * max(1, count))(*self.parameters.values())
         heads = (library.HeadCluster * max(1, len(self.clusters)))(*(library.HeadCluster(*one) for one in self.clusters))
         shared = (ctypes.c_int32 * max(1, len(self.shared_clusters)))(*self.shared_clusters)
+        thresholds = (ctypes.c_float * max(1, len(self.thresholds)))(*self.thresholds)
         frequencies = None
         if self.rope_frequencies is not None:
             if len(self.rope_frequencies) != self.head_dim // 2:
@@ -59,8 +61,10 @@ class PolicyConfig:
             rope_frequencies=None if frequencies is None else ctypes.cast(frequencies, ctypes.c_void_p),
             clusters=ctypes.cast(heads, ctypes.c_void_p) if self.clusters else None, num_clusters=len(self.clusters),
             shared_clusters=ctypes.cast(shared, ctypes.c_void_p) if self.shared_clusters else None,
-            num_shared_clusters=len(self.shared_clusters))
-        made.owned = (keys, values, heads, shared, frequencies)
+            num_shared_clusters=len(self.shared_clusters),
+            thresholds=ctypes.cast(thresholds, ctypes.c_void_p) if self.thresholds else None,
+            num_thresholds=len(self.thresholds))
+        made.owned = (keys, values, heads, shared, frequencies, thresholds)
         return made
 
 

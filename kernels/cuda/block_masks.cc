@@ -1,0 +1,60 @@
+#include "kernels/cuda/block_masks.h"
+
+#include <string>
+
+#include "kernels/cuda/check.h"
+#include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/sm90/block_masks_launch.h"
+
+namespace headwater::kernels {
+namespace {
+
+constexpr int32_t kMostLists = 1 << 16;
+
+Status CheckPointer(const char* name, const void* pointer, size_t alignment) {
+  if (pointer == nullptr) return InvalidArgument(std::string(name) + " is null");
+  if (reinterpret_cast<uintptr_t>(pointer) % alignment == 0) return {};
+  return InvalidArgument(std::string(name) + " is not " + std::to_string(alignment) + "-byte aligned");
+}
+
+Status Validate(const CudaListsOfMasksArgs& a) {
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_tokens", a.masks.num_tokens, 1, INT32_MAX));
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_lists", a.masks.num_lists, 1, kMostLists));
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("tile_positions", a.masks.tile_positions, 1, 128));
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("capacity", a.capacity, 1, INT64_MAX));
+  HW_KERNELS_RETURN_IF_ERROR(CheckArray("words", a.masks.words));
+  HW_KERNELS_RETURN_IF_ERROR(CheckArray("counts", a.counts));
+  HW_KERNELS_RETURN_IF_ERROR(CheckArray("offsets", a.offsets));
+  HW_KERNELS_RETURN_IF_ERROR(CheckArray("blocks", a.blocks));
+  HW_KERNELS_RETURN_IF_ERROR(CheckPointer("visited", a.visited, 8));
+  HW_KERNELS_RETURN_IF_ERROR(CheckPointer("overflows", a.overflows, 4));
+  return CheckRange("num_lists * tiles", a.masks.num_lists * a.masks.tiles(), 1, INT32_MAX);
+}
+
+}  // namespace
+
+CudaBlockMasks CudaBlockMasksOf(int64_t num_tokens, int32_t num_q_heads, int32_t num_kv_heads,
+                                bool per_query_head) {
+  return {nullptr, num_tokens, per_query_head ? num_q_heads : num_kv_heads,
+          per_query_head ? 128 : 128 / (num_q_heads / num_kv_heads)};
+}
+
+Status CudaListsOfMasks(const CudaListsOfMasksArgs& args, cudaStream_t stream) {
+  HW_KERNELS_RETURN_IF_ERROR(Validate(args));
+  int num_sms = 0;
+  HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchListsOfMasks(args, stream));
+  return {};
+}
+
+uint64_t CudaPossibleBlocks(const CudaBlockMasks& masks) {
+  // Block b is seen from the tile on that holds its first token.
+  const int64_t tiles = masks.tiles(), blocks = masks.blocks();
+  uint64_t possible = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    possible += static_cast<uint64_t>(tiles - block * 128 / masks.tile_positions);
+  }
+  return possible * static_cast<uint64_t>(masks.num_lists);
+}
+
+}  // namespace headwater::kernels

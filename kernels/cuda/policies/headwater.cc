@@ -1,0 +1,148 @@
+#include "kernels/cuda/policies/headwater.h"
+
+#include <algorithm>
+
+#include "kernels/cuda/block_stats.h"
+#include "kernels/cuda/check.h"
+#include "kernels/cuda/pattern.h"
+#include "kernels/cuda/policies/memory.h"
+
+namespace headwater::kernels {
+namespace {
+
+constexpr int64_t kBlocksPerTile = 128;
+
+class HeadwaterCudaPolicy final : public CudaPolicy {
+ public:
+  HeadwaterCudaPolicy(const HeadwaterParameters& parameters, const CudaPolicyShape& shape)
+      : parameters_(parameters), shape_(shape) {}
+
+  size_t MemoryBytes(int64_t num_tokens) const override { return Lay(num_tokens, nullptr).bytes; }
+
+  Status Begin(int64_t num_tokens, void* memory, size_t memory_bytes, cudaStream_t) override {
+    num_tokens_ = 0;
+    HW_KERNELS_RETURN_IF_ERROR(
+        CheckPolicyMemory(num_tokens, memory, memory_bytes, MemoryBytes(std::max<int64_t>(1, num_tokens))));
+    parts_ = Lay(num_tokens, memory);
+    num_tokens_ = num_tokens;
+    return {};
+  }
+
+  Status Select(const CudaPolicyLayer& layer, cudaStream_t stream, CudaSelection* selection) override {
+    *selection = {};
+    if (num_tokens_ == 0) return InvalidArgument("Select() before Begin()");
+    HW_KERNELS_RETURN_IF_ERROR(CheckRange("layer", layer.layer, 0, shape_.num_layers - 1));
+    if (num_tokens_ < parameters_.dense_below_tokens) return {};
+    const float* const thresholds =
+        parameters_.thresholds.empty()
+            ? nullptr
+            : parameters_.thresholds.data() + int64_t{layer.layer} * shape_.num_kv_heads;
+    const bool dense = thresholds != nullptr && std::all_of(thresholds, thresholds + shape_.num_kv_heads,
+                                                            [](float t) { return t == 0; });
+    if (dense) return {};
+    HW_KERNELS_RETURN_IF_ERROR(Means(layer, stream));
+    CudaSearchArgs args;
+    args.q = layer.q;
+    args.k_means = parts_.k_table;
+    args.total_q = args.total_k = num_tokens_;
+    args.num_q_heads = shape_.num_q_heads;
+    args.num_kv_heads = shape_.num_kv_heads;
+    args.head_dim = shape_.head_dim;
+    args.softmax_scale = shape_.softmax_scale;
+    args.threshold = static_cast<float>(parameters_.threshold);
+    args.thresholds = thresholds;
+    args.sink_blocks = parameters_.sink_blocks;
+    args.window_blocks = parameters_.window_blocks;
+    args.dense_last_tokens = parameters_.dense_last_tokens;
+    args.counts = parts_.counts;
+    args.offsets = parts_.offsets;
+    args.blocks = parts_.blocks;
+    args.capacity = parts_.capacity;
+    args.used = parts_.used;
+    args.overflows = parts_.overflows;
+    HW_KERNELS_RETURN_IF_ERROR(CudaSelectBlocks(args, parts_.workspace, parts_.workspace_bytes, stream));
+    selection->lists = {shape_.num_kv_heads, parts_.counts, parts_.offsets, parts_.blocks};
+    if (parameters_.correction) selection->correction = {parts_.k_table, parts_.v_table};
+    selection->overflows = parts_.overflows;
+    return {};
+  }
+
+ private:
+  struct Parts {
+    float *k_mean, *v_mean;
+    uint16_t *k_table, *v_table;
+    int32_t* counts;
+    int64_t* offsets;
+    int32_t* blocks;
+    int64_t capacity;
+    uint64_t* used;
+    uint32_t* overflows;
+    char* workspace;
+    size_t workspace_bytes, bytes;
+  };
+
+  Parts Lay(int64_t num_tokens, void* memory) const {
+    PolicyMemory from(memory);
+    Parts parts{};
+    if (num_tokens < parameters_.dense_below_tokens) return parts;
+    const int64_t positions = 128 / (shape_.num_q_heads / shape_.num_kv_heads);
+    const int64_t tiles = (num_tokens + positions - 1) / positions, blocks = (num_tokens + 127) / 128;
+    const int64_t segments = tiles * shape_.num_kv_heads,
+                  row = int64_t{shape_.num_kv_heads} * shape_.head_dim;
+    parts.k_mean = from.Take<float>(CudaStatsBlocks(num_tokens) * row);
+    parts.k_table = from.Take<uint16_t>(CudaMeanTableRows(num_tokens) * row);
+    if (parameters_.correction) {
+      parts.v_mean = from.Take<float>(CudaStatsBlocks(num_tokens) * row);
+      parts.v_table = from.Take<uint16_t>(CudaMeanTableRows(num_tokens) * row);
+    }
+    parts.capacity = segments * std::min(kBlocksPerTile, blocks);
+    parts.counts = from.Take<int32_t>(segments);
+    parts.offsets = from.Take<int64_t>(segments);
+    parts.blocks = from.Take<int32_t>(parts.capacity);
+    parts.used = from.Take<uint64_t>(1);
+    parts.overflows = from.Take<uint32_t>(1);
+    parts.workspace_bytes =
+        CudaSearchProbeBytes(num_tokens, shape_.num_q_heads, shape_.num_kv_heads, shape_.head_dim);
+    parts.workspace = from.Take<char>(static_cast<int64_t>(parts.workspace_bytes));
+    parts.bytes = from.bytes();
+    return parts;
+  }
+
+  Status Means(const CudaPolicyLayer& layer, cudaStream_t stream) const {
+    CudaBlockStats stats;
+    stats.k_mean = parts_.k_mean;
+    stats.v_mean = parts_.v_mean;
+    HW_KERNELS_RETURN_IF_ERROR(CudaBlockStatistics(
+        {layer.k, layer.v, num_tokens_, shape_.num_kv_heads, shape_.head_dim, 0, stats}, stream));
+    return CudaMeanTables({parts_.k_mean, parts_.v_mean, parts_.k_table, parts_.v_table, num_tokens_,
+                           shape_.num_kv_heads, shape_.head_dim},
+                          stream);
+  }
+
+  const HeadwaterParameters parameters_;
+  const CudaPolicyShape shape_;
+  int64_t num_tokens_ = 0;  // 0: no prompt
+  Parts parts_{};
+};
+
+}  // namespace
+
+Status MakeCudaHeadwater(const HeadwaterParameters& p, const CudaPolicyShape& shape,
+                         std::unique_ptr<CudaPolicy>* made) {
+  const auto wanted = static_cast<size_t>(shape.num_layers) * static_cast<size_t>(shape.num_kv_heads);
+  if (!p.thresholds.empty() && p.thresholds.size() != wanted) {
+    return InvalidArgument(std::to_string(p.thresholds.size()) + " thresholds; " + std::to_string(wanted) +
+                           ", one for each layer and KV head, are wanted");
+  }
+  if (!(p.threshold > 0 && p.threshold <= 1)) {
+    return InvalidArgument("threshold is " + std::to_string(p.threshold) +
+                           "; over 0 and at most 1 is wanted");
+  }
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("sink_blocks", p.sink_blocks, 0, 1 << 20));
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("window_blocks", p.window_blocks, 1, 1 << 20));
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("dense_last_tokens", p.dense_last_tokens, 0, INT32_MAX));
+  *made = std::make_unique<HeadwaterCudaPolicy>(p, shape);
+  return {};
+}
+
+}  // namespace headwater::kernels
