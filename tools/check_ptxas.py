@@ -9,10 +9,12 @@ bytes per kernel are printed; a kernel may spill MOST_SPILLS bytes (outside its 
 registers).
 """
 
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,14 +42,14 @@ def problems(log: str) -> list:
 
 def main() -> int:
     nvcc, *files = sys.argv[1:]
-    bad = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for file in files:
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as threads:
+        def compile_one(file: str) -> list:
             done = subprocess.run([nvcc, "-O3", "-std=c++20", f"-I{ROOT}", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v",
-                                   "-c", file, "-o", f"{scratch}/object.o"], capture_output=True, text=True, cwd=ROOT)
-            if done.returncode:
-                bad.append(f"{file}: {done.stderr.strip()}")
-            bad += [f"{file}: {problem}" for problem in problems(done.stdout + done.stderr)]
+                                   "-c", file, "-o", f"{scratch}/{Path(file).stem}.o"], capture_output=True, text=True, cwd=ROOT)
+            failed = [f"{file}: {done.stderr.strip()}"] if done.returncode else []
+            return failed + [f"{file}: {problem}" for problem in problems(done.stdout + done.stderr)]
+
+        bad = [line for lines in threads.map(compile_one, files) for line in lines]
     print("\n".join(bad) if bad else f"{len(files)} files: nothing serialised")
     return 1 if bad else 0
 
