@@ -90,6 +90,48 @@ struct MmaRows {
       }
     }
   }
+
+  // The same for 16 rows whose fragments are in registers, in one array and from 0: s[4 n + e] is element e
+  // of the keys [first_key + 8 n, + 8).
+  template <int kKeys>
+  __device__ static __forceinline__ void Scores(float (&s)[kKeys / 2], const uint32_t (&a)[kDim / 16][4],
+                                                uint32_t b, int first_key) {
+    const int lane = static_cast<int>(threadIdx.x & 31);
+    const int b_row = first_key + (lane & 7) + (lane >> 4 & 1) * 8, b_chunk = lane >> 3 & 1;
+#pragma unroll
+    for (float& x : s) x = 0;
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 16; ++n) {
+        uint32_t bf[4];
+        LoadMatrix4(bf, At(b, b_row + 16 * n, 2 * k + b_chunk));
+        MmaBf16(reinterpret_cast<float(&)[4]>(s[8 * n]), a[k], bf[0], bf[1]);
+        MmaBf16(reinterpret_cast<float(&)[4]>(s[8 * n + 4]), a[k], bf[2], bf[3]);
+      }
+    }
+  }
+
+  // o += w b for 16 rows of weights and kKeys rows of `b` from first_key on, by one warp. Lane l's weights:
+  // w[2 n + r] is the pair of keys 8 n + 2 (l % 4) and the next, of row l / 4 + 8 r. o[n]: columns [8 n, + 8)
+  // in MmaBf16()'s layout.
+  template <int kKeys>
+  __device__ static __forceinline__ void WeighedSum(float (&o)[kDim / 8][4], const uint32_t (&w)[kKeys / 4],
+                                                    uint32_t b, int first_key) {
+    const int lane = static_cast<int>(threadIdx.x & 31);
+    const int b_row = first_key + (lane & 15), b_chunk = lane >> 4;
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+      const uint32_t af[4] = {w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3]};
+#pragma unroll
+      for (int n = 0; n < kDim / 16; ++n) {
+        uint32_t bf[4];
+        LoadMatrix4Transposed(bf, At(b, b_row + 16 * k, 2 * n + b_chunk));
+        MmaBf16(o[2 * n], af, bf[0], bf[1]);
+        MmaBf16(o[2 * n + 1], af, bf[2], bf[3]);
+      }
+    }
+  }
 };
 
 }  // namespace headwater::kernels::device

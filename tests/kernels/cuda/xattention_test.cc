@@ -10,10 +10,6 @@
 
 namespace headwater::kernels {
 
-// The policy's Select() is not called here; to be removed with the arrival of cuda/block_masks.cc.
-__attribute__((weak)) Status CudaListsOfMasks(const CudaListsOfMasksArgs&, cudaStream_t) { return {}; }
-__attribute__((weak)) uint64_t CudaPossibleBlocks(const CudaBlockMasks&) { return 0; }
-
 namespace {
 
 const double kThresholds[] = {0.9, 1.5};
