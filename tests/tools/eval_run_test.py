@@ -1,8 +1,6 @@
 """headwater.eval end to end on a tiny random Llama, and on longctx-36m where HW_MODELS has it. Skipped where torch or
 transformers is not installed."""
 
-import contextlib
-import io
 import json
 import os
 import subprocess
@@ -14,32 +12,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 try:
     import numpy  # noqa: F401
-    import tokenizers
+    import tokenizers  # noqa: F401
     import torch
-    import transformers
+    import transformers  # noqa: F401
 except ImportError as error:
     print(f"skipped: {error.name} is not installed")
     sys.exit(77)
 
 sys.path.insert(0, str(ROOT / "python"))
+import tiny_model  # noqa: E402
 from headwater.eval import cli, policies  # noqa: E402
 from headwater.eval.items import Item, Question  # noqa: E402
 from headwater.eval.model import EvalModel, ModelError, Sample, find_model  # noqa: E402
 from headwater.eval.runner import Progress, Records, Runner, Settings, Window, sample_rows  # noqa: E402
+from tiny_model import save_model, tiny  # noqa: E402
 
 torch.set_num_threads(1)
-SHAPE = dict(vocab_size=257, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=16, max_position_embeddings=2048)
 TOKENS = torch.randint(0, 257, (700,), generator=torch.Generator().manual_seed(1)).tolist()
-
-
-def tiny(kind: str = "Llama", **changes):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **changes})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    for parameter in model.parameters():
-        parameter.data *= 4  # so that attention and predictions are not flat
-    return model
 
 
 @torch.no_grad()
@@ -167,20 +156,8 @@ class RunnerTest(unittest.TestCase):
         self.assertEqual(self.said, ["a: 10 s, about 30 s left", "b: 20 s, about 0 s left"])
 
 
-def save_model(folder: Path) -> None:
-    """A tiny model directory whose tokens are bytes."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    tiny().save_pretrained(folder)
-
-
 def command(*words) -> tuple:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = cli.main([str(word) for word in words])
-    return status, out.getvalue(), err.getvalue()
+    return tiny_model.command(cli.main, *words)
 
 
 class CommandTest(unittest.TestCase):

@@ -1,21 +1,12 @@
 """python -m headwater.eval: see headwater.eval.cli."""
 
-import importlib.util
-import signal
 import sys
 
-NEEDED = ("torch", "transformers", "tokenizers", "numpy")
+from headwater.eval.start import start
 
 
 def main() -> int:
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"headwater.eval: {', '.join(missing)} not installed (pip install {' '.join(missing)})", file=sys.stderr)
-        return 2
-    from headwater.eval import cli
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is done is kept
-    return cli.main()
+    return start("headwater.eval")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
+def dtype_name(args: argparse.Namespace) -> str:
+    """Of --dtype, or what it stands for by default."""
+    return args.dtype or ("bf16" if args.device.startswith("cuda") else "f32")
+
+
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
     if not (path / "tokenizer.json").is_file():
         raise ModelError(f"{path} has no tokenizer.json")
@@ -144,7 +149,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         tokenizer = load_tokenizer(path)
         notes = []
         gathered = gather(args, tokenizer, notes)
-        dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "f32")
+        dtype = dtype_name(args)
         model = EvalModel.load(path, args.device, DTYPES[dtype])
         chosen = {spec: policies.make(spec, model.policy_values()) for spec in ["dense", *args.policy]}
         if max(args.tokens) > model.max_tokens:

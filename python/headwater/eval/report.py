@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import List, Optional
 
+from headwater.eval.files import write_text
 from headwater.eval.metrics import bootstrap, percentile, perplexity, relative_perplexity
 
 DENSE = "dense"
@@ -105,16 +106,13 @@ def write(folder: Path, records, meta: dict, *, final: bool) -> List[Path]:
     """results.json (all of it, samples too), report.md, rows.jsonl (rows of bench/results), and at the end plots.png where
     matplotlib is there. Returns what was written."""
     rows = make_rows(records, model=meta["model"], seed=meta["seed"])
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "results.json": _json({"meta": meta, "rows": rows, **records.as_dict()}),
         "report.md": markdown(rows, meta, records.notes),
         "rows.jsonl": "".join(_json({"bench": "policies", **{key: meta[key] for key in ("device", "commit", "date")},
                                      **row, "peers": {}}) for row in rows)}
     for name, text in texts.items():
-        partial = folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / name)
+        write_text(folder / name, text)
     written = [folder / name for name in texts]
     if final and plot(folder / "plots.png", rows):
         written.append(folder / "plots.png")
