@@ -264,16 +264,30 @@ typedef struct {
   int32_t num_shared_clusters;
   const float* thresholds; /* [num_layers * num_kv_heads], for "headwater", or null */
   int32_t num_thresholds;
+  const int32_t* windows; /* likewise, in blocks */
+  int32_t num_windows;
 } hw_policy_config;
+
+/* Keys to the token, per tile of 64 rows (range_attention.h); num_lists 0: none. */
+typedef struct {
+  int32_t num_lists;
+  const int32_t* range_counts;
+  const int64_t* range_offsets;
+  const int32_t* ranges; /* pairs: begin, end */
+  const int32_t* column_counts;
+  const int64_t* column_offsets;
+  const int32_t* columns;
+  int32_t sink_tokens, window_tokens;
+} hw_key_ranges;
 
 /* What a layer's attention read; device memory of the policy. */
 typedef struct {
   uint32_t struct_size;
   hw_block_lists lists;          /* num_lists 0: dense, or key ranges */
   const void *k_means, *v_means; /* mean correction, or null */
-  int32_t has_ranges;            /* patterns to the token (range_attention.h) */
-  const uint64_t* visited;       /* or null */
-  const uint32_t* overflows;     /* or null */
+  hw_key_ranges ranges;
+  const uint64_t* visited;   /* or null */
+  const uint32_t* overflows; /* or null */
   uint64_t possible;
 } hw_selection;
 

@@ -5,6 +5,7 @@
 
 #include "kernels/c_api_support.h"
 #include "kernels/cuda/policy.h"
+#include "kernels/cuda/range_attention.h"
 #include "kernels/headwater_kernels.h"
 #include "kernels/pattern/config.h"
 
@@ -97,7 +98,13 @@ hw_status hw_policy_attention(hw_policy* policy, int32_t layer, const void* q, c
     c.lists = {found.lists.num_lists, found.lists.counts, found.lists.offsets, found.lists.blocks};
     c.k_means = found.correction.k_means;
     c.v_means = found.correction.v_means;
-    c.has_ranges = found.ranges != nullptr ? 1 : 0;
+    if (found.ranges != nullptr) {
+      const headwater::kernels::CudaKeyRanges& r = *found.ranges;
+      c.ranges = {
+          r.num_lists,     r.range_counts,   r.range_offsets, reinterpret_cast<const int32_t*>(r.ranges),
+          r.column_counts, r.column_offsets, r.columns,       r.sink_tokens,
+          r.window_tokens};
+    }
     c.visited = found.visited;
     c.overflows = found.overflows;
     c.possible = found.possible;

@@ -42,6 +42,12 @@ Status Validate(const CudaSearchArgs& a) {
     return {StatusCode::kUnimplemented, std::to_string(a.num_kv_heads) + " KV heads; at most " +
                                             std::to_string(sm90::kSearchHeads) + " are known"};
   }
+  for (int32_t head = 0; a.windows != nullptr && head < a.num_kv_heads; ++head) {
+    if (a.windows[head] < 1) {
+      return InvalidArgument("window of KV head " + std::to_string(head) + " is " +
+                             std::to_string(a.windows[head]) + " blocks; 1 or more is wanted");
+    }
+  }
   for (int32_t head = 0; a.thresholds != nullptr && head < a.num_kv_heads; ++head) {
     if (!(a.thresholds[head] >= 0)) {
       return InvalidArgument("threshold of KV head " + std::to_string(head) + " is " +
@@ -176,7 +182,9 @@ Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t work
   }
   p.forced_density = args.forced_density;
   p.sink_blocks = args.sink_blocks;
-  p.window_blocks = args.window_blocks;
+  for (int32_t head = 0; head < args.num_kv_heads; ++head) {
+    p.window_blocks[head] = args.windows == nullptr ? args.window_blocks : args.windows[head];
+  }
   p.first_dense_tile =
       static_cast<int32_t>(std::max<int64_t>(0, args.total_q - args.dense_last_tokens) / plan.tile_positions);
   if (args.dense_last_tokens == 0) p.first_dense_tile = plan.tiles;

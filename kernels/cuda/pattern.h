@@ -32,6 +32,7 @@ struct CudaSearchArgs {
   // Host memory [num_kv_heads], read before the call returns, or null: a threshold for each KV head in place
   // of `threshold`. 0: the head is dense; over 1: its lists are sinks and window, and it is not searched.
   const float* thresholds = nullptr;
+  const int32_t* windows = nullptr;  // likewise, in place of window_blocks
   // Over 0, at most 1: the ceil(forced_density * visible) best blocks are listed, sinks and window among
   // them; `visible` blocks are seen by the tile's last query, and threshold is not used. For measuring on
   // inputs without a pattern: every list has just this length (or that of sinks and window, where they are

@@ -5,9 +5,13 @@
 #include <variant>
 
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/policies/a_shape.h"
 #include "kernels/cuda/policies/flash.h"
 #include "kernels/cuda/policies/headwater.h"
 #include "kernels/cuda/policies/probe.h"
+#include "kernels/cuda/policies/vertical_slash.h"
+#include "kernels/cuda/policies/xattention.h"
+#include "kernels/cuda/range_attention.h"
 
 namespace headwater::kernels {
 namespace {
@@ -42,11 +46,49 @@ struct Make {
   Status operator()(const reference::FlashParameters& p) const { return MakeCudaFlash(p, shape, made); }
   Status operator()(const reference::Flash2Parameters& p) const { return MakeCudaFlash2(p, shape, made); }
   Status operator()(const HeadwaterParameters& p) const { return MakeCudaHeadwater(p, shape, made); }
+  Status operator()(const AShapeParameters& p) const { return MakeCudaAShape(p, shape, made); }
+  Status operator()(const reference::VerticalSlashParameters& p) const {
+    return MakeCudaVerticalSlash(p, shape, made);
+  }
+  Status operator()(const reference::XAttentionParameters& p) const {
+    return MakeCudaXAttention(p, shape, made);
+  }
   template <typename Other>
   Status operator()(const Other&) const {
     return {StatusCode::kUnimplemented, "this policy has no path on a GPU"};
   }
 };
+
+Status OverLists(const CudaPolicyShape& shape, int64_t num_tokens, const CudaPolicyLayer& layer,
+                 const CudaPolicyOutput& output, const CudaSelection& selection, void* workspace,
+                 size_t workspace_bytes, cudaStream_t stream) {
+  CudaAttentionArgs args = ArgsOf(shape, num_tokens);
+  args.q = layer.q;
+  args.k = layer.k;
+  args.v = layer.v;
+  args.out = output.out;
+  args.lse_ln = output.lse_ln;
+  args.lists = selection.lists;
+  args.correction = selection.correction;
+  return CudaAttention(args, workspace, workspace_bytes, stream);
+}
+
+Status OverRanges(const CudaPolicyShape& shape, int64_t num_tokens, const CudaPolicyLayer& layer,
+                  const CudaPolicyOutput& output, const CudaSelection& selection, cudaStream_t stream) {
+  CudaRangeAttentionArgs args;
+  args.q = layer.q;
+  args.k = layer.k;
+  args.v = layer.v;
+  args.out = output.out;
+  args.lse_ln = output.lse_ln;
+  args.num_tokens = num_tokens;
+  args.num_q_heads = shape.num_q_heads;
+  args.num_kv_heads = shape.num_kv_heads;
+  args.head_dim = shape.head_dim;
+  args.softmax_scale = shape.softmax_scale;
+  args.ranges = *selection.ranges;
+  return CudaRangeAttention(args, stream);
+}
 
 }  // namespace
 
@@ -79,15 +121,10 @@ Status CudaPolicyAttention(CudaPolicy* policy, const CudaPolicyShape& shape, int
     return InvalidArgument("this policy needs lse_ln, and an output that is not q");
   }
   HW_KERNELS_RETURN_IF_ERROR(policy->Select(layer, stream, selection));
-  CudaAttentionArgs args = ArgsOf(shape, num_tokens);
-  args.q = layer.q;
-  args.k = layer.k;
-  args.v = layer.v;
-  args.out = output.out;
-  args.lse_ln = output.lse_ln;
-  args.lists = selection->lists;
-  args.correction = selection->correction;
-  HW_KERNELS_RETURN_IF_ERROR(CudaAttention(args, workspace, workspace_bytes, stream));
+  HW_KERNELS_RETURN_IF_ERROR(
+      selection->ranges != nullptr
+          ? OverRanges(shape, num_tokens, layer, output, *selection, stream)
+          : OverLists(shape, num_tokens, layer, output, *selection, workspace, workspace_bytes, stream));
   if (policy->wants_lse()) return policy->Finish(layer, output.lse_ln, stream);
   return {};
 }

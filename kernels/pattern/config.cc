@@ -17,8 +17,8 @@ Status AddTables(const hw_policy_config& c, PolicyParameters* parameters) {
     return InvalidArgument("rope_frequencies are for policy skeleton");
   }
   auto* const headwater = std::get_if<HeadwaterParameters>(parameters);
-  if (c.thresholds != nullptr && headwater == nullptr) {
-    return InvalidArgument("thresholds are for policy headwater");
+  if ((c.thresholds != nullptr || c.windows != nullptr) && headwater == nullptr) {
+    return InvalidArgument("thresholds and windows are for policy headwater");
   }
   for (int32_t i = 0; c.thresholds != nullptr && i < c.num_thresholds; ++i) {
     if (!(c.thresholds[i] >= 0)) {
@@ -27,6 +27,8 @@ Status AddTables(const hw_policy_config& c, PolicyParameters* parameters) {
     }
     headwater->thresholds.push_back(c.thresholds[i]);
   }
+  for (int32_t i = 0; c.windows != nullptr && i < c.num_windows; ++i)
+    headwater->windows.push_back(c.windows[i]);
   auto* const share = std::get_if<ShareWithClusters>(parameters);
   if (share == nullptr) {
     return c.clusters == nullptr ? Status() : InvalidArgument("clusters are for policy share");

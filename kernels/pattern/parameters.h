@@ -47,6 +47,7 @@ struct HeadwaterParameters {
   // [layers * KV heads], what `python -m headwater.calibrate` found: over 0 and at most 1 a threshold; 0: the
   // head is dense; over 1: sinks and window alone, it is not searched. Empty: `threshold` for all.
   std::vector<float> thresholds;
+  std::vector<int32_t> windows;  // likewise, in place of window_blocks
 };
 
 // SharePrefill's, with the map of heads that `python -m headwater.cluster` makes.

@@ -33,10 +33,9 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
     if (num_tokens_ == 0) return InvalidArgument("Select() before Begin()");
     HW_KERNELS_RETURN_IF_ERROR(CheckRange("layer", layer.layer, 0, shape_.num_layers - 1));
     if (num_tokens_ < parameters_.dense_below_tokens) return {};
+    const int64_t first = int64_t{layer.layer} * shape_.num_kv_heads;
     const float* const thresholds =
-        parameters_.thresholds.empty()
-            ? nullptr
-            : parameters_.thresholds.data() + int64_t{layer.layer} * shape_.num_kv_heads;
+        parameters_.thresholds.empty() ? nullptr : parameters_.thresholds.data() + first;
     const bool dense = thresholds != nullptr && std::all_of(thresholds, thresholds + shape_.num_kv_heads,
                                                             [](float t) { return t == 0; });
     if (dense) return {};
@@ -51,6 +50,7 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
     args.softmax_scale = shape_.softmax_scale;
     args.threshold = static_cast<float>(parameters_.threshold);
     args.thresholds = thresholds;
+    args.windows = parameters_.windows.empty() ? nullptr : parameters_.windows.data() + first;
     args.sink_blocks = parameters_.sink_blocks;
     args.window_blocks = parameters_.window_blocks;
     args.dense_last_tokens = parameters_.dense_last_tokens;
@@ -130,8 +130,9 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
 Status MakeCudaHeadwater(const HeadwaterParameters& p, const CudaPolicyShape& shape,
                          std::unique_ptr<CudaPolicy>* made) {
   const auto wanted = static_cast<size_t>(shape.num_layers) * static_cast<size_t>(shape.num_kv_heads);
-  if (!p.thresholds.empty() && p.thresholds.size() != wanted) {
-    return InvalidArgument(std::to_string(p.thresholds.size()) + " thresholds; " + std::to_string(wanted) +
+  for (const size_t given : {p.thresholds.size(), p.windows.size()}) {
+    if (given == 0 || given == wanted) continue;
+    return InvalidArgument(std::to_string(given) + " thresholds or windows; " + std::to_string(wanted) +
                            ", one for each layer and KV head, are wanted");
   }
   if (!(p.threshold > 0 && p.threshold <= 1)) {

@@ -45,9 +45,13 @@ __device__ __forceinline__ TileBlocks BlocksOfTile(const SearchParams& p, int ti
   return {max(0, first_key) / kBlockKeys, (max(0, last_key) + kBlockKeys - 1) / kBlockKeys};
 }
 
+__device__ __forceinline__ int HeadOfCta(const SearchParams& p) {
+  return static_cast<int>(blockIdx.x) % p.num_heads;
+}
+
 // First of a tile's last blocks that are always listed: the window, and what is not visible to all rows.
 __device__ __forceinline__ int WindowBegin(const SearchParams& p, const TileBlocks& blocks) {
-  return max(0, min(blocks.total - p.window_blocks, blocks.complete));
+  return max(0, min(blocks.total - p.window_blocks[HeadOfCta(p)], blocks.complete));
 }
 
 // Sum over the lower lanes, and over all.

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   constexpr int kPasses = kForcedRows == 0 ? 2 : DensitySearch<Traits, kForcedRows>::kPasses;
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(storage);
   const int groups = (p.end_tile - p.begin_tile + p.tiles_per_cta - 1) / p.tiles_per_cta;
-  const int head = static_cast<int>(blockIdx.x) % p.num_heads;
+  const int head = HeadOfCta(p);
   const int first_tile =
       p.begin_tile + (groups - 1 - static_cast<int>(blockIdx.x) / p.num_heads) * p.tiles_per_cta;
   const int tiles = min(p.tiles_per_cta, p.end_tile - first_tile);

@@ -46,7 +46,7 @@ struct SearchParams {
   float thresholds_log2[kSearchHeads];
   double forced_density;  // 0: by threshold
   int32_t sink_blocks;
-  int32_t window_blocks;  // the tile's last block included
+  int32_t window_blocks[kSearchHeads];  // of each KV head, the tile's last block included
   int32_t first_dense_tile;
   // Lists, as the attention kernel reads them.
   int32_t* counts;

@@ -113,10 +113,17 @@ PolicyConfig = _sized("PolicyConfig", [
     ("name", ctypes.c_char_p), *_pointers("keys", "values"),
     *_ints("num_parameters", "num_layers", "num_q_heads", "num_kv_heads", "head_dim"), ("softmax_scale", ctypes.c_float),
     *_pointers("rope_frequencies", "clusters"), *_ints("num_clusters"), *_pointers("shared_clusters"),
-    *_ints("num_shared_clusters"), *_pointers("thresholds"), *_ints("num_thresholds")])
+    *_ints("num_shared_clusters"), *_pointers("thresholds"), *_ints("num_thresholds"), *_pointers("windows"),
+    *_ints("num_windows")])
+
+
+class KeyRanges(ctypes.Structure):
+    _fields_ = [*_ints("num_lists"), *_pointers("range_counts", "range_offsets", "ranges", "column_counts", "column_offsets",
+                                                "columns"), *_ints("sink_tokens", "window_tokens")]
+
 
 Selection = _sized("Selection", [
-    ("lists", BlockLists), *_pointers("k_means", "v_means"), *_ints("has_ranges"), *_pointers("visited", "overflows"),
+    ("lists", BlockLists), *_pointers("k_means", "v_means"), ("ranges", KeyRanges), *_pointers("visited", "overflows"),
     ("possible", ctypes.c_uint64)])
 
 ReferenceLists = _sized("ReferenceLists", [

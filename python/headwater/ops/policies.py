@@ -39,6 +39,7 @@ class PolicyConfig:
     clusters: Sequence[Tuple[int, int, int]] = ()  # "share": (layer, head, cluster)
     shared_clusters: Sequence[int] = ()
     thresholds: Sequence[float] = ()  # "headwater": [layers * kv_heads]
+    windows: Sequence[int] = ()  # likewise, in blocks
 
     def structure(self) -> "library.PolicyConfig":
         """For the C interface; owns what it points to."""
@@ -48,6 +49,7 @@ class PolicyConfig:
         heads = (library.HeadCluster * max(1, len(self.clusters)))(*(library.HeadCluster(*one) for one in self.clusters))
         shared = (ctypes.c_int32 * max(1, len(self.shared_clusters)))(*self.shared_clusters)
         thresholds = (ctypes.c_float * max(1, len(self.thresholds)))(*self.thresholds)
+        windows = (ctypes.c_int32 * max(1, len(self.windows)))(*self.windows)
         frequencies = None
         if self.rope_frequencies is not None:
             if len(self.rope_frequencies) != self.head_dim // 2:
@@ -63,8 +65,9 @@ class PolicyConfig:
             shared_clusters=ctypes.cast(shared, ctypes.c_void_p) if self.shared_clusters else None,
             num_shared_clusters=len(self.shared_clusters),
             thresholds=ctypes.cast(thresholds, ctypes.c_void_p) if self.thresholds else None,
-            num_thresholds=len(self.thresholds))
-        made.owned = (keys, values, heads, shared, frequencies, thresholds)
+            num_thresholds=len(self.thresholds),
+            windows=ctypes.cast(windows, ctypes.c_void_p) if self.windows else None, num_windows=len(self.windows))
+        made.owned = (keys, values, heads, shared, frequencies, thresholds, windows)
         return made
 
 
@@ -135,39 +138,79 @@ class Selection:
         c, tokens = policy._config, policy._tokens
         self.lse_ln = lse
         self.has_means = bool(found.k_means)
-        self.dense = found.lists.num_lists == 0 and not found.has_ranges
-        self.has_ranges = bool(found.has_ranges)
-        self.index = None
-        self._tokens, self._possible = tokens, found.possible
+        self.dense = found.lists.num_lists == 0 and found.ranges.num_lists == 0
+        self.index = _index(policy, found.lists) if found.lists.num_lists else None
+        self.ranges = KeyRanges(policy, found.ranges) if found.ranges.num_lists else None
+        self._tokens, self._heads, self._possible = tokens, c.q_heads, found.possible
         self._visited = policy._part(found.visited, 1, torch.int64).clone() if found.visited else None
         self._overflows = policy._part(found.overflows, 1, torch.int32).clone() if found.overflows else None
-        if found.lists.num_lists:
-            from headwater.ops import BlockIndex
-
-            positions = 128 // (c.q_heads // found.lists.num_lists)
-            tiles = -(-tokens // positions)
-            segments = tiles * found.lists.num_lists
-            self.index = BlockIndex(found.lists.num_lists, tiles, positions,
-                                    policy._part(found.lists.counts, segments, torch.int32),
-                                    policy._part(found.lists.offsets, segments, torch.int64),
-                                    policy._part(found.lists.blocks, -1, torch.int32), validated=(tokens, tokens))
-            if self._visited is None:
-                listed = self.index.listed(tokens, tokens).sum()
-                self._visited = listed[None]
-                self._possible = None
+        if self.index is not None and self._visited is None:
+            self._visited = self.index.listed(tokens, tokens).sum()[None]
+            self._possible = int(self.index.visible_blocks(tokens, tokens).sum()) * self.index.num_lists
 
     def density(self) -> float:
         """Computed over causally possible blocks. Synchronises; may be called at any time."""
         if self.dense:
             return 1.0
-        if self._possible is None:
-            visible = self.index.visible_blocks(self._tokens, self._tokens).sum() * self.index.num_lists
-            return float(self._visited[0] / visible)
         return float(self._visited[0]) / self._possible
 
     def overflows(self) -> int:
         """Tiles that went dense for want of room. Synchronises."""
         return int(self._overflows[0]) if self._overflows is not None else 0
+
+
+def _index(policy: PatternPolicy, lists):
+    from headwater.ops import BlockIndex
+
+    c, tokens = policy._config, policy._tokens
+    positions = 128 // (c.q_heads // lists.num_lists)
+    tiles = -(-tokens // positions)
+    segments = tiles * lists.num_lists
+    return BlockIndex(lists.num_lists, tiles, positions, policy._part(lists.counts, segments, torch.int32),
+                      policy._part(lists.offsets, segments, torch.int64), policy._part(lists.blocks, -1, torch.int32),
+                      validated=(tokens, tokens))
+
+
+class KeyRanges:
+    """Keys to the token, per tile of 64 rows (kernels/cuda/range_attention.h)."""
+
+    def __init__(self, policy: PatternPolicy, found):
+        self._tokens, self._lists = policy._tokens, found.num_lists
+        tiles = -(-self._tokens // 64)
+        segments = tiles * self._lists
+        self._limits = (found.sink_tokens, found.window_tokens)
+        part = policy._part
+        self._ranges = (part(found.range_counts, segments, torch.int32), part(found.range_offsets, segments, torch.int64),
+                        part(found.ranges, -1, torch.int32))
+        self._columns = (part(found.column_counts, segments, torch.int32), part(found.column_offsets, segments, torch.int64),
+                         part(found.columns, -1, torch.int32)) if found.columns else None
+
+    def row_mask(self, rows: torch.Tensor, q_heads: int) -> torch.Tensor:
+        """bool [query heads, rows, keys] of queries `rows` (int64); causality left out. Synchronises: for sampled rows."""
+        mask = torch.zeros(self._lists, len(rows), self._tokens, dtype=torch.bool, device=rows.device)
+        tiles = -(-self._tokens // 64)
+        for number in range(self._lists):
+            for at, row in enumerate(rows.tolist()):
+                segment = number * tiles + row // 64
+                self._fill(mask[number, at], segment, row)
+        return mask.expand(q_heads, -1, -1) if self._lists == 1 else mask
+
+    def _fill(self, line: torch.Tensor, segment: int, row: int) -> None:
+        counts, offsets, ranges = self._ranges
+        count, first = int(counts[segment]), int(offsets[segment])
+        if count < 0:
+            line[:] = True
+            return
+        for begin, end in ranges[2 * first:2 * (first + count)].view(-1, 2).tolist():
+            line[begin:end] = True
+        sink, window = self._limits
+        if window >= 0:
+            key = torch.arange(len(line), device=line.device)
+            line &= (key < sink) | (key > row - window)
+        if self._columns is not None:
+            counts, offsets, columns = self._columns
+            first = int(offsets[segment])
+            line[columns[first:first + int(counts[segment])].long()] = True
 
 
 @dataclass

@@ -44,6 +44,8 @@ class Published:
             return out, dense_stats()
 
         def row_mask(rows: torch.Tensor) -> torch.Tensor:  # before the next layer
+            if found.ranges is not None:
+                return found.ranges.row_mask(rows, q.shape[1])
             return table_of_index(found.index, len(q), len(q)).stats(self.name, q.shape[1]).row_mask(rows)
 
         return out, Stats(self.name, found.density, row_mask)
