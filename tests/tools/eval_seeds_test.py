@@ -292,6 +292,10 @@ class CommandTest(unittest.TestCase):
         self.assertEqual(status, 0, err)
         self.assertIn("## 1. ", out)
         self.assertIn("left out, the 0 s are over: structured at 512", out)
+        folder = self.folder / "some"
+        (folder / "report.md").unlink()
+        status, again, err = tiny_model.command(cli.main, "--report", "seeds", "--output", folder, "--draw")
+        self.assertEqual((status, again), (0, out), err)
 
     def test_what_is_wrong_is_said_with_status_2(self):
         for words, says in ((("--experiments", "7"), "'7' is not one of 1, 2, 3, 4, 5, 6"),

@@ -213,7 +213,7 @@ def plot(found: List[dict], cells_by_name: Mapping[str, Any]):
         stable = torch.tensor(of["prompts"])
         heads = cell["heads"]
         _draw_likeness(figure, line[0], mean, heads)
-        line[0].set_title(f"{name}: heads, mean of prompts (above the diagonal red: over {ALIKE})", fontsize=10)
+        line[0].set_title(f"{name}: pairs of heads, mean of prompts\n(upper half, red: over {ALIKE})", fontsize=10)
         _draw_stability(figure, line[1], stable.mean(dim=0).view(-1, heads))
         parts = [pairs(torch.tensor(matrix), heads) for matrix in of["heads"]]
         _draw_histogram(line[2], {"two heads of a layer": torch.cat([part["layer"] for part in parts]),

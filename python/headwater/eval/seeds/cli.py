@@ -3,7 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import List, Optional
+from typing import Callable, List, Optional
 
 import torch
 
@@ -18,7 +18,7 @@ EXPERIMENTS = {one.number: one for one in (latency.EXPERIMENT, dense_heads.EXPER
 LENGTHS = ("tokens", "audit_tokens", "skeleton_tokens", "criteria_tokens", "structured_tokens", "flash_tokens")
 COUNTS = ("timed_prompts", "windows", "targets", "own_prompts", "questions", "recall_rows", "audit_prompts",
           "criteria_groups", "repeats")
-NOT_OF_FIGURES = ("model", "output", "experiments", "limit_s")  # flags that change no figure
+NOT_OF_FIGURES = ("model", "output", "experiments", "limit_s", "draw")  # flags that change no figure
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,11 +27,12 @@ def parser() -> argparse.ArgumentParser:
         description="The experiments of the papers that the policies come from: " +
         "; ".join(f"{one.number} {one.title}" for one in EXPERIMENTS.values()) + ".")
     add = flags.add_argument
-    add("model", help="model directory, or a name under HW_MODELS")
+    add("model", nargs="?", default="", help="model directory, or a name under HW_MODELS")
     add("--output", type=Path, required=True, metavar="DIR",
         help="seeds_N.json and seeds_N.png; report.md and rows.jsonl of all that are there. What DIR has is not run again")
     add("--experiments", default=",".join(map(str, EXPERIMENTS)), metavar="1,3,5")
     add("--limit_s", type=float, default=float("inf"), help="time of one experiment; what is left out is named")
+    add("--draw", action="store_true", help="measure nothing: tables and pictures of what stands in DIR, which needs no model")
     add("--text", nargs="+", default=["emma", "persuasion"], metavar="FILE", help="texts; names as in headwater.eval")
     add("--clusters", default="", metavar="FILE", help="of python -m headwater.cluster, for share (1, 2)")
     add("--tokens", nargs="+", type=int, default=[32768, 131072], help="lengths of 1, 2 and 5")
@@ -92,25 +93,41 @@ def setting_of(args: argparse.Namespace, name: str, device: str, dtype: str, con
                    config.num_attention_heads, config.num_key_value_heads, head_dim, flags)
 
 
+def summarise(folder: Folder, output: Path, say: Callable[[str], None]) -> None:
+    written = folder.summarise(list(EXPERIMENTS.values()))
+    print((output / "report.md").read_text(encoding="utf-8"), end="")
+    if not any(path.suffix == ".png" for path in written):
+        say("no plots: matplotlib is not installed (pip install matplotlib); with it, --draw makes them of DIR")
+    say(f"written: {', '.join(map(str, written))}")
+
+
+def load(args: argparse.Namespace, say: Callable[[str], None]) -> Bench:
+    path = find_model(args.model)
+    tokenizer = cli.load_tokenizer(path)
+    for name in args.text:  # before the model is loaded, which takes longer
+        texts.read_text(name)
+    dtype = cli.dtype_name(args)
+    model = EvalModel.load(path, args.device, cli.DTYPES[dtype])
+    setting = setting_of(args, path.resolve().name, cli.device_name(args.device), dtype, model.model.config)
+    return Bench(model, tokenizer, args, setting, say)
+
+
 def main(arguments: Optional[List[str]] = None) -> int:
     args = parser().parse_args(arguments)
 
     def say(words: str) -> None:
         print(words, file=sys.stderr, flush=True)
 
+    folder = Folder(args.output)
     try:
         numbers = check(args)
         args.output.mkdir(parents=True, exist_ok=True)
-        path = find_model(args.model)
-        tokenizer = cli.load_tokenizer(path)
-        for name in args.text:  # before the model is loaded, which takes longer
-            texts.read_text(name)
-        dtype = cli.dtype_name(args)
-        model = EvalModel.load(path, args.device, cli.DTYPES[dtype])
-        setting = setting_of(args, path.resolve().name, cli.device_name(args.device), dtype, model.model.config)
-        bench, folder = Bench(model, tokenizer, args, setting, say), Folder(args.output)
         for number in EXPERIMENTS:
             folder.read(number)
+        if args.draw:
+            summarise(folder, args.output, say)
+            return 0
+        bench = load(args, say)
     except (ValueError, OSError) as error:
         say(f"headwater.eval: {error}")
         return 2
@@ -121,9 +138,5 @@ def main(arguments: Optional[List[str]] = None) -> int:
                 status = 1
     except KeyboardInterrupt:
         status = 130
-    written = folder.summarise(list(EXPERIMENTS.values()))
-    print((args.output / "report.md").read_text(encoding="utf-8"), end="")
-    if not any(path.suffix == ".png" for path in written):
-        say("no plots: matplotlib is not installed (pip install matplotlib)")
-    say(f"written: {', '.join(map(str, written))}")
+    summarise(folder, args.output, say)
     return status

@@ -18,10 +18,10 @@ STRUCTURED, CAPTURED = "structured", "captured"
 SHAPE = (32, 8, 128)  # query heads, KV heads, head_dim of structured inputs: Llama-3-8B's, which the papers quote
 LAYERS = 4  # of captured ones, spread evenly
 RECALL_ROWS = 32
-# Over FlashAttention 2. V1: arXiv:2603.06199, Qwen3-30B-A3B, GPU not stated. V1 and V2 again: arXiv:2608.19758, H20,
-# Llama-3.1-8B, densities as in its benchmark.
+# Over FlashAttention 2. V1: arXiv:2603.06199, Qwen3-30B-A3B, GPU not stated. The others: arXiv:2608.19758, H20,
+# Llama-3.1-8B, densities of its benchmarks.
 PUBLISHED = (("FlashPrefill V1, its paper", 4096, 1.71, None), ("FlashPrefill V1, its paper", 262144, 27.78, None),
-             ("FlashPrefill V1, V2's paper", 4096, 1.21, 0.760), ("FlashPrefill V1, V2's paper", 131072, 22.67, 0.046),
+             ("FlashPrefill V1, V2's paper", 4096, 1.21, 0.740), ("FlashPrefill V1, V2's paper", 131072, 22.67, 0.045),
              ("FlashPrefill V2 BF16", 4096, 1.66, 0.760), ("FlashPrefill V2 BF16", 131072, 27.21, 0.046))
 
 
