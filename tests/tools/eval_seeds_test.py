@@ -285,6 +285,23 @@ class CommandTest(unittest.TestCase):
             print("skipped: pictures, matplotlib is not installed")
             self.assertIn("matplotlib is not installed", err)
 
+    def test_a_policy_that_fails_is_named_and_the_others_are_timed(self):
+        def policy(bench, spec, model=None):
+            if spec.startswith(("share", "flash2")):
+                raise NotImplementedError(f"no {spec} here")
+            return policies.make("dense")
+
+        with mock.patch.object(Bench, "policy", policy):
+            status, out, err = self.command(*self.FLAGS, "--experiments", "1,6", output="failing")
+        self.assertEqual(status, 1, err)
+        self.assertIn("- failed: share:pivots_per_layer=1 at 512: NotImplementedError: no share:pivots_per_layer=1 here", out)
+        self.assertIn("- failed: flash2:dense_layers=0 at 512 tokens: NotImplementedError: no flash2", out)
+        self.assertIn("| 512 | flex |", out)
+        self.assertIn("| headwater |", out)
+        for number in (1, 6):
+            kept = json.loads((self.folder / "failing" / f"seeds_{number}.json").read_text())
+            self.assertTrue(all(cell["partial"] for cell in kept["cells"].values()))
+
     def test_chosen_ones_join_what_is_there(self):
         with self.simple_policies():
             self.assertEqual(self.command(*self.FLAGS, "--experiments", "1", output="some")[0], 0)

@@ -64,6 +64,7 @@ class Bench:
         self.model, self.tokenizer, self.args, self.setting, self.say = model, tokenizer, args, setting, say
         self.deadline = float("inf")
         self.notes: List[str] = []  # of the running experiment
+        self.failed = False  # something in it
         self._gathered: Dict[tuple, dict] = {}
 
     @property
@@ -78,6 +79,13 @@ class Bench:
         if text not in self.notes:
             self.notes.append(text)
             self.say(text)
+
+    def fail(self, what: str, error: Exception) -> None:
+        """Notes an error that leaves `what` without figures."""
+        self.failed = True
+        lines = str(error).splitlines()
+        self.note(f"failed: {what}: " + ("" if isinstance(error, CellError) else f"{type(error).__name__}: ") +
+                  (lines[0] if lines else ""))
 
     def policy(self, spec: str, model: Optional[Mapping[str, Any]] = None) -> Policy:
         """model: other values than this model's, of headwater.eval.policies.make()."""

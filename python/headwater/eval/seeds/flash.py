@@ -36,7 +36,8 @@ def cells(bench: Bench) -> Iterable[Cell]:
 def structured(bench: Bench, length: int) -> dict:
     shape = SHAPE if bench.cuda else (bench.setting.q_heads, bench.setting.kv_heads, bench.setting.head_dim)
     q, k, v = structured_qkv(length, *shape, bench.args.seed, bench.model.device)
-    return {"tokens": length, "inputs": STRUCTURED, "shape": list(shape), "layers": {"0": operator(bench, q, k, v)}}
+    layers = {"0": operator(bench, q, k, v)}
+    return {"tokens": length, "inputs": STRUCTURED, "shape": list(shape), "layers": layers, "partial": lacking(layers)}
 
 
 def captured(bench: Bench, length: int) -> dict:
@@ -51,7 +52,13 @@ def captured(bench: Bench, length: int) -> dict:
 
     bench.model.prefill(bench.text_prompts(length, 1)[0].ids, OnDense(visit))
     s = bench.setting
-    return {"tokens": length, "inputs": CAPTURED, "shape": [s.q_heads, s.kv_heads, s.head_dim], "layers": found}
+    return {"tokens": length, "inputs": CAPTURED, "shape": [s.q_heads, s.kv_heads, s.head_dim], "layers": found,
+            "partial": lacking(found)}
+
+
+def lacking(layers: Mapping[str, dict]) -> bool:
+    """Whether a policy failed on some layer."""
+    return any(spec not in layer for layer in layers.values() for spec in SPECS)
 
 
 def operator(bench: Bench, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict:
@@ -60,7 +67,11 @@ def operator(bench: Bench, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) ->
     engines = dense_engines(q, k, v)
     stats: Dict[str, Stats] = {}
     for spec in SPECS:
-        policy = bench.policy(spec)
+        try:
+            policy = bench.policy(spec)
+        except (ValueError, NotImplementedError, OSError) as error:
+            bench.fail(f"{spec} at {len(q)} tokens", error)
+            continue
 
         def run(policy=policy, spec=spec) -> torch.Tensor:
             out, stats[spec] = policy.attend(0, q, k, v)
@@ -73,7 +84,7 @@ def operator(bench: Bench, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) ->
             try:
                 times[name] = min(bench.time_ms(engine, repeats), times.get(name, float("inf")))
             except (RuntimeError, NotImplementedError) as error:
-                bench.note(f"{name} at {len(q)} tokens: {type(error).__name__}: {str(error).splitlines()[0]}")
+                bench.fail(f"{name} at {len(q)} tokens", error)
                 engines.pop(name)
                 times.pop(name, None)
     if not times.keys() & set(SPECS):

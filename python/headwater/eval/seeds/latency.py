@@ -34,7 +34,7 @@ def measure(bench: Bench, length: int) -> dict:
             chosen[spec] = policy
             times[spec] = {"prefill_ms": [], "attention_ms": [], "density": []}
         except (RuntimeError, NotImplementedError, ValueError, OSError) as error:
-            bench.note(f"{spec} at {length}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            bench.fail(f"{spec} at {length}", error)
     done = 0
     for number, prompt in enumerate(prompts):
         if bench.late and number > 0:

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from headwater.eval.files import write_text
 from headwater.eval.report import json_line
-from headwater.eval.seeds.bench import Bench, CellError, Experiment
+from headwater.eval.seeds.bench import Bench, Experiment
 
 
 def now() -> str:
@@ -90,8 +90,8 @@ def run(experiment: Experiment, bench: Bench, folder: Folder, limit_s: float) ->
         bench.say(f"{folder.file(experiment.number, 'json')} is of other flags or another commit: begun anew")
         kept = {}
     cells = {name: cell for name, cell in kept.get("cells", {}).items() if not cell.get("partial")}
-    begin, good = time.monotonic(), True
-    bench.notes, bench.deadline = [], begin + limit_s
+    begin = time.monotonic()
+    bench.notes, bench.failed, bench.deadline = [], False, begin + limit_s
     every, left_out = list(experiment.cells(bench)), []
     if every and all(cell.name in cells for cell in every):
         bench.say(f"experiment {experiment.number}: all of it stands in {folder.file(experiment.number, 'json')}")
@@ -107,10 +107,8 @@ def run(experiment: Experiment, bench: Bench, folder: Folder, limit_s: float) ->
                       f"{time.monotonic() - begin:.0f} s so far")
             try:
                 cells[cell.name] = cell.run()
-            except (CellError, RuntimeError, NotImplementedError, ValueError, OSError) as error:
-                good = False
-                kind = "" if isinstance(error, CellError) else f"{type(error).__name__}: "
-                bench.note(f"failed: {cell.name}: {kind}{str(error).splitlines()[0] if str(error) else ''}")
+            except (RuntimeError, NotImplementedError, ValueError, OSError) as error:
+                bench.fail(cell.name, error)
             bench.release()
             folder.write(experiment, bench, cells, bench.notes)
     except KeyboardInterrupt:
@@ -120,7 +118,7 @@ def run(experiment: Experiment, bench: Bench, folder: Folder, limit_s: float) ->
     if left_out:
         bench.note(f"left out, the {limit_s:g} s are over: {'; '.join(left_out)}")
     folder.write(experiment, bench, cells, bench.notes)
-    return good
+    return not bench.failed
 
 
 def table(headers: Sequence[str], lines: Sequence[Sequence[Any]]) -> List[str]:
