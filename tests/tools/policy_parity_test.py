@@ -86,7 +86,7 @@ def ranges_of(tokens, of_tiles, columns=None, sink=-1, window=-1, lists=1):
         return torch.tensor(counts, dtype=torch.int32).repeat(lists), torch.tensor(offsets).repeat(lists), entries
 
     ranges = KeyRanges.__new__(KeyRanges)
-    ranges._tokens, ranges._lists, ranges._limits, ranges._ranges = tokens, lists, (sink, window), flat(of_tiles)
+    ranges._tokens, ranges.num_lists, ranges._limits, ranges._ranges = tokens, lists, (sink, window), flat(of_tiles)
     ranges._ranges = (*ranges._ranges[:2], torch.cat([ranges._ranges[2], torch.tensor([7], dtype=torch.int32)]))  # what follows
     ranges._columns = flat(columns) if columns else None
     return ranges

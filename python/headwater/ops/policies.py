@@ -175,9 +175,9 @@ class KeyRanges:
     """Keys to the token, per tile of 64 rows (kernels/cuda/range_attention.h)."""
 
     def __init__(self, policy: PatternPolicy, found):
-        self._tokens, self._lists = policy._tokens, found.num_lists
+        self._tokens, self.num_lists = policy._tokens, found.num_lists
         tiles = -(-self._tokens // 64)
-        segments = tiles * self._lists
+        segments = tiles * self.num_lists
         self._limits = (found.sink_tokens, found.window_tokens)
         part = policy._part
         self._ranges = (part(found.range_counts, segments, torch.int32), part(found.range_offsets, segments, torch.int64),
@@ -187,8 +187,8 @@ class KeyRanges:
 
     def row_mask(self, rows: torch.Tensor, q_heads: int) -> torch.Tensor:
         """bool [query heads, rows, keys] of queries `rows` (int64); causality left out. Synchronises: for sampled rows."""
-        mask = torch.stack([self.list_mask(number, rows) for number in range(self._lists)])
-        return mask.expand(q_heads, -1, -1) if self._lists == 1 else mask
+        mask = torch.stack([self.list_mask(number, rows) for number in range(self.num_lists)])
+        return mask.expand(q_heads, -1, -1) if self.num_lists == 1 else mask
 
     def list_mask(self, number: int, rows: torch.Tensor) -> torch.Tensor:
         """The same of one list: bool [rows, keys]."""
