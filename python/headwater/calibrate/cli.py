@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add("--targets", type=int, default=2048, help="last tokens of a window, whose loss counts")
     add("--own", nargs="*", choices=prompts.TASKS, default=["words", "uuids"], help="retrieval prompts made from the seed")
     add("--own_prompts", type=int, default=1, help="of a task")
+    add("--questions", type=int, default=2, help="of such a prompt")
     add("--prompts", nargs="+", type=Path, default=[], metavar="FILE.jsonl", help="retrieval prompts, as in headwater.eval")
     add("--budget", type=float, default=0.003, help="nats a token that each set may lose to dense attention")
     add("--unit", choices=("head", "layer"), default="head", help="what goes up together: a KV head, or a layer's")
@@ -44,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """ValueError where a flag is out of range."""
-    for name, least in (("windows", 0), ("targets", 1), ("own_prompts", 0), ("max_passes", 1), ("tokens", 8192)):
+    for name, least in (("windows", 0), ("targets", 1), ("own_prompts", 0), ("questions", 1), ("max_passes", 1), ("tokens", 8192)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name}={getattr(args, name)}; at least {least} is wanted")
     if not 0 < args.budget <= 10:
@@ -98,7 +99,7 @@ def gather(args: argparse.Namespace, tokenizer) -> List[Prompt]:
     items: List[Item] = []
     for task in args.own:
         items += prompts.make_items(task, tokenizer, length=args.tokens, count=args.own_prompts, seed=args.seed,
-                                    questions=2, text_ids=hay)
+                                    questions=args.questions, text_ids=hay)
     for path in args.prompts:
         items += by_length(list(read_items(path, tokenizer)), [args.tokens]).get(args.tokens, [])
     for item in items:
