@@ -1,4 +1,4 @@
-"""headwater.calibrate without a GPU: the climb on made-up losses, and the file."""
+"""headwater.calibrate without a GPU: the descent on made-up losses, and the file."""
 
 import json
 import tempfile
@@ -6,53 +6,59 @@ import unittest
 from pathlib import Path
 
 from headwater.calibrate.file import Calibration, load, save
-from headwater.calibrate.search import LADDER, Measured, climb
+from headwater.calibrate.search import LADDER, Measured, descend
 
 
-def model(needs, costs):
-    """A loss that falls by 1 for each rung that a unit lacks of what it needs."""
+def model(needs, costs=None, loss=1.0):
+    """A loss of `loss` for each rung that a unit lacks of what it needs."""
     def measure(rungs):
         lacking = sum(max(0, need - rung) for need, rung in zip(needs, rungs))
-        return Measured({"text": 0.001 * lacking}, sum(cost * rung for cost, rung in zip(costs, rungs)))
+        return Measured({"text": loss * lacking}, sum(cost * rung for cost, rung in zip(costs or [1] * len(needs), rungs)))
     return measure
 
 
-class ClimbTest(unittest.TestCase):
-    def test_units_climb_to_what_they_need(self):
+class DescentTest(unittest.TestCase):
+    def test_units_come_down_to_what_they_need(self):
         needs = [0, 3, 1, 0, 5]
-        out = climb(5, model(needs, [1] * 5), {"text": 0.0005})
-        self.assertTrue(out.holds)
+        out = descend(5, model(needs), {"text": 0.5})
         self.assertEqual(out.rungs, needs)
-        self.assertEqual(out.history[-1][0], 0)
+        self.assertTrue(out.whole)
+        self.assertEqual(out.history[0], (0.0, 25.0))  # all on rung 5
 
     def test_a_budget_is_spent_where_it_saves_most(self):
-        # Either unit would do: the cheap one climbs.
-        out = climb(2, model([1, 1], [10, 1]), {"text": 0.001})
-        self.assertEqual(out.rungs, [0, 1])
+        # Room for one rung too few: the dear unit gets it.
+        out = descend(2, model([1, 1], [1, 10]), {"text": 1.0})
+        self.assertEqual(out.rungs, [1, 0])
 
     def test_sets_have_budgets_of_their_own(self):
         def measure(rungs):
             return Measured({"text": 0.0, "words": 0.01 if rungs[1] < 2 else 0.0}, float(sum(rungs)))
-        # A first rung gains nothing: the cheapest go up until it shows.
-        out = climb(2, measure, {"text": 0.001, "words": 0.001})
-        self.assertTrue(out.holds)
-        self.assertEqual(out.rungs[1], 2)
+        out = descend(2, measure, {"text": 0.001, "words": 0.001})
+        self.assertEqual(out.rungs, [0, 2])
 
-    def test_ends_at_the_top(self):
-        out = climb(3, lambda rungs: Measured({"text": 1.0}, 0.0), {"text": 0.001})
-        self.assertFalse(out.holds)
-        self.assertEqual(out.rungs, [len(LADDER) - 1] * 3)
+    def test_what_breaks_together_goes_down_apart(self):
+        def measure(rungs):  # one of the two may be low
+            return Measured({"text": 1.0 if rungs[0] + rungs[1] < 3 else 0.0}, float(sum(rungs)))
+        out = descend(2, measure, {"text": 0.5}, top=3, share=1.0)
+        self.assertEqual(sum(out.rungs), 3)
+        self.assertEqual(out.measured.excess({"text": 0.5}), 0)
 
-    def test_ends_at_most_passes(self):
+    def test_dense_where_nothing_holds(self):
+        top = len(LADDER) - 1
+        out = descend(3, lambda rungs: Measured({"text": 0.0 if min(rungs) == top else 1.0}, 1.0), {"text": 0.001})
+        self.assertEqual(out.rungs, [top] * 3)
+        self.assertEqual(out.measured.density, 1.0)
+
+    def test_ends_at_most_passes_and_holds(self):
         calls = []
 
         def measure(rungs):
             calls.append(list(rungs))
-            return Measured({"text": 1.0}, float(sum(rungs)))
-        out = climb(3, measure, {"text": 0.001}, most_passes=9)
-        self.assertFalse(out.holds)
+            return model([0] * 6)(rungs) if len(calls) > 4 else Measured({"text": 1.0}, 1.0)
+        out = descend(6, measure, {"text": 0.001}, most_passes=40)
+        self.assertFalse(out.whole)
         self.assertEqual(out.passes, len(calls))
-        self.assertLessEqual(len(calls), 9)
+        self.assertLessEqual(len(calls), 40)
 
     def test_the_ladder_ends_dense(self):
         self.assertEqual(LADDER[-1][0], 0)

@@ -1,8 +1,9 @@
 """How sparsely each head of a model may attend, for the policy `headwater`: python -m headwater.calibrate --help.
 
 Every KV head of every layer stands on a rung of a ladder, from sinks and a window alone to dense attention (.search.LADDER).
-All start on the lowest. While the model's answers are worse than dense attention's by more than the budget, each head is
-tried one rung up, the others where they are, and the heads that gain most for what they cost go up. What is measured is the
+All start on the lowest rung that keeps the model's answers, all heads together, within the error budget of dense attention's.
+Each is then tried one rung down, the others where they are, and those that save most for the budget that they spend go down,
+until none can. What is measured is the
 model's own loss on calibration texts and retrieval prompts; no threshold is set by hand. The same model, texts and flags on
 the same kind of GPU give the same file.
 
@@ -14,7 +15,7 @@ The file, which load() reads and checks:
      "thresholds": [[...] ...],     [layers][KV heads]: over 0 and at most 1 a threshold, 0 dense, over 1 not searched
      "windows": [[...] ...],        likewise: last blocks of 128 keys that a tile always attends to
      "calibration": {"tokens", "budget", "sets": {NAME: {"dense": nats a token, "loss": in excess of it}}, "density",
-                     "rounds", "passes", "texts": [names]}}
+                     "passes", "whole": whether no head could go lower, "texts": [names]}}
 """
 
 from headwater.calibrate.file import Calibration as Calibration

@@ -9,7 +9,7 @@ from typing import Dict, List, Optional, Sequence
 import torch
 
 from headwater.calibrate.file import Calibration, save
-from headwater.calibrate.search import LADDER, Measured, Outcome, climb
+from headwater.calibrate.search import LADDER, Measured, Outcome, descend
 from headwater.cluster.cli import digest
 from headwater.eval import policies, prompts, texts
 from headwater.eval.attention import Stats
@@ -35,8 +35,8 @@ def parser() -> argparse.ArgumentParser:
     add("--questions", type=int, default=2, help="of such a prompt")
     add("--prompts", nargs="+", type=Path, default=[], metavar="FILE.jsonl", help="retrieval prompts, as in headwater.eval")
     add("--budget", type=float, default=0.003, help="nats a token that each set may lose to dense attention")
-    add("--unit", choices=("head", "layer"), default="head", help="what goes up together: a KV head, or a layer's")
-    add("--share", type=float, default=0.1, help="of the units that go up in a round")
+    add("--unit", choices=("head", "layer"), default="head", help="what moves together: a KV head, or a layer's")
+    add("--share", type=float, default=0.2, help="of the units that move in a round")
     add("--max_passes", type=int, default=5000, help="of the model over all prompts")
     add("--seed", type=int, default=1)
     add("--device", default="cuda")
@@ -153,7 +153,7 @@ def result(args: argparse.Namespace, path: Path, meter: Meter, out: Outcome) -> 
     sets = {name: {"dense": round(meter.dense[name], 6), "loss": round(loss, 6)} for name, loss in out.measured.loss.items()}
     return Calibration(digest(path), meter.layers, meter.kv_heads, rows(thresholds), rows(windows),
                        {"tokens": args.tokens, "budget": args.budget, "sets": sets, "density": round(out.measured.density, 6),
-                        "rounds": out.rounds, "passes": out.passes, "texts": [str(name) for name in args.texts]})
+                        "passes": out.passes, "whole": out.whole, "texts": [str(name) for name in args.texts]})
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -172,15 +172,13 @@ def main(arguments: Optional[List[str]] = None) -> int:
         config = model.model.config
         per_unit = config.num_key_value_heads if args.unit == "layer" else 1
         meter = Meter(model, found, per_unit)
-        out = climb(meter.layers * meter.kv_heads // per_unit, meter, {name: args.budget for name in meter.dense},
-                    share=args.share, most_passes=args.max_passes, say=say)
+        out = descend(meter.layers * meter.kv_heads // per_unit, meter, {name: args.budget for name in meter.dense},
+                      share=args.share, most_passes=args.max_passes, say=say)
         save(args.output, result(args, path, meter, out))
         print(f"density {out.measured.density:.4f} at {args.tokens} tokens, {out.passes} passes; "
               + ", ".join(f"{name} {loss:+.5f} nats" for name, loss in out.measured.loss.items()))
-        if not out.holds:
-            say(f"headwater.calibrate: the budget of {args.budget} nats does not hold after {out.passes} passes; written all the "
-                f"same: {args.output}")
-            return 1
+        if not out.whole:
+            say(f"headwater.calibrate: ended by --max_passes={args.max_passes}; sparser choices may hold too")
         say(f"written: {args.output}")
         return 0
     except (ValueError, OSError) as error:
