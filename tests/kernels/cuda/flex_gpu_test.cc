@@ -12,7 +12,6 @@
 #include "kernels/cuda/block_stats.h"
 #include "kernels/reference/policies/flex.h"
 #include "tests/kernels/cuda/flex_problem.h"
-#include "tests/kernels/cuda/flex_stubs.h"
 
 namespace headwater::kernels {
 namespace {

@@ -3,7 +3,6 @@
 
 #include "gtest/gtest.h"
 
-#include "tests/kernels/cuda/flex_stubs.h"
 #include "tests/kernels/cuda/refusals.h"
 
 namespace headwater::kernels {
