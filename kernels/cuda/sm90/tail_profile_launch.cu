@@ -244,14 +244,10 @@ struct Sums {
   float* vertical;   // of the head
   float* slash;
   int64_t num_tokens;
-  float column[4][2], diagonal[kDiagonals][2];
+  float column[4][2] = {}, diagonal[kDiagonals][2] = {};
   int turn = 0;  // of the ring's halves
 
   __device__ void Start() {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) column[i / 2][i % 2] = 0;
-#pragma unroll
-    for (int i = 0; i < 2 * kDiagonals; ++i) diagonal[i / 2][i % 2] = 0;
     for (int i = static_cast<int>(threadIdx.x & 31); i < 8 * kRingPitch; i += 32) ring[i] = 0;
     __syncwarp();
   }
