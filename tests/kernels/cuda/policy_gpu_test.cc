@@ -122,20 +122,24 @@ TEST_P(PolicyGpu, OutputIsAttentionOverItsLists) {
 
 INSTANTIATE_TEST_SUITE_P(
     All, PolicyGpu,
-    testing::Values(PolicyCase{"dense", {}}, PolicyCase{"probe", {{"density", 0.3}}},
-                    PolicyCase{"headwater", {{"threshold", 0.6}, {"dense_below_tokens", 0}}},
-                    PolicyCase{"headwater", {{"dense_below_tokens", 0}}, 1, 8, 2, 64},
-                    PolicyCase{"headwater", {{"dense_below_tokens", 0}, {"correction", 0}}, 1025, 6, 2, 64},
-                    PolicyCase{"headwater", {}}, PolicyCase{"flash", {{"alpha", 0.7}}},
-                    PolicyCase{"flash", {{"alpha", 0.5}}, 1025, 6, 2, 64},
-                    PolicyCase{"flash2", {{"alpha", 0.7}}},
-                    PolicyCase{"flash2", {{"alpha", 0.9}}, 1300, 3, 1, 64},
-                    PolicyCase{"flex", {{"gamma", 0.3}, {"min_budget_tokens", 128}}},
-                    PolicyCase{
-                        "flex", {{"gamma", 0.5}, {"tau", 0.6}, {"min_budget_tokens", 128}}, 1025, 6, 2, 64},
-                    PolicyCase{"xattention", {{"threshold", 0.5}}},
-                    PolicyCase{"xattention", {{"threshold", 0.3}, {"stride", 8}}, 1025, 6, 2, 64},
-                    PolicyCase{"skeleton", {}}, PolicyCase{"skeleton", {{"epsilon", 100}}, 1025, 6, 2, 64}));
+    testing::Values(
+        PolicyCase{"dense", {}}, PolicyCase{"probe", {{"density", 0.3}}},
+        PolicyCase{"headwater", {{"threshold", 0.6}, {"window_blocks", 2}, {"dense_below_tokens", 0}}},
+        PolicyCase{"headwater", {{"dense_below_tokens", 0}}, 1, 8, 2, 64},
+        PolicyCase{"headwater",
+                   {{"dense_below_tokens", 0}, {"window_blocks", 1}, {"correction", 0}},
+                   1025,
+                   6,
+                   2,
+                   64},
+        PolicyCase{"headwater", {}}, PolicyCase{"flash", {{"alpha", 0.7}}},
+        PolicyCase{"flash", {{"alpha", 0.5}}, 1025, 6, 2, 64}, PolicyCase{"flash2", {{"alpha", 0.7}}},
+        PolicyCase{"flash2", {{"alpha", 0.9}}, 1300, 3, 1, 64},
+        PolicyCase{"flex", {{"gamma", 0.3}, {"min_budget_tokens", 128}}},
+        PolicyCase{"flex", {{"gamma", 0.5}, {"tau", 0.6}, {"min_budget_tokens", 128}}, 1025, 6, 2, 64},
+        PolicyCase{"xattention", {{"threshold", 0.5}}},
+        PolicyCase{"xattention", {{"threshold", 0.3}, {"stride", 8}}, 1025, 6, 2, 64},
+        PolicyCase{"skeleton", {}}, PolicyCase{"skeleton", {{"epsilon", 100}}, 1025, 6, 2, 64}));
 
 // A head's lists do not depend on what other heads are told.
 TEST(HeadwaterGpu, HeadsHaveThresholdsAndWindowsOfTheirOwn) {

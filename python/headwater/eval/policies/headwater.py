@@ -21,7 +21,7 @@ class Headwater(Published):
 
     threshold: float = 0.1
     sink_blocks: int = 2
-    window_blocks: int = 4
+    window_blocks: int = 16
     dense_last_tokens: int = 256
     correction: int = 1
     dense_below_tokens: int = 8192
