@@ -17,6 +17,7 @@ import torch
 from headwater import ops
 from headwater.eval.blocks import BLOCK_KEYS, table_of_index, visible_blocks
 from headwater.eval.policies import make
+from headwater.eval.policies.probe import Probe
 from headwater.ops.policies import KeyRanges, ReferenceTable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -200,11 +201,9 @@ class References:
 
     def _headwater(self, spec: Spec, layer: Layer) -> ReferenceTable:
         """The rule of headwater.eval's policies on a CPU, in f32."""
-        names = {"dense_below_tokens": "min_tokens"}
-        values = {"threshold": 0.1, "dense_last_tokens": 256,
-                  **{names.get(key, key): value for key, value in spec.values.items() if key != "correction"}}
-        whole = {key: value if key == "threshold" else int(value) for key, value in values.items()}
-        probe = make("probe:" + ",".join(f"{key}={value}" for key, value in whole.items()))
+        values = ",".join(f"{key}={value:g}" for key, value in spec.values.items())
+        ours = make(f"headwater:{values}")
+        probe = Probe(ours.threshold, ours.sink_blocks, ours.window_blocks, ours.dense_last_tokens, ours.dense_below_tokens)
         positions, tokens = BLOCK_KEYS // self._shape.group, len(layer.q)
         if tokens < probe.min_tokens:
             listed = visible(tokens, positions, torch.device("cpu")).expand(self._shape.kv_heads, -1, -1)
