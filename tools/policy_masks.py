@@ -201,7 +201,7 @@ class References:
 
     def _headwater(self, spec: Spec, layer: Layer) -> ReferenceTable:
         """The rule of headwater.eval's policies on a CPU, in f32."""
-        values = ",".join(f"{key}={value:g}" for key, value in spec.values.items())
+        values = ",".join(f"{key}={int(value) if value.is_integer() else value}" for key, value in spec.values.items())
         ours = make(f"headwater:{values}")
         probe = Probe(ours.threshold, ours.sink_blocks, ours.window_blocks, ours.dense_last_tokens, ours.dense_below_tokens)
         positions, tokens = BLOCK_KEYS // self._shape.group, len(layer.q)
