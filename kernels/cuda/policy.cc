@@ -7,8 +7,10 @@
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/policies/a_shape.h"
 #include "kernels/cuda/policies/flash.h"
+#include "kernels/cuda/policies/flex.h"
 #include "kernels/cuda/policies/headwater.h"
 #include "kernels/cuda/policies/probe.h"
+#include "kernels/cuda/policies/skeleton.h"
 #include "kernels/cuda/policies/vertical_slash.h"
 #include "kernels/cuda/policies/xattention.h"
 #include "kernels/cuda/range_attention.h"
@@ -53,6 +55,8 @@ struct Make {
   Status operator()(const reference::XAttentionParameters& p) const {
     return MakeCudaXAttention(p, shape, made);
   }
+  Status operator()(const reference::SkeletonParameters& p) const { return MakeCudaSkeleton(p, shape, made); }
+  Status operator()(const reference::FlexParameters& p) const { return MakeCudaFlex(p, shape, made); }
   template <typename Other>
   Status operator()(const Other&) const {
     return {StatusCode::kUnimplemented, "this policy has no path on a GPU"};

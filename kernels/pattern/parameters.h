@@ -40,7 +40,7 @@ struct ProbeParameters {
 struct HeadwaterParameters {
   double threshold = 0.1;  // over 0, at most 1: of heads that `thresholds` does not have
   int32_t sink_blocks = 2;
-  int32_t window_blocks = 4;        // 1 and more
+  int32_t window_blocks = 16;       // 1 and more
   int32_t dense_last_tokens = 256;  // tiles of the last queries, which ask for what the prompt holds
   bool correction = true;           // block means stand for what is not listed
   int64_t dense_below_tokens = 8192;

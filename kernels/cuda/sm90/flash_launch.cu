@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(kFlashThreads, 2)
     BarrierInit(SharedAddress(&shared.q_full), 1);
     for (int i = 0; i < 2; ++i) {
       for (uint64_t& full : shared.means_full[i]) BarrierInit(SharedAddress(&full), 1);
+      for (uint64_t& read : shared.means_free[i]) BarrierInit(SharedAddress(&read), 4);
     }
     FenceBarrierInit();
   }

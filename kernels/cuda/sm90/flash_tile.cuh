@@ -18,7 +18,7 @@ struct FlashShared {
   static constexpr uint32_t kChunkBytes = kFlashChunk * kHeadDim * 2;
   alignas(1024) uint8_t q[kFlashRows * kHeadDim * 2];
   alignas(1024) uint8_t means[2][kStages][kChunkBytes];  // of each warpgroup
-  uint64_t q_full, means_full[2][kStages];
+  uint64_t q_full, means_full[2][kStages], means_free[2][kStages];
   float best[kFlashWarps];
   int counts[kFlashWarps];
   // float energies[]: log2, of all scored blocks.
@@ -143,13 +143,12 @@ __device__ __forceinline__ void ScoreTile(const CUtensorMap& q_map, const CUtens
     }
     WgmmaCommit();
     WgmmaWait<0>();
-    // All of the warpgroup have read the stage. Numbers are constants: else all 16 barriers are reserved.
-    if (warpgroup == 0) {
-      NamedSync(1, 128);
-    } else {
-      NamedSync(2, 128);
+    const uint32_t read = SharedAddress(&shared.means_free[warpgroup][stage]);
+    if ((thread & 31) == 0) BarrierArrive(read);
+    if (thread == 0 && i + kStages < mine) {
+      BarrierWait(read, i / kStages & 1);  // all four warps have read the stage
+      load(i + kStages);
     }
-    if (thread == 0 && i + kStages < mine) load(i + kStages);
     StoreEnergies(s, p, t, (warpgroup + 2 * i) * kFlashChunk + row, energies);
   }
 }

@@ -126,7 +126,7 @@ def describe(args: argparse.Namespace, path: Path, dtype: str) -> dict:
     flags = {name: [str(one) for one in value] if isinstance(value, list) else str(value)
              for name, value in vars(args).items()}
     questions = ("Several questions of a context share its cache and attend exactly." if args.share_context else
-                 "Every question was prefilled with its context.")
+                 "Every question was prefilled with its context (dense: after it, which is the same).")
     return {"model": path.resolve().name, "device": device, "dtype": dtype, "seed": args.seed, "questions": questions,
             "commit": commit_of_tree(), "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "flags": flags, "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}

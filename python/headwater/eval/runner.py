@@ -112,8 +112,9 @@ class Runner:
 
     def run(self, policies: dict, prompts: dict) -> None:
         """policies: by label, "dense" first where it is there; prompts: lists of Window and Item by length."""
-        work = sum(self._work(length, prompt) for length, some in prompts.items() for prompt in some)
-        progress = Progress(work * len(policies), self._say)
+        work = sum(self._work(policy, length, prompt) for policy in policies.values()
+                   for length, some in prompts.items() for prompt in some)
+        progress = Progress(work, self._say)
         try:
             for label, policy in policies.items():
                 deadline = time.monotonic() + self._settings.limit_s
@@ -129,11 +130,14 @@ class Runner:
             self._save(self.records)
             raise
 
-    def _whole(self, item: Item) -> bool:
-        return not self._settings.share_context or len(item.questions) == 1
+    def _whole(self, policy: Policy, item: Item) -> bool:
+        """Whether each question is prefilled with its context. What follows a cached context attends exactly, so that dense
+        attention gives the same either way."""
+        share = self._settings.share_context or policy.name == "dense"
+        return not share or len(item.questions) == 1
 
-    def _work(self, length: int, prompt) -> float:
-        passes = len(prompt.questions) if isinstance(prompt, Item) and self._whole(prompt) else 1
+    def _work(self, policy: Policy, length: int, prompt) -> float:
+        passes = len(prompt.questions) if isinstance(prompt, Item) and self._whole(policy, prompt) else 1
         return cost(length) * passes
 
     def _run_length(self, label: str, policy: Policy, length: int, prompts: Sequence, deadline: float,
@@ -143,14 +147,14 @@ class Runner:
             name = prompt.set if isinstance(prompt, Window) else prompt.task
             if time.monotonic() > deadline:
                 left_out += 1
-                progress.skip(self._work(length, prompt))
+                progress.skip(self._work(policy, length, prompt))
                 continue
             sampled[name] = sampled.get(name, 0) + 1
             if sampled[name] <= self._settings.recall_prompts:
                 self._measure_recall(label, policy, length, name, prompt)
             found = self._window if isinstance(prompt, Window) else self._item
             self.records.results += found(label, policy, length, prompt)
-            progress.step(self._work(length, prompt), f"{label}, {length} tokens, {prompt.name} ({number} of {len(prompts)})")
+            progress.step(self._work(policy, length, prompt), f"{label}, {length} tokens, {prompt.name} ({number} of {len(prompts)})")
         if left_out:
             self._note(f"{label}, {length} tokens: {left_out} of {len(prompts)} prompts left out, its "
                        f"{self._settings.limit_s:g} s are over")
@@ -177,9 +181,10 @@ class Runner:
         one = None
         for number, question in enumerate(item.questions):
             asked = question.prompt_ids
-            if one is None or self._whole(item):
+            whole = self._whole(policy, item)
+            if one is None or whole:
                 ids = item.context_ids
-                if self._whole(item):
+                if whole:
                     ids, asked = [*ids, *asked], []
                 one = self._model.prefill(ids, policy, keep_cache=True)
                 costs = (one.density(), one.attention_ms(), one.prefill_ms)

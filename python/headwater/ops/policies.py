@@ -175,9 +175,9 @@ class KeyRanges:
     """Keys to the token, per tile of 64 rows (kernels/cuda/range_attention.h)."""
 
     def __init__(self, policy: PatternPolicy, found):
-        self._tokens, self._lists = policy._tokens, found.num_lists
+        self._tokens, self.num_lists = policy._tokens, found.num_lists
         tiles = -(-self._tokens // 64)
-        segments = tiles * self._lists
+        segments = tiles * self.num_lists
         self._limits = (found.sink_tokens, found.window_tokens)
         part = policy._part
         self._ranges = (part(found.range_counts, segments, torch.int32), part(found.range_offsets, segments, torch.int64),
@@ -187,30 +187,47 @@ class KeyRanges:
 
     def row_mask(self, rows: torch.Tensor, q_heads: int) -> torch.Tensor:
         """bool [query heads, rows, keys] of queries `rows` (int64); causality left out. Synchronises: for sampled rows."""
-        mask = torch.zeros(self._lists, len(rows), self._tokens, dtype=torch.bool, device=rows.device)
-        tiles = -(-self._tokens // 64)
-        for number in range(self._lists):
-            for at, row in enumerate(rows.tolist()):
-                segment = number * tiles + row // 64
-                self._fill(mask[number, at], segment, row)
-        return mask.expand(q_heads, -1, -1) if self._lists == 1 else mask
+        mask = torch.stack([self.list_mask(number, rows) for number in range(self.num_lists)])
+        return mask.expand(q_heads, -1, -1) if self.num_lists == 1 else mask
 
-    def _fill(self, line: torch.Tensor, segment: int, row: int) -> None:
+    def list_mask(self, number: int, rows: torch.Tensor) -> torch.Tensor:
+        """The same of one list: bool [rows, keys]."""
+        return self._keys(number, rows // 64, rows)
+
+    def tile_keys(self, number: int, first: int, end: int) -> torch.Tensor:
+        """bool [end - first, keys]: what some row of each of the tiles [first, end) of one list reads. Synchronises; takes a
+        few bytes for each entry of the result."""
+        tiles = torch.arange(first, end, device=self._ranges[0].device)
+        keys = torch.arange(self._tokens, device=tiles.device)
+        return self._keys(number, tiles, tiles * 64) & (keys < (tiles[:, None] + 1) * 64)
+
+    def _keys(self, number: int, tiles: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+        """Keys of tiles of one list, a sliding window ending at the row `windows`; causality left out."""
         counts, offsets, ranges = self._ranges
-        count, first = int(counts[segment]), int(offsets[segment])
-        if count < 0:
-            line[:] = True
-            return
-        for begin, end in ranges[2 * first:2 * (first + count)].view(-1, 2).tolist():
-            line[begin:end] = True
+        segments = number * -(-self._tokens // 64) + tiles
+        whole = counts[segments] < 0  # of which there are no columns
+        line, entries = _entries(counts[segments].clamp(min=0), offsets[segments])
+        begin, end = ranges[:len(ranges) // 2 * 2].view(-1, 2)[entries].long().clamp(max=self._tokens).unbind(1)
+        edges = torch.zeros(len(tiles), self._tokens + 1, dtype=torch.int32, device=tiles.device)
+        for place, change in ((begin, 1), (end, -1)):
+            edges.index_put_((line, place), torch.full_like(line, change, dtype=torch.int32), accumulate=True)
+        mask = edges.cumsum(1, dtype=torch.int32)[:, :-1] > 0
         sink, window = self._limits
         if window >= 0:
-            key = torch.arange(len(line), device=line.device)
-            line &= (key < sink) | (key > row - window)
+            keys = torch.arange(self._tokens, device=tiles.device)
+            mask &= (keys < sink) | (keys > windows[:, None] - window)
         if self._columns is not None:
-            counts, offsets, columns = self._columns
-            first = int(offsets[segment])
-            line[columns[first:first + int(counts[segment])].long()] = True
+            column_counts, column_offsets, columns = self._columns
+            line, entries = _entries(column_counts[segments].masked_fill(whole, 0), column_offsets[segments])
+            mask[line, columns[entries].long()] = True
+        return mask | whole[:, None]
+
+
+def _entries(counts: torch.Tensor, offsets: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Of lists of `counts` entries from `offsets` on: the list of each entry, and where it lies."""
+    counts = counts.long()
+    line = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    return line, offsets[line] + torch.arange(len(line), device=counts.device) - (torch.cumsum(counts, 0) - counts)[line]
 
 
 @dataclass

@@ -72,7 +72,8 @@ def _make(policy: Published, q_heads: int, kv_heads: int, head_dim: int, cuda: b
 
     values = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy) if not field.metadata}
     kind = ops.PatternPolicy if cuda else ops.Reference
-    return kind(policy.name, values, layers=LAYERS, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, **policy.tables())
+    model = {"layers": LAYERS, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim, **policy.tables()}
+    return kind(policy.name, values, **model)
 
 
 def release() -> None:
@@ -137,7 +138,7 @@ class Share(Published):
 
         found = cluster.load(self.clusters)
         return {"clusters": [(layer, head, number) for number, heads in found.clusters.items() for layer, head in heads],
-                "shared_clusters": list(found.shared_clusters)}
+                "shared_clusters": sorted(found.shared)}
 
 
 @register

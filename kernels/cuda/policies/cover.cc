@@ -1,0 +1,69 @@
+#include "kernels/cuda/policies/cover.h"
+
+#include <cmath>
+#include <string>
+
+#include "kernels/cuda/check.h"
+#include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/policies/workspace.h"
+#include "kernels/cuda/sm90/cover_launch.h"
+
+namespace headwater::kernels {
+namespace {
+
+sm90::ShareParams Plan(const CudaCoverArgs& a, WorkspaceLayout* layout) {
+  sm90::ShareParams p = sm90::ShareOf(a.share, a.most_sum);
+  p.x = a.x;
+  p.length = a.length;
+  p.rows = a.num_rows;
+  p.counts = a.counts;
+  p.bins = layout->Take<sm90::ShareBin>(int64_t{sm90::kShareBins} * a.num_rows);
+  p.states = layout->Take<sm90::ShareState>(a.num_rows);
+  return p;
+}
+
+Status Validate(const CudaCoverArgs& a) {
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("length", a.length, 1, int64_t{1} << 38));
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_rows", a.num_rows, 1, 65535));
+  if (!(a.most_sum >= std::ldexp(1.0, -30) && a.most_sum <= std::ldexp(1.0, 40))) {
+    return InvalidArgument("most_sum is " + std::to_string(a.most_sum) + "; 2^-30 to 2^40 is wanted");
+  }
+  if (!(a.share >= 0 && a.share <= a.most_sum)) {
+    return InvalidArgument("share is " + std::to_string(a.share) + "; 0 to " + std::to_string(a.most_sum) +
+                           " is wanted");
+  }
+  HW_KERNELS_RETURN_IF_ERROR(CheckArray("x", a.x));
+  return CheckArray("counts", a.counts);
+}
+
+}  // namespace
+
+namespace sm90 {
+
+ShareParams ShareOf(double share, double most_sum) {
+  ShareParams p{};
+  p.fraction_bits = 60 - static_cast<int>(std::ceil(std::log2(most_sum)));
+  p.share = static_cast<uint64_t>(std::ldexp(share, p.fraction_bits));
+  return p;
+}
+
+}  // namespace sm90
+
+size_t CudaCoverWorkspaceBytes(const CudaCoverArgs& args) {
+  WorkspaceLayout layout;
+  Plan(args, &layout);
+  return layout.bytes();
+}
+
+Status CudaCover(const CudaCoverArgs& args, void* workspace, size_t workspace_bytes, cudaStream_t stream) {
+  HW_KERNELS_RETURN_IF_ERROR(Validate(args));
+  HW_KERNELS_RETURN_IF_ERROR(CheckWorkspace(workspace, workspace_bytes, CudaCoverWorkspaceBytes(args)));
+  WorkspaceLayout layout(workspace);
+  const sm90::ShareParams params = Plan(args, &layout);
+  int num_sms = 0;
+  HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchShare(params, stream));
+  return {};
+}
+
+}  // namespace headwater::kernels

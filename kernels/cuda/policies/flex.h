@@ -1,0 +1,69 @@
+// FlexPrefill (arXiv:2502.20766) on the GPU; the rule is that of reference/policies/flex.h.
+#ifndef HW_KERNELS_CUDA_POLICIES_FLEX_H_
+#define HW_KERNELS_CUDA_POLICIES_FLEX_H_
+
+#include <memory>
+
+#include "kernels/cuda/block_masks.h"
+#include "kernels/cuda/policies/cover.h"
+#include "kernels/cuda/policies/flex_stages.h"
+#include "kernels/cuda/policies/tail_profile.h"
+#include "kernels/cuda/policy.h"
+#include "kernels/reference/policies/flex.h"
+#include "kernels/status.h"
+
+namespace headwater::kernels {
+
+// A list per query head; every layer on its own. Prompts of at most max(256, min_budget_tokens rounded up to
+// blocks) tokens are dense. Lists have room for every causal block of every head up to 2^26 entries.
+//
+// Cost of a layer: 4 * 128 * head_dim FLOP a token and query head on tensor cores for the tail profile, reads
+// of it, one read of K for its means; in query-aware heads a read of Q and the pooled map. Memory: about 16
+// bytes a token and query head, masks of nb^2 / 8 bytes a head, 256 MiB of pooled maps or one, and lists.
+class FlexPolicy final : public CudaPolicy {
+ public:
+  // Those of MakeCudaFlex(), which checks them.
+  FlexPolicy(const reference::FlexParameters& parameters, const CudaPolicyShape& shape)
+      : parameters_(parameters), shape_(shape) {}
+
+  size_t MemoryBytes(int64_t num_tokens) const override;
+  Status Begin(int64_t num_tokens, void* memory, size_t memory_bytes, cudaStream_t stream) override;
+  Status Select(const CudaPolicyLayer& layer, cudaStream_t stream, CudaSelection* selection) override;
+
+  // Of the last Select() of a prompt that is not dense; for tests.
+  const CudaBlockMasks& masks() const { return plan_.masks; }
+
+ private:
+  // Device memory of a prompt, and what stages write to it.
+  struct Plan {
+    CudaTailProfileArgs profile;
+    CudaCoverArgs cover;
+    CudaFlexBudgetsArgs budgets;
+    CudaFlexTopArgs top;
+    CudaFlexPooledArgs pooled;
+    CudaBlockMasks masks;
+    CudaListsOfMasksArgs lists;
+    float* k_mean = nullptr;
+    void* scratch = nullptr;  // of one stage after the other
+    size_t scratch_bytes = 0;
+    size_t bytes = 0;
+  };
+
+  bool Dense(int64_t num_tokens) const;
+  Plan PlanOf(int64_t num_tokens, void* memory) const;
+  Status Stages(const Plan& plan, const CudaPolicyLayer& layer, cudaStream_t stream) const;
+
+  reference::FlexParameters parameters_;
+  CudaPolicyShape shape_;
+  int64_t num_tokens_ = 0;
+  Plan plan_;
+};
+
+// INVALID_ARGUMENT: a parameter that the reference refuses, a shape out of range. UNIMPLEMENTED: block_tokens
+// other than 128, head_dim, GQA ratio.
+Status MakeCudaFlex(const reference::FlexParameters& parameters, const CudaPolicyShape& shape,
+                    std::unique_ptr<CudaPolicy>* made);
+
+}  // namespace headwater::kernels
+
+#endif  // HW_KERNELS_CUDA_POLICIES_FLEX_H_

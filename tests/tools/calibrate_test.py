@@ -1,0 +1,100 @@
+"""headwater.calibrate without a GPU: the descent on made-up losses, and the file."""
+
+import json
+import tempfile
+import unittest
+from pathlib import Path
+
+from headwater.calibrate.file import Calibration, load, save
+from headwater.calibrate.search import LADDER, Measured, descend
+
+
+def model(needs, costs=None, loss=1.0):
+    """A loss of `loss` for each rung that a unit lacks of what it needs."""
+    def measure(rungs):
+        lacking = sum(max(0, need - rung) for need, rung in zip(needs, rungs))
+        return Measured({"text": loss * lacking}, sum(cost * rung for cost, rung in zip(costs or [1] * len(needs), rungs)))
+    return measure
+
+
+class DescentTest(unittest.TestCase):
+    def test_units_come_down_to_what_they_need(self):
+        needs = [0, 3, 1, 0, 5]
+        out = descend(5, model(needs), {"text": 0.5})
+        self.assertEqual(out.rungs, needs)
+        self.assertTrue(out.whole)
+        self.assertEqual(out.history[0], (0.0, 25.0))  # all on rung 5
+
+    def test_a_budget_is_spent_where_it_saves_most(self):
+        # Room for one rung too few: the dear unit gets it.
+        out = descend(2, model([1, 1], [1, 10]), {"text": 1.0})
+        self.assertEqual(out.rungs, [1, 0])
+
+    def test_sets_have_budgets_of_their_own(self):
+        def measure(rungs):
+            return Measured({"text": 0.0, "words": 0.01 if rungs[1] < 2 else 0.0}, float(sum(rungs)))
+        out = descend(2, measure, {"text": 0.001, "words": 0.001})
+        self.assertEqual(out.rungs, [0, 2])
+
+    def test_what_breaks_together_goes_down_apart(self):
+        def measure(rungs):  # one of the two may be low
+            return Measured({"text": 1.0 if rungs[0] + rungs[1] < 3 else 0.0}, float(sum(rungs)))
+        out = descend(2, measure, {"text": 0.5}, top=3, share=1.0)
+        self.assertEqual(sum(out.rungs), 3)
+        self.assertEqual(out.measured.excess({"text": 0.5}), 0)
+
+    def test_dense_where_nothing_holds(self):
+        top = len(LADDER) - 1
+        out = descend(3, lambda rungs: Measured({"text": 0.0 if min(rungs) == top else 1.0}, 1.0), {"text": 0.001})
+        self.assertEqual(out.rungs, [top] * 3)
+        self.assertEqual(out.measured.density, 1.0)
+
+    def test_ends_at_most_passes_and_holds(self):
+        calls = []
+
+        def measure(rungs):
+            calls.append(list(rungs))
+            return model([0] * 6)(rungs) if len(calls) > 4 else Measured({"text": 1.0}, 1.0)
+        out = descend(6, measure, {"text": 0.001}, most_passes=40)
+        self.assertFalse(out.whole)
+        self.assertEqual(out.passes, len(calls))
+        self.assertLessEqual(len(calls), 40)
+
+    def test_the_ladder_ends_dense(self):
+        self.assertEqual(LADDER[-1][0], 0)
+        self.assertGreater(LADDER[0][0], 1)
+
+
+class FileTest(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self.folder.cleanup)
+        self.path = Path(self.folder.name) / "sub" / "calibration.json"
+        self.made = Calibration("m-0", 2, 2, [[0.1, 2.0], [0, 1]], [[4, 16], [64, 128]], {"tokens": 8192})
+
+    def test_saves_and_loads(self):
+        save(self.path, self.made)
+        self.assertEqual(load(self.path), self.made)
+        self.assertEqual(load(self.path).flat_windows(), [4, 16, 64, 128])
+
+    def test_refuses(self):
+        save(self.path, self.made)
+        good = json.loads(self.path.read_text())
+        for change, words in (({"format": 2}, "format 2"), ({"layers": 3}, "3 lists of 2"), ({"extra": 1}, "extra"),
+                              ({"windows": [[4, 16], [64, 0]]}, "windows of layer 1, KV head 1 is 0"),
+                              ({"thresholds": [[0.1, -1], [0, 1]]}, "thresholds of layer 0, KV head 1 is -1"),
+                              ({"thresholds": [[0.1, "x"], [0, 1]]}, "is x"), ({"kv_heads": True}, "kv_heads is True"),
+                              ({"model": 3}, "model is not a text")):
+            with self.subTest(words):
+                self.path.write_text(json.dumps({**good, **change}))
+                with self.assertRaisesRegex(ValueError, words):
+                    load(self.path)
+        self.path.write_text("{")
+        with self.assertRaisesRegex(ValueError, "not JSON"):
+            load(self.path)
+        with self.assertRaises(OSError):
+            load(self.path.with_name("none"))
+
+
+if __name__ == "__main__":
+    unittest.main()
