@@ -6,7 +6,7 @@ Everywhere q is [tokens, query heads, head_dim], k and v [keys, KV heads, head_d
 
 import math
 from dataclasses import dataclass
-from typing import Callable, Optional, Tuple
+from typing import Callable, Optional, Sequence, Tuple
 
 import torch
 from torch.nn import functional
@@ -23,6 +23,8 @@ class Stats:
     # Rows' positions int64 [rows] -> bool [query heads, rows, keys], true where the row attends; causality may be left out.
     # None: every causal key.
     row_mask: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
+    # Of query heads, where the policy tells them apart: "pivot", "shared", "query_aware", "own".
+    roles: Optional[Callable[[], Sequence[str]]] = None
 
 
 def dense_stats() -> Stats:

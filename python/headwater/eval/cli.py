@@ -16,6 +16,7 @@ from headwater.eval.items import by_length, read_items
 from headwater.eval.model import EvalModel, ModelError, find_model
 from headwater.eval.runner import Runner, Settings, Window
 
+REPORTS = ("policies", "seeds")
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -24,6 +25,8 @@ def parser() -> argparse.ArgumentParser:
                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = flags.add_argument
     add("model", help="model directory, or a name under HW_MODELS")
+    add("--report", choices=REPORTS, default=REPORTS[0],
+        help="seeds: the experiments of the papers that the policies come from; flags of its own (--report seeds --help)")
     add("--output", type=Path, required=True, metavar="DIR", help="results.json, report.md, rows.jsonl, plots.png")
     add("--policy", nargs="+", default=["a_shape", "probe"], metavar="NAME[:PARAMETER=VALUE,...]",
         help=f"of {', '.join(policies.names())}; dense always runs, first")
@@ -111,11 +114,15 @@ def commit_of_tree() -> str:
     return done.stdout.strip()
 
 
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU ({platform.machine()})"
+
+
 def describe(args: argparse.Namespace, path: Path, dtype: str) -> dict:
     """What results.json and the report say of the run."""
     import transformers
 
-    device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"CPU ({platform.machine()})"
+    device = device_name(args.device)
     flags = {name: [str(one) for one in value] if isinstance(value, list) else str(value)
              for name, value in vars(args).items()}
     questions = ("Several questions of a context share its cache and attend exactly." if args.share_context else
@@ -136,6 +143,13 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--report", choices=REPORTS, default=REPORTS[0])
+    chosen_report, rest = first.parse_known_args(arguments)
+    if chosen_report.report == "seeds":
+        from headwater.eval.seeds import cli
+
+        return cli.main(rest)
     args = parser().parse_args(arguments)
 
     def say(text: str) -> None:

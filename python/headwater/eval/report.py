@@ -107,9 +107,9 @@ def write(folder: Path, records, meta: dict, *, final: bool) -> List[Path]:
     matplotlib is there. Returns what was written."""
     rows = make_rows(records, model=meta["model"], seed=meta["seed"])
     texts = {
-        "results.json": _json({"meta": meta, "rows": rows, **records.as_dict()}),
+        "results.json": json_line({"meta": meta, "rows": rows, **records.as_dict()}),
         "report.md": markdown(rows, meta, records.notes),
-        "rows.jsonl": "".join(_json({"bench": "policies", **{key: meta[key] for key in ("device", "commit", "date")},
+        "rows.jsonl": "".join(json_line({"bench": "policies", **{key: meta[key] for key in ("device", "commit", "date")},
                                      **row, "peers": {}}) for row in rows)}
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -119,7 +119,7 @@ def write(folder: Path, records, meta: dict, *, final: bool) -> List[Path]:
     return written
 
 
-def _json(value) -> str:
+def json_line(value) -> str:
     """A line; null for what is not finite (a policy may fail so)."""
     def clean(part):
         if isinstance(part, dict):

@@ -76,6 +76,11 @@ def _make(policy: Published, q_heads: int, kv_heads: int, head_dim: int, cuda: b
     return kind(policy.name, values, **model)
 
 
+def release() -> None:
+    """Gives back what policies hold between prompts: on a GPU, lists and scratch of the longest prompt of each."""
+    _make.cache_clear()
+
+
 @register
 @dataclasses.dataclass(frozen=True)
 class Flash(Published):
