@@ -35,7 +35,7 @@ size_t VerticalSlashPolicy::MakePlan(int64_t num_tokens, void* memory, Plan* pla
     columns += SumOverTiles(tiles, of_head, kRangeRows);
     ranges += SumOverTiles(tiles, VerticalSlashDistances(parameters_, head, num_tokens), 1);
   }
-  MemoryCarver carver(memory);
+  PolicyMemory from(memory);
   CudaLastRowsArgs& profile = plan->profile;
   profile = {};
   profile.num_tokens = num_tokens;
@@ -44,16 +44,16 @@ size_t VerticalSlashPolicy::MakePlan(int64_t num_tokens, void* memory, Plan* pla
   profile.head_dim = shape_.head_dim;
   profile.softmax_scale = shape_.softmax_scale;
   profile.last_rows = static_cast<int32_t>(parameters_.last_q);
-  profile.vertical = carver.Take<float>(heads * num_tokens);
-  profile.slash = carver.Take<float>(heads * num_tokens);
+  profile.vertical = from.Take<float>(heads * num_tokens);
+  profile.slash = from.Take<float>(heads * num_tokens);
   plan->workspace_bytes = CudaLastRowsWorkspaceBytes(profile);
-  plan->workspace = carver.Take<char>(static_cast<int64_t>(plan->workspace_bytes));
+  plan->workspace = from.Take<char>(static_cast<int64_t>(plan->workspace_bytes));
 
   CudaChosen chosen;
   chosen.column_stride = most_columns;
-  chosen.columns = carver.Take<int32_t>(heads * most_columns);
-  chosen.column_totals = carver.Take<int32_t>(heads);
-  chosen.distances = carver.Take<CudaDistanceWord>(heads * CudaDistanceWords(num_tokens));
+  chosen.columns = from.Take<int32_t>(heads * most_columns);
+  chosen.column_totals = from.Take<int32_t>(heads);
+  chosen.distances = from.Take<CudaDistanceWord>(heads * CudaDistanceWords(num_tokens));
   plan->choose = {profile.vertical, profile.slash, num_tokens, shape_.num_q_heads, chosen};
 
   CudaMergeVerticalSlashArgs& merge = plan->merge;
@@ -61,17 +61,17 @@ size_t VerticalSlashPolicy::MakePlan(int64_t num_tokens, void* memory, Plan* pla
   merge.chosen = chosen;
   merge.num_tokens = num_tokens;
   merge.num_heads = shape_.num_q_heads;
-  merge.range_counts = carver.Take<int32_t>(heads * tiles);
-  merge.column_counts = carver.Take<int32_t>(heads * tiles);
-  merge.range_offsets = carver.Take<int64_t>(heads * tiles);
-  merge.column_offsets = carver.Take<int64_t>(heads * tiles);
+  merge.range_counts = from.Take<int32_t>(heads * tiles);
+  merge.column_counts = from.Take<int32_t>(heads * tiles);
+  merge.range_offsets = from.Take<int64_t>(heads * tiles);
+  merge.column_offsets = from.Take<int64_t>(heads * tiles);
   merge.range_capacity = std::min(ranges, kMeanRanges * heads * tiles);
   merge.column_capacity = std::min(columns, kMeanColumns * heads * tiles);
-  merge.ranges = carver.Take<CudaKeyRange>(merge.range_capacity);
-  merge.columns = carver.Take<int32_t>(merge.column_capacity);
-  merge.visited = carver.Take<uint64_t>(1);
-  merge.overflows = carver.Take<uint32_t>(1);
-  return carver.bytes();
+  merge.ranges = from.Take<CudaKeyRange>(merge.range_capacity);
+  merge.columns = from.Take<int32_t>(merge.column_capacity);
+  merge.visited = from.Take<uint64_t>(1);
+  merge.overflows = from.Take<uint32_t>(1);
+  return from.bytes();
 }
 
 size_t VerticalSlashPolicy::MemoryBytes(int64_t num_tokens) const {
