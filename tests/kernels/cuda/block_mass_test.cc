@@ -67,7 +67,7 @@ INSTANTIATE_TEST_SUITE_P(
         Refusal{"lse_heads", Lse([](auto* a) { a->num_heads = 9; }), kBad, "num_heads is 9"},
         Refusal{"odd_lse_heads", Lse([](auto* a) { a->heads = static_cast<int32_t*>(kOdd); }), kBad,
                 "heads is not 4-byte"},
-        Refusal{"null_lse", Lse([](auto* a) { a->lse_ln = nullptr; }), kBad, "lse_ln is null"},
+        Refusal{"lse_null", Lse([](auto* a) { a->lse_ln = nullptr; }), kBad, "lse_ln is null"},
         Refusal{"no_tokens", Map([](auto* a) { a->problem.num_tokens = 0; }), kBad, "total_q is 0"},
         Refusal{"odd_group", Map([](auto* a) { a->problem.num_kv_heads = 3; }), kBad, "8 query heads"},
         Refusal{"head_dim", Map([](auto* a) { a->problem.head_dim = 96; }), kUnknown, "head_dim 96"},
