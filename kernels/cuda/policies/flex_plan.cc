@@ -44,7 +44,7 @@ Status CheckFlexPlan(const reference::FlexParameters& parameters, const CudaPoli
 
 FlexPlan MakeFlexPlan(const reference::FlexParameters& parameters, const CudaPolicyShape& shape,
                       int64_t num_tokens, size_t least_scratch, PolicyMemory* memory) {
-  const int32_t heads = shape.num_q_heads;
+  const int64_t heads = shape.num_q_heads;
   const int64_t blocks = CudaStatsBlocks(num_tokens);
   const float scale = parameters.compat.scale_of_head_dim
                           ? static_cast<float>(1 / std::sqrt(static_cast<double>(shape.head_dim)))
@@ -64,7 +64,7 @@ FlexPlan MakeFlexPlan(const reference::FlexParameters& parameters, const CudaPol
 
   plan.cover.x = profile;
   plan.cover.length = num_tokens;
-  plan.cover.num_rows = 2 * heads;
+  plan.cover.num_rows = 2 * shape.num_q_heads;
   plan.cover.share = parameters.gamma;
   plan.cover.counts = memory->Take<int64_t>(2 * heads);
 
@@ -83,8 +83,8 @@ FlexPlan MakeFlexPlan(const reference::FlexParameters& parameters, const CudaPol
   plan.budgets.query_aware = memory->Take<uint8_t>(heads);
   plan.budgets.budgets = memory->Take<int32_t>(2 * heads);
 
-  plan.lists = TakeLists(CudaBlockMasksOf(num_tokens, heads, shape.num_kv_heads, true), memory);
-  plan.top = {sums, plan.budgets.budgets, blocks, heads, nullptr};
+  plan.lists = TakeLists(CudaBlockMasksOf(num_tokens, shape.num_q_heads, shape.num_kv_heads, true), memory);
+  plan.top = {sums, plan.budgets.budgets, blocks, shape.num_q_heads, nullptr};
   plan.top.bits = memory->Take<uint32_t>(2 * heads * plan.lists.masks.tile_words());
 
   plan.pooled = Sized<CudaFlexPooledArgs>(shape, num_tokens, scale);

@@ -7,7 +7,9 @@
 #include <cstdint>
 #include <functional>
 #include <ostream>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/policy.h"
@@ -132,97 +134,118 @@ inline reference::ShareParameters SmallBudgets(double similarity, double fallbac
   return p;
 }
 
-inline std::vector<ShareCase> ShareCases() {
+inline ShareLook Diagonal() { return Back(0, 7.5f); }
+inline ShareLook Column() { return At(850, 17); }
+
+// Three kinds of heads, which move on by one from layer to layer.
+inline std::vector<std::vector<ShareLook>> ThreeKinds() {
+  return {
+      {Diagonal(), Hidden(), Column()}, {Hidden(), Column(), Diagonal()}, {Column(), Diagonal(), Hidden()}};
+}
+// Their clusters; not shifted: clusters of heads that are not alike.
+inline std::vector<std::vector<int32_t>> ClustersOfKinds(int heads, bool shift) {
+  std::vector<std::vector<int32_t>> clusters(3);
+  for (int layer = 0; layer < 3; ++layer) {
+    for (int head = 0; head < heads; ++head) clusters[layer].push_back((head + (shift ? layer : 0)) % 3);
+  }
+  return clusters;
+}
+
+// Each gate in turn. The sharp diagonal is covered by its own offsets; of the sharper one most is 0 in f32.
+inline ShareCase GatesCase() {
+  return {"gates",
+          {1300, 10, 2, 64},
+          SmallBudgets(0.35, 0.97, 0.2),
+          {{Diagonal(), Diagonal(), Column(), Diagonal(), Back(0, 25), Hidden(), Noise(), Back(0, 600),
+            Diagonal(), Column()},
+           {Diagonal(), At(500, 17), Back(404, 17), Diagonal(), Back(0, 25), Hidden(), Column(), Back(0, 600),
+            Noise(), Column()},
+           {At(500, 17), Diagonal(), Column(), Diagonal(), Diagonal(), Hidden(), Column(), Diagonal(),
+            Diagonal(), Hidden()}},
+          {{10, 10, 11, 12, 14, 15, 16, 17, -1, 18},
+           {10, 10, 11, 12, 14, 15, 16, 17, 10, 10},
+           {10, 10, 11, 12, -1, 15, 16, 17, 19, 19}},
+          {10, 11, 14, 15, 16, 17, 19},
+          {"POPOPPQPOO", "SOOOOSPOQO", "OSSOOSSOPO"}};
+}
+
+inline std::vector<ShareCase> CasesByCluster() {
+  const auto p = SmallBudgets(0.5, 0.999);
+  const auto kinds = ThreeKinds();
+  return {{"gqa3_d64",
+           {1409, 6, 2, 64},
+           p,
+           kinds,
+           ClustersOfKinds(6, true),
+           {0, 1, 2},
+           {"PPPOOO", "SSSSSS", "SSSSSS"}},
+          {"gqa8",
+           {1280, 8, 1, 128, 0.1},
+           p,
+           kinds,
+           ClustersOfKinds(8, true),
+           {0, 2},
+           {"POPOOOOO", "OSSOSSOS", "SSOSSOSS"}},
+          {"unlike",
+           {1300, 3, 3, 64},
+           SmallBudgets(0.3, 0.999),
+           kinds,
+           ClustersOfKinds(3, false),
+           {0, 1, 2},
+           {"PPP", "SOO", "OSO"}},
+          {"gqa4",
+           {1700, 4, 1, 128},
+           SmallBudgets(0.5, 0.999, 0.05),
+           kinds,
+           ClustersOfKinds(4, true),
+           {0, 1, 2},
+           {"PPPO", "SSSS", "SSSS"}},
+          {"two_words",
+           {4300, 2, 1, 64},
+           p,
+           {{Diagonal(), Column()}, {Diagonal(), Hidden()}},
+           {{0, 0}, {0, 0}},
+           {0},
+           {"PO", "SS"}}};
+}
+
+inline std::vector<ShareCase> CasesByLayer() {
+  reference::ShareParameters three = SmallBudgets(0.5, 0.999, 0.2), one = SmallBudgets(0.5, 0.999), all = one;
+  three.pivots_per_layer = 3;
+  one.pivots_per_layer = 1;
+  all.pivots_per_layer = 60000;
+  return {{"pivots_per_layer",
+           {1300, 8, 2, 128},
+           three,
+           {{Diagonal(), Hidden(), Column(), Diagonal(), Column(), Hidden(), At(300, 17), Noise()},
+            {Noise(), Column(), At(300, 17), Diagonal(), Column(), Diagonal(), Back(700, 17), Hidden()},
+            {Noise(), Noise(), Noise(), Noise(), Noise(), Noise(), Diagonal(), Diagonal()}},
+           {},
+           {},
+           {"PPPSSSOQ", "QPPPSSOS", "QQQQQQPP"}},
+          {"one_pivot_d64", {1281, 4, 4, 64}, one, ThreeKinds(), {}, {}, {"PSOS", "POSS", "POOS"}},
+          {"all_pivots", {700, 3, 1, 64}, all, ThreeKinds(), {}, {}, {"PPP", "PPP", "PPP"}},
+          {"two_words_by_layer", {4200, 2, 1, 64}, one, {{Diagonal(), Hidden()}}, {}, {}, {"PS"}}};
+}
+
+// Not dense; columns and offsets hold all of them.
+inline std::vector<ShareCase> ShortCases() {
+  reference::ShareParameters p;
+  p.query_aware = 0;
   std::vector<ShareCase> cases;
-  const ShareLook diagonal = Back(0, 7.5f), column = At(850, 17), hidden = Hidden();
+  for (const auto& [name, tokens] :
+       {std::pair("one_token", 1), std::pair("t127", 127), std::pair("t128", 128), std::pair("t129", 129),
+        std::pair("t1000", 1000)}) {
+    cases.push_back(
+        {name, {tokens, 2, 1, 128}, p, {{Noise()}, {Noise()}}, {{0, 0}, {0, 1}}, {0}, {"PO", "OO"}});
+  }
+  return cases;
+}
 
-  // Each gate in turn. The sharp diagonal is covered by its own offsets; of the sharper one most is 0 in f32.
-  cases.push_back(
-      {"gates",
-       {1300, 10, 2, 64},
-       SmallBudgets(0.35, 0.97, 0.2),
-       {{diagonal, diagonal, column, diagonal, Back(0, 25), hidden, Noise(), Back(0, 600), diagonal, column},
-        {diagonal, At(500, 17), Back(404, 17), diagonal, Back(0, 25), hidden, column, Back(0, 600), Noise(),
-         column},
-        {At(500, 17), diagonal, column, diagonal, diagonal, hidden, column, diagonal, diagonal, hidden}},
-       {{10, 10, 11, 12, 14, 15, 16, 17, -1, 18},
-        {10, 10, 11, 12, 14, 15, 16, 17, 10, 10},
-        {10, 10, 11, 12, -1, 15, 16, 17, 19, 19}},
-       {10, 11, 14, 15, 16, 17, 19},
-       {"POPOPPQPOO", "SOOOOSPOQO", "OSSOOSSOPO"}});
-
-  // Groups and sizes.
-  const std::vector<std::vector<ShareLook>> three = {
-      {diagonal, hidden, column}, {hidden, column, diagonal}, {column, diagonal, hidden}};
-  const auto kinds = [](int heads, bool shift) {
-    std::vector<std::vector<int32_t>> clusters(3);
-    for (int layer = 0; layer < 3; ++layer) {
-      for (int head = 0; head < heads; ++head) clusters[layer].push_back((head + (shift ? layer : 0)) % 3);
-    }
-    return clusters;
-  };
-  cases.push_back({"gqa3_d64",
-                   {1409, 6, 2, 64},
-                   SmallBudgets(0.5, 0.999),
-                   three,
-                   kinds(6, true),
-                   {0, 1, 2},
-                   {"PPPOOO", "SSSSSS", "SSSSSS"}});
-  cases.push_back({"gqa8",
-                   {1280, 8, 1, 128, 0.1},
-                   SmallBudgets(0.5, 0.999),
-                   three,
-                   kinds(8, true),
-                   {0, 2},
-                   {"POPOOOOO", "OSSOSSOS", "SSOSSOSS"}});
-  cases.push_back({"unlike",
-                   {1300, 3, 3, 64},
-                   SmallBudgets(0.3, 0.999),
-                   three,
-                   kinds(3, false),
-                   {0, 1, 2},
-                   {"PPP", "SOO", "OSO"}});
-  cases.push_back({"gqa4",
-                   {1700, 4, 1, 128},
-                   SmallBudgets(0.5, 0.999, 0.05),
-                   three,
-                   kinds(4, true),
-                   {0, 1, 2},
-                   {"PPPO", "SSSS", "SSSS"}});
-
-  // Pivots of each layer.
-  reference::ShareParameters by_layer = SmallBudgets(0.5, 0.999, 0.2);
-  by_layer.pivots_per_layer = 3;
-  cases.push_back({"pivots_per_layer",
-                   {1300, 8, 2, 128},
-                   by_layer,
-                   {{diagonal, hidden, column, diagonal, column, hidden, At(300, 17), Noise()},
-                    {Noise(), column, At(300, 17), diagonal, column, diagonal, Back(700, 17), hidden},
-                    {Noise(), Noise(), Noise(), Noise(), Noise(), Noise(), diagonal, diagonal}},
-                   {},
-                   {},
-                   {"PPPSSSOQ", "QPPPSSOS", "QQQQQQPP"}});
-  by_layer.pivots_per_layer = 1;
-  by_layer.query_aware = 0;
-  cases.push_back({"one_pivot_d64", {1281, 4, 4, 64}, by_layer, three, {}, {}, {"PSOS", "POSS", "POOS"}});
-  by_layer.pivots_per_layer = 60000;
-  cases.push_back({"all_pivots", {700, 3, 1, 64}, by_layer, three, {}, {}, {"PPP", "PPP", "PPP"}});
-
-  // Short prompts are not dense; columns and offsets hold all of them.
-  reference::ShareParameters defaults;
-  defaults.query_aware = 0;
-  for (const int tokens : {1, 127, 128, 129, 1000}) {
-    cases.push_back({tokens == 1     ? "one_token"
-                     : tokens == 127 ? "t127"
-                     : tokens == 128 ? "t128"
-                     : tokens == 129 ? "t129"
-                                     : "t1000",
-                     {tokens, 2, 1, 128},
-                     defaults,
-                     {{Noise()}, {Noise()}},
-                     {{0, 0}, {0, 1}},
-                     {0},
-                     {"PO", "OO"}});
+inline std::vector<ShareCase> ShareCases() {
+  std::vector<ShareCase> cases = {GatesCase()};
+  for (const auto& more : {CasesByCluster(), CasesByLayer(), ShortCases()}) {
+    cases.insert(cases.end(), more.begin(), more.end());
   }
   return cases;
 }

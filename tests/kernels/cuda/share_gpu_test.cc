@@ -1,7 +1,10 @@
 // SharePrefill's policy on the GPU against the reference, layer by layer, with its attention.
 #include "kernels/cuda/policies/share.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <iterator>
 
 #include "gtest/gtest.h"
 

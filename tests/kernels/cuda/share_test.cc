@@ -111,7 +111,7 @@ TEST(SharePolicyTest, MemoryOfSlots) {
 
   const size_t two = SharePolicy(p, kShape).MemoryBytes(131072);
 
-  EXPECT_EQ(two - one, (size_t{128} << 10) + 2 * 1024 * sizeof(float));
+  EXPECT_EQ(two - one, (size_t{128} << 10) + size_t{2} * 1024 * sizeof(float));
 }
 
 class ShareCaseTest : public ::testing::TestWithParam<ShareCase> {};
