@@ -34,22 +34,36 @@ Status CheckRows(const CudaSampledRows& rows) {
   return CheckAligned("positions_i32", rows.positions_i32, 4);
 }
 
+Status CheckHeads(const CudaMassProblem& p, const int32_t* heads, int32_t num_heads) {
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_heads", num_heads, 0, heads == nullptr ? p.num_q_heads : 65535));
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_heads", num_heads, 0, 65535));
+  return heads == nullptr ? Status() : CheckAligned("heads", heads, 4);
+}
+
 Status CheckRowCount(int32_t num_rows) { return CheckRange("num_rows", num_rows, 0, 65536); }
 
 }  // namespace
 
 Status CudaBlockMass(const CudaBlockMassArgs& a, cudaStream_t stream) {
   HW_KERNELS_RETURN_IF_ERROR(CheckProblem(a.problem));
-  HW_KERNELS_RETURN_IF_ERROR(
-      CheckRange("num_heads", a.num_heads, 0, a.heads == nullptr ? a.problem.num_q_heads : 65535));
-  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_heads", a.num_heads, 0, 65535));
+  HW_KERNELS_RETURN_IF_ERROR(CheckHeads(a.problem, a.heads, a.num_heads));
   if (a.num_heads == 0) return {};
   HW_KERNELS_RETURN_IF_ERROR(CheckAligned("lse_ln", a.lse_ln, 4));
   HW_KERNELS_RETURN_IF_ERROR(CheckAligned("average", a.average, 4));
-  if (a.heads != nullptr) HW_KERNELS_RETURN_IF_ERROR(CheckAligned("heads", a.heads, 4));
   int num_sms = 0;
   HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
   HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchBlockMass(a, stream));
+  return {};
+}
+
+Status CudaLogSumExp(const CudaLogSumExpArgs& a, cudaStream_t stream) {
+  HW_KERNELS_RETURN_IF_ERROR(CheckProblem(a.problem));
+  HW_KERNELS_RETURN_IF_ERROR(CheckHeads(a.problem, a.heads, a.num_heads));
+  if (a.num_heads == 0) return {};
+  HW_KERNELS_RETURN_IF_ERROR(CheckAligned("lse_ln", a.lse_ln, 4));
+  int num_sms = 0;
+  HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchLogSumExp(a, stream));
   return {};
 }
 

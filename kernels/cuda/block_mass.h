@@ -44,6 +44,19 @@ struct CudaBlockMassArgs {
 // num_tokens^2 * head_dim FLOP a head.
 Status CudaBlockMass(const CudaBlockMassArgs& args, cudaStream_t stream);
 
+struct CudaLogSumExpArgs {
+  CudaMassProblem problem;
+  const int32_t* heads =
+      nullptr;            // [num_heads]: query heads; a number that is none's is passed over. Null: as above
+  int32_t num_heads = 0;  // 0 to 65535
+  float* lse_ln = nullptr;  // [num_tokens, num_q_heads]; written for `heads`
+};
+
+// lse_ln as CudaAttention() without lists gives it, for heads whose attention is not wanted (yet). Enqueues,
+// errors and what is not finite as CudaBlockMass(). Absolute error 1e-5 (1 + the largest |softmax_scale * q .
+// k|). Deterministic. Cost: num_tokens^2 * head_dim FLOP a head.
+Status CudaLogSumExp(const CudaLogSumExpArgs& args, cudaStream_t stream);
+
 // Queries by their positions; one of both arrays. A position outside the prompt is no query: all zeros.
 struct CudaSampledRows {
   const int64_t* positions = nullptr;      // [num_rows], in any order

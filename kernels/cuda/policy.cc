@@ -1,15 +1,15 @@
 #include "kernels/cuda/policy.h"
 
 #include <algorithm>
-#include <cmath>
 #include <variant>
 
-#include "kernels/cuda/check.h"
 #include "kernels/cuda/policies/a_shape.h"
 #include "kernels/cuda/policies/flash.h"
 #include "kernels/cuda/policies/flex.h"
 #include "kernels/cuda/policies/headwater.h"
+#include "kernels/cuda/policies/memory.h"
 #include "kernels/cuda/policies/probe.h"
+#include "kernels/cuda/policies/share.h"
 #include "kernels/cuda/policies/skeleton.h"
 #include "kernels/cuda/policies/vertical_slash.h"
 #include "kernels/cuda/policies/xattention.h"
@@ -17,16 +17,6 @@
 
 namespace headwater::kernels {
 namespace {
-
-Status CheckShape(const CudaPolicyShape& shape) {
-  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_layers", shape.num_layers, 1, 1 << 20));
-  HW_KERNELS_RETURN_IF_ERROR(CheckSizes(1, 1, shape.num_q_heads, shape.num_kv_heads, shape.head_dim));
-  if (!(shape.softmax_scale > 0) || !std::isfinite(shape.softmax_scale)) {
-    return InvalidArgument("softmax_scale is " + std::to_string(shape.softmax_scale) +
-                           "; a positive number is wanted");
-  }
-  return {};
-}
 
 CudaAttentionArgs ArgsOf(const CudaPolicyShape& shape, int64_t num_tokens) {
   CudaAttentionArgs args;
@@ -57,10 +47,7 @@ struct Make {
   }
   Status operator()(const reference::SkeletonParameters& p) const { return MakeCudaSkeleton(p, shape, made); }
   Status operator()(const reference::FlexParameters& p) const { return MakeCudaFlex(p, shape, made); }
-  template <typename Other>
-  Status operator()(const Other&) const {
-    return {StatusCode::kUnimplemented, "this policy has no path on a GPU"};
-  }
+  Status operator()(const ShareWithClusters& p) const { return MakeCudaShare(p, shape, made); }
 };
 
 Status OverLists(const CudaPolicyShape& shape, int64_t num_tokens, const CudaPolicyLayer& layer,
@@ -98,7 +85,7 @@ Status OverRanges(const CudaPolicyShape& shape, int64_t num_tokens, const CudaPo
 
 Status MakeCudaPolicy(const PolicyParameters& parameters, const CudaPolicyShape& shape,
                       std::unique_ptr<CudaPolicy>* made) {
-  HW_KERNELS_RETURN_IF_ERROR(CheckShape(shape));
+  HW_KERNELS_RETURN_IF_ERROR(CheckPolicyShape(shape));
   return std::visit(Make{shape, made}, parameters);
 }
 

@@ -113,7 +113,7 @@ TEST(Policy, RefusesNamesAndValues) {
     std::string words;
   };
   const Row kRows[] = {
-      {"minference", {}, "policy \"minference\" is not one of dense, a_shape, probe, flash, "},
+      {"minference", {}, "policy \"minference\" is not one of dense, a_shape, headwater, probe, flash, "},
       {"dense", {{"window_tokens", 1}}, "policy dense has no parameter \"window_tokens\""},
       {"", {{"x", 1}}, "policy dense has no parameter \"x\""},
       {"probe", {{"threshold", 0}}, "threshold 0.000000 is not over 0 and at most 1"},

@@ -17,13 +17,13 @@ struct Memory {
 
 Memory Carve(int64_t num_tokens, void* base) {
   const int64_t tiles = CudaRangeTiles(num_tokens);
-  MemoryCarver carver(base);
+  PolicyMemory from(base);
   Memory memory = {};
-  memory.counts = carver.Take<int32_t>(tiles);
-  memory.offsets = carver.Take<int64_t>(tiles);
-  memory.ranges = carver.Take<CudaKeyRange>(2 * tiles);
-  memory.visited = carver.Take<uint64_t>(1);
-  memory.bytes = carver.bytes();
+  memory.counts = from.Take<int32_t>(tiles);
+  memory.offsets = from.Take<int64_t>(tiles);
+  memory.ranges = from.Take<CudaKeyRange>(2 * tiles);
+  memory.visited = from.Take<uint64_t>(1);
+  memory.bytes = from.bytes();
   return memory;
 }
 

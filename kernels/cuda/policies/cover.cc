@@ -5,20 +5,20 @@
 
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/cuda_status.h"
-#include "kernels/cuda/policies/workspace.h"
+#include "kernels/cuda/policies/memory.h"
 #include "kernels/cuda/sm90/cover_launch.h"
 
 namespace headwater::kernels {
 namespace {
 
-sm90::ShareParams Plan(const CudaCoverArgs& a, WorkspaceLayout* layout) {
+sm90::ShareParams Plan(const CudaCoverArgs& a, PolicyMemory* memory) {
   sm90::ShareParams p = sm90::ShareOf(a.share, a.most_sum);
   p.x = a.x;
   p.length = a.length;
   p.rows = a.num_rows;
   p.counts = a.counts;
-  p.bins = layout->Take<sm90::ShareBin>(int64_t{sm90::kShareBins} * a.num_rows);
-  p.states = layout->Take<sm90::ShareState>(a.num_rows);
+  p.bins = memory->Take<sm90::ShareBin>(int64_t{sm90::kShareBins} * a.num_rows);
+  p.states = memory->Take<sm90::ShareState>(a.num_rows);
   return p;
 }
 
@@ -50,16 +50,17 @@ ShareParams ShareOf(double share, double most_sum) {
 }  // namespace sm90
 
 size_t CudaCoverWorkspaceBytes(const CudaCoverArgs& args) {
-  WorkspaceLayout layout;
-  Plan(args, &layout);
-  return layout.bytes();
+  PolicyMemory memory;
+  Plan(args, &memory);
+  return memory.bytes();
 }
 
 Status CudaCover(const CudaCoverArgs& args, void* workspace, size_t workspace_bytes, cudaStream_t stream) {
   HW_KERNELS_RETURN_IF_ERROR(Validate(args));
-  HW_KERNELS_RETURN_IF_ERROR(CheckWorkspace(workspace, workspace_bytes, CudaCoverWorkspaceBytes(args)));
-  WorkspaceLayout layout(workspace);
-  const sm90::ShareParams params = Plan(args, &layout);
+  HW_KERNELS_RETURN_IF_ERROR(
+      CheckMemory("the workspace", workspace, workspace_bytes, CudaCoverWorkspaceBytes(args)));
+  PolicyMemory memory(workspace);
+  const sm90::ShareParams params = Plan(args, &memory);
   int num_sms = 0;
   HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
   HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchShare(params, stream));

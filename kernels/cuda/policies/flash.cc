@@ -1,17 +1,14 @@
 #include "kernels/cuda/policies/flash.h"
 
 #include <algorithm>
-#include <cmath>
 #include <string>
 
 #include "kernels/cuda/block_stats.h"
-#include "kernels/cuda/check.h"
 #include "kernels/cuda/flash.h"
+#include "kernels/cuda/policies/memory.h"
 
 namespace headwater::kernels {
 namespace {
-
-constexpr int64_t kMostEntries = int64_t{64} << 20;
 
 // What V1 and V2 are made of.
 struct Rule {
@@ -19,32 +16,6 @@ struct Rule {
   double alpha;
   int32_t sink_blocks, window_blocks, dense_last_tiles, min_blocks, dense_layers;
   int64_t dense_tokens;
-};
-
-Status CheckShape(const CudaPolicyShape& s) {
-  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_layers", s.num_layers, 1, 1 << 20));
-  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_q_heads", s.num_q_heads, 1, 1 << 16));
-  HW_KERNELS_RETURN_IF_ERROR(CheckSizes(1, 1, s.num_q_heads, s.num_kv_heads, s.head_dim));
-  if (s.softmax_scale > 0 && std::isfinite(s.softmax_scale)) return {};
-  return InvalidArgument("softmax_scale is " + std::to_string(s.softmax_scale) +
-                         "; a positive number is wanted");
-}
-
-// Pieces of one array, 256-byte aligned; without memory it counts what they take.
-class Pieces {
- public:
-  explicit Pieces(void* memory) : memory_(static_cast<char*>(memory)) {}
-  template <typename T>
-  T* Take(size_t count) {
-    T* const piece = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + bytes_);
-    bytes_ += (count * sizeof(T) + 255) / 256 * 256;
-    return piece;
-  }
-  size_t bytes() const { return bytes_; }
-
- private:
-  char* memory_;
-  size_t bytes_ = 0;
 };
 
 class FlashPolicy final : public CudaPolicy {
@@ -63,13 +34,8 @@ class FlashPolicy final : public CudaPolicy {
       return {StatusCode::kUnimplemented, "num_tokens is " + std::to_string(num_tokens) + "; at most " +
                                               std::to_string(kCudaFlashMostTokens) + " is known"};
     }
-    const size_t wanted = MemoryBytes(num_tokens);
-    if (memory == nullptr || memory_bytes < wanted || reinterpret_cast<uintptr_t>(memory) % 256 != 0) {
-      return InvalidArgument("the memory has " + std::to_string(memory_bytes) + " bytes; " +
-                             std::to_string(wanted) + ", 256-byte aligned, are wanted");
-    }
+    HW_KERNELS_RETURN_IF_ERROR(CheckPolicyMemory(num_tokens, memory, memory_bytes, MemoryBytes(num_tokens)));
     memory_ = Divide(num_tokens, memory);
-    possible_ = CudaPossibleBlocks(memory_.lists.masks);
     num_tokens_ = num_tokens;
     return {};
   }
@@ -85,12 +51,8 @@ class FlashPolicy final : public CudaPolicy {
     HW_KERNELS_RETURN_IF_ERROR(Means(layer, stream));
     HW_KERNELS_RETURN_IF_ERROR(CudaFlashSelect(FlashArgs(layer.q), stream));
     HW_KERNELS_RETURN_IF_ERROR(CudaListsOfMasks(memory_.lists, stream));
-    selection->lists = {memory_.lists.masks.num_lists, memory_.lists.counts, memory_.lists.offsets,
-                        memory_.lists.blocks};
+    *selection = SelectionOf(memory_.lists);
     if (rule_.corrects) selection->correction = {memory_.k_means, memory_.v_means};
-    selection->visited = memory_.lists.visited;
-    selection->overflows = memory_.lists.overflows;
-    selection->possible = possible_;
     return {};
   }
 
@@ -103,29 +65,19 @@ class FlashPolicy final : public CudaPolicy {
   };
 
   Memory Divide(int64_t num_tokens, void* memory) const {
-    Pieces pieces(memory);
+    PolicyMemory from(memory);
     Memory m;
-    CudaListsOfMasksArgs& lists = m.lists;
-    lists.masks = CudaBlockMasksOf(num_tokens, shape_.num_q_heads, shape_.num_kv_heads, rule_.per_query_head);
-    const auto segments = static_cast<size_t>(lists.masks.num_lists * lists.masks.tiles());
-    lists.capacity = static_cast<int64_t>(
-        std::min<uint64_t>(CudaPossibleBlocks(lists.masks), static_cast<uint64_t>(kMostEntries)));
-    lists.masks.words = pieces.Take<uint32_t>(lists.masks.bytes() / 4);
-    lists.counts = pieces.Take<int32_t>(segments);
-    lists.offsets = pieces.Take<int64_t>(segments);
-    lists.blocks = pieces.Take<int32_t>(static_cast<size_t>(lists.capacity));
-    lists.visited = pieces.Take<uint64_t>(1);
-    lists.overflows = pieces.Take<uint32_t>(1);
-    const auto row = static_cast<size_t>(shape_.num_kv_heads) * static_cast<size_t>(shape_.head_dim);
-    const size_t means = static_cast<size_t>(CudaMeanTableRows(num_tokens)) * row;
-    const size_t stats = static_cast<size_t>(CudaStatsBlocks(num_tokens)) * row;
-    m.k_means = pieces.Take<uint16_t>(means);
-    m.k_stats = pieces.Take<float>(stats);
+    m.lists = TakeLists(
+        CudaBlockMasksOf(num_tokens, shape_.num_q_heads, shape_.num_kv_heads, rule_.per_query_head), &from);
+    const int64_t row = int64_t{shape_.num_kv_heads} * shape_.head_dim;
+    const int64_t means = CudaMeanTableRows(num_tokens) * row, stats = CudaStatsBlocks(num_tokens) * row;
+    m.k_means = from.Take<uint16_t>(means);
+    m.k_stats = from.Take<float>(stats);
     if (rule_.corrects) {
-      m.v_means = pieces.Take<uint16_t>(means);
-      m.v_stats = pieces.Take<float>(stats);
+      m.v_means = from.Take<uint16_t>(means);
+      m.v_stats = from.Take<float>(stats);
     }
-    m.bytes = pieces.bytes();
+    m.bytes = from.bytes();
     return m;
   }
 
@@ -164,7 +116,6 @@ class FlashPolicy final : public CudaPolicy {
   const CudaPolicyShape shape_;
   int64_t num_tokens_ = 0;  // 0: no prompt
   Memory memory_;
-  uint64_t possible_ = 0;
 };
 
 }  // namespace
@@ -172,7 +123,7 @@ class FlashPolicy final : public CudaPolicy {
 Status MakeCudaFlash(const reference::FlashParameters& p, const CudaPolicyShape& shape,
                      std::unique_ptr<CudaPolicy>* made) {
   HW_KERNELS_RETURN_IF_ERROR(reference::CheckFlashParameters(p));
-  HW_KERNELS_RETURN_IF_ERROR(CheckShape(shape));
+  HW_KERNELS_RETURN_IF_ERROR(CheckPolicyShape(shape));
   if (p.compat) return {StatusCode::kUnimplemented, "FlashPrefill V1 with compat on a GPU"};
   const Rule rule{true,         false, p.alpha, p.sink_blocks, p.window_blocks, p.dense_last_blocks,
                   p.min_blocks, 0,     0};
@@ -183,7 +134,7 @@ Status MakeCudaFlash(const reference::FlashParameters& p, const CudaPolicyShape&
 Status MakeCudaFlash2(const reference::Flash2Parameters& p, const CudaPolicyShape& shape,
                       std::unique_ptr<CudaPolicy>* made) {
   HW_KERNELS_RETURN_IF_ERROR(reference::CheckFlash2Parameters(p));
-  HW_KERNELS_RETURN_IF_ERROR(CheckShape(shape));
+  HW_KERNELS_RETURN_IF_ERROR(CheckPolicyShape(shape));
   if (p.compat) return {StatusCode::kUnimplemented, "FlashPrefill V2 with compat on a GPU"};
   const Rule rule{false, true,           p.alpha,       p.sink_blocks, p.window_blocks, p.dense_last_tiles,
                   0,     p.dense_layers, p.dense_tokens};

@@ -5,9 +5,7 @@
 #include <memory>
 
 #include "kernels/cuda/block_masks.h"
-#include "kernels/cuda/policies/cover.h"
-#include "kernels/cuda/policies/flex_stages.h"
-#include "kernels/cuda/policies/tail_profile.h"
+#include "kernels/cuda/policies/flex_plan.h"
 #include "kernels/cuda/policy.h"
 #include "kernels/reference/policies/flex.h"
 #include "kernels/status.h"
@@ -31,36 +29,18 @@ class FlexPolicy final : public CudaPolicy {
   Status Select(const CudaPolicyLayer& layer, cudaStream_t stream, CudaSelection* selection) override;
 
   // Of the last Select() of a prompt that is not dense; for tests.
-  const CudaBlockMasks& masks() const { return plan_.masks; }
+  const CudaBlockMasks& masks() const { return plan_.lists.masks; }
 
  private:
-  // Device memory of a prompt, and what stages write to it.
-  struct Plan {
-    CudaTailProfileArgs profile;
-    CudaCoverArgs cover;
-    CudaFlexBudgetsArgs budgets;
-    CudaFlexTopArgs top;
-    CudaFlexPooledArgs pooled;
-    CudaBlockMasks masks;
-    CudaListsOfMasksArgs lists;
-    float* k_mean = nullptr;
-    void* scratch = nullptr;  // of one stage after the other
-    size_t scratch_bytes = 0;
-    size_t bytes = 0;
-  };
-
   bool Dense(int64_t num_tokens) const;
-  Plan PlanOf(int64_t num_tokens, void* memory) const;
-  Status Stages(const Plan& plan, const CudaPolicyLayer& layer, cudaStream_t stream) const;
 
   reference::FlexParameters parameters_;
   CudaPolicyShape shape_;
-  int64_t num_tokens_ = 0;
-  Plan plan_;
+  int64_t num_tokens_ = 0;  // 0: no prompt
+  FlexPlan plan_;           // of a prompt that is not dense
 };
 
-// INVALID_ARGUMENT: a parameter that the reference refuses, a shape out of range. UNIMPLEMENTED: block_tokens
-// other than 128, head_dim, GQA ratio.
+// Errors of CheckFlexPlan().
 Status MakeCudaFlex(const reference::FlexParameters& parameters, const CudaPolicyShape& shape,
                     std::unique_ptr<CudaPolicy>* made);
 

@@ -6,7 +6,7 @@
 
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/cuda_status.h"
-#include "kernels/cuda/policies/workspace.h"
+#include "kernels/cuda/policies/memory.h"
 #include "kernels/cuda/sm90/flex_launch.h"
 
 namespace headwater::kernels {
@@ -47,25 +47,25 @@ Status Sm90() {
   return RequireSm90(&num_sms);
 }
 
-sm90::FlexPooledParams Plan(const CudaFlexPooledArgs& a, WorkspaceLayout* layout) {
+sm90::FlexPooledParams Plan(const CudaFlexPooledArgs& a, PolicyMemory* memory) {
   sm90::FlexPooledParams p{};
   p.args = a;
   p.blocks = Blocks(a.num_tokens);
   p.map = p.blocks * (p.blocks + 1) / 2;
   p.slots = static_cast<int32_t>(
       std::clamp<int64_t>(a.map_bytes / (p.map * static_cast<int64_t>(sizeof(float))), 1, a.num_q_heads));
-  p.heads = layout->Take<int32_t>(a.num_q_heads);
-  p.num_heads = layout->Take<int32_t>(1);
-  p.q_mean = layout->Take<float>(p.slots * p.blocks * a.head_dim);
-  p.maps = layout->Take<float>(p.slots * p.map);
-  p.ties = layout->Take<uint64_t>(p.slots * p.blocks);
+  p.heads = memory->Take<int32_t>(a.num_q_heads);
+  p.num_heads = memory->Take<int32_t>(1);
+  p.q_mean = memory->Take<float>(p.slots * p.blocks * a.head_dim);
+  p.maps = memory->Take<float>(p.slots * p.map);
+  p.ties = memory->Take<uint64_t>(p.slots * p.blocks);
   p.share = sm90::ShareOf(a.gamma * static_cast<double>(p.blocks), static_cast<double>(p.blocks));
   p.share.x = p.maps;
   p.share.length = p.map;
   p.share.rows = p.slots;
   p.share.num_active = p.num_heads;
-  p.share.bins = layout->Take<sm90::ShareBin>(int64_t{sm90::kShareBins} * p.slots);
-  p.share.states = layout->Take<sm90::ShareState>(p.slots);
+  p.share.bins = memory->Take<sm90::ShareBin>(int64_t{sm90::kShareBins} * p.slots);
+  p.share.states = memory->Take<sm90::ShareState>(p.slots);
   return p;
 }
 
@@ -106,9 +106,9 @@ Status CudaFlexMasks(const uint32_t* bits, const CudaBlockMasks& masks, cudaStre
 }
 
 size_t CudaFlexPooledWorkspaceBytes(const CudaFlexPooledArgs& args) {
-  WorkspaceLayout layout;
-  Plan(args, &layout);
-  return layout.bytes();
+  PolicyMemory memory;
+  Plan(args, &memory);
+  return memory.bytes();
 }
 
 Status CudaFlexPooled(const CudaFlexPooledArgs& a, void* workspace, size_t workspace_bytes,
@@ -119,9 +119,10 @@ Status CudaFlexPooled(const CudaFlexPooledArgs& a, void* workspace, size_t works
   HW_KERNELS_RETURN_IF_ERROR(CheckMasks(a.masks));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("masks.num_tokens", a.masks.num_tokens, a.num_tokens, a.num_tokens));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("masks.num_lists", a.masks.num_lists, a.num_q_heads, a.num_q_heads));
-  HW_KERNELS_RETURN_IF_ERROR(CheckWorkspace(workspace, workspace_bytes, CudaFlexPooledWorkspaceBytes(a)));
-  WorkspaceLayout layout(workspace);
-  const sm90::FlexPooledParams params = Plan(a, &layout);
+  HW_KERNELS_RETURN_IF_ERROR(
+      CheckMemory("the workspace", workspace, workspace_bytes, CudaFlexPooledWorkspaceBytes(a)));
+  PolicyMemory memory(workspace);
+  const sm90::FlexPooledParams params = Plan(a, &memory);
   HW_KERNELS_RETURN_IF_ERROR(Sm90());
   HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchFlexPooled(params, stream));
   return {};

@@ -1,17 +1,12 @@
 #include "kernels/cuda/policies/skeleton.h"
 
-#include <algorithm>
-#include <string>
-#include <type_traits>
 #include <utility>
 
-#include "kernels/cuda/check.h"
+#include "kernels/cuda/policies/memory.h"
 #include "kernels/cuda/skeleton.h"
 
 namespace headwater::kernels {
 namespace {
-
-constexpr int64_t kMostEntries = int64_t{64} << 20;
 
 class SkeletonPolicy final : public CudaPolicy {
  public:
@@ -39,15 +34,9 @@ class SkeletonPolicy final : public CudaPolicy {
 
   Status Begin(int64_t num_tokens, void* memory, size_t memory_bytes, cudaStream_t stream) override {
     num_tokens_ = 0;
-    HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_tokens", num_tokens, 1, INT32_MAX));
-    const size_t wanted = MemoryBytes(num_tokens);
-    if (wanted > 0) {
-      if (memory == nullptr || memory_bytes < wanted || reinterpret_cast<uintptr_t>(memory) % 256 != 0) {
-        return InvalidArgument("the memory has " + std::to_string(memory_bytes) + " bytes; " +
-                               std::to_string(wanted) + ", 256-byte aligned, are wanted");
-      }
+    HW_KERNELS_RETURN_IF_ERROR(CheckPolicyMemory(num_tokens, memory, memory_bytes, MemoryBytes(num_tokens)));
+    if (num_tokens >= Shortest()) {
       memory_ = Divide(num_tokens, memory);
-      possible_ = CudaPossibleBlocks(memory_.lists.masks);
       HW_KERNELS_RETURN_IF_ERROR(
           CudaSkeletonTables(Args(num_tokens), memory_.workspace, memory_.workspace_bytes, stream));
     }
@@ -68,11 +57,7 @@ class SkeletonPolicy final : public CudaPolicy {
     HW_KERNELS_RETURN_IF_ERROR(
         CudaSkeletonSelect(args, memory_.lists.masks, memory_.workspace, memory_.workspace_bytes, stream));
     HW_KERNELS_RETURN_IF_ERROR(CudaListsOfMasks(memory_.lists, stream));
-    selection->lists = {memory_.lists.masks.num_lists, memory_.lists.counts, memory_.lists.offsets,
-                        memory_.lists.blocks};
-    selection->visited = memory_.lists.visited;
-    selection->overflows = memory_.lists.overflows;
-    selection->possible = possible_;
+    *selection = SelectionOf(memory_.lists);
     return {};
   }
 
@@ -86,28 +71,12 @@ class SkeletonPolicy final : public CudaPolicy {
   int64_t Shortest() const { return int64_t{parameters_.sink_tokens} + parameters_.local_tokens + 1; }
 
   Memory Divide(int64_t num_tokens, void* memory) const {
+    PolicyMemory from(memory);
     Memory m;
-    const auto take = [&](auto** array, size_t count) {
-      if (memory != nullptr) {
-        *array =
-            reinterpret_cast<std::remove_reference_t<decltype(*array)>>(static_cast<char*>(memory) + m.bytes);
-      }
-      m.bytes += (count * sizeof(**array) + 255) / 256 * 256;
-    };
-    CudaListsOfMasksArgs& lists = m.lists;
-    lists.masks = CudaBlockMasksOf(num_tokens, shape_.num_q_heads, shape_.num_kv_heads, true);
-    const int64_t segments = lists.masks.num_lists * lists.masks.tiles();
-    lists.capacity = std::min(segments * (lists.masks.blocks() + 1) / 2, kMostEntries);
-    take(&lists.masks.words, lists.masks.bytes() / 4);
-    take(&lists.counts, static_cast<size_t>(segments));
-    take(&lists.offsets, static_cast<size_t>(segments));
-    take(&lists.blocks, static_cast<size_t>(lists.capacity));
-    take(&lists.visited, 1);
-    take(&lists.overflows, 1);
+    m.lists = TakeLists(CudaBlockMasksOf(num_tokens, shape_.num_q_heads, shape_.num_kv_heads, true), &from);
     m.workspace_bytes = CudaSkeletonWorkspaceBytes(Args(num_tokens));
-    char* workspace = nullptr;
-    take(&workspace, m.workspace_bytes);
-    m.workspace = workspace;
+    m.workspace = from.TakeBytes(m.workspace_bytes);
+    m.bytes = from.bytes();
     return m;
   }
 
@@ -115,7 +84,6 @@ class SkeletonPolicy final : public CudaPolicy {
   const CudaPolicyShape shape_;
   int64_t num_tokens_ = 0;  // 0: no prompt
   Memory memory_;
-  uint64_t possible_ = 0;
 };
 
 }  // namespace
@@ -123,7 +91,7 @@ class SkeletonPolicy final : public CudaPolicy {
 Status MakeCudaSkeleton(const reference::SkeletonParameters& parameters, const CudaPolicyShape& shape,
                         std::unique_ptr<CudaPolicy>* made) {
   HW_KERNELS_RETURN_IF_ERROR(reference::CheckSkeletonParameters(parameters));
-  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_layers", shape.num_layers, 1, 1 << 20));
+  HW_KERNELS_RETURN_IF_ERROR(CheckPolicyShape(shape));
   auto policy = std::make_unique<SkeletonPolicy>(parameters, shape);
   HW_KERNELS_RETURN_IF_ERROR(CheckCudaSkeletonArgs(policy->Args(0)));
   *made = std::move(policy);

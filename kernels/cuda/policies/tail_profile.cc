@@ -5,7 +5,7 @@
 
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/cuda_status.h"
-#include "kernels/cuda/policies/workspace.h"
+#include "kernels/cuda/policies/memory.h"
 #include "kernels/cuda/sm90/tail_profile_launch.h"
 
 namespace headwater::kernels {
@@ -19,15 +19,15 @@ int32_t ChunkKeys(const CudaTailProfileArgs& a) {
   return keys;
 }
 
-sm90::TailProfileParams Plan(const CudaTailProfileArgs& a, WorkspaceLayout* layout) {
+sm90::TailProfileParams Plan(const CudaTailProfileArgs& a, PolicyMemory* memory) {
   sm90::TailProfileParams p{};
   p.args = a;
   p.chunk_keys = ChunkKeys(a);
   p.chunks = (a.num_tokens + p.chunk_keys - 1) / p.chunk_keys;
   const int64_t rows = int64_t{sm90::kTailRows} * a.num_q_heads;
-  p.parts = layout->Take<float2>(rows * p.chunks);
-  p.tails = layout->Take<float>(rows * p.chunks);
-  p.lse = layout->Take<float>(rows);
+  p.parts = memory->Take<float2>(rows * p.chunks);
+  p.tails = memory->Take<float>(rows * p.chunks);
+  p.lse = memory->Take<float>(rows);
   return p;
 }
 
@@ -59,17 +59,18 @@ Status Validate(const CudaTailProfileArgs& a) {
 }  // namespace
 
 size_t CudaTailProfileWorkspaceBytes(const CudaTailProfileArgs& args) {
-  WorkspaceLayout layout;
-  Plan(args, &layout);
-  return layout.bytes();
+  PolicyMemory memory;
+  Plan(args, &memory);
+  return memory.bytes();
 }
 
 Status CudaTailProfile(const CudaTailProfileArgs& args, void* workspace, size_t workspace_bytes,
                        cudaStream_t stream) {
   HW_KERNELS_RETURN_IF_ERROR(Validate(args));
-  HW_KERNELS_RETURN_IF_ERROR(CheckWorkspace(workspace, workspace_bytes, CudaTailProfileWorkspaceBytes(args)));
-  WorkspaceLayout layout(workspace);
-  const sm90::TailProfileParams params = Plan(args, &layout);
+  HW_KERNELS_RETURN_IF_ERROR(
+      CheckMemory("the workspace", workspace, workspace_bytes, CudaTailProfileWorkspaceBytes(args)));
+  PolicyMemory memory(workspace);
+  const sm90::TailProfileParams params = Plan(args, &memory);
   int num_sms = 0;
   HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
   HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchTailProfile(params, stream));

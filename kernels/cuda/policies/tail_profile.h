@@ -13,6 +13,8 @@
 
 namespace headwater::kernels {
 
+inline constexpr int32_t kMostTailRows = 128;
+
 // With A the causal softmax of softmax_scale * q k^T of query head h, over its last `rows` queries:
 //
 //   vertical[h, j] = factor * sum over those queries of A[., j]
@@ -26,7 +28,7 @@ struct CudaTailProfileArgs {
   int32_t num_q_heads = 0;  // at most 65535
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;  // 64 or 128
-  int32_t rows = 0;      // 1 to 128, at most num_tokens
+  int32_t rows = 0;      // 1 to kMostTailRows, at most num_tokens
   float softmax_scale = 0;
   float factor = 0;           // positive; 1 / rows: means
   float* vertical = nullptr;  // [num_q_heads, num_tokens]

@@ -19,7 +19,7 @@ int64_t SumOverTiles(int64_t tiles, int64_t most, int64_t each) {
 }  // namespace
 
 struct VerticalSlashPolicy::Plan {
-  CudaLastRowsArgs profile;
+  CudaTailProfileArgs profile;
   void* workspace;
   size_t workspace_bytes;
   CudaChooseArgs choose;
@@ -35,25 +35,26 @@ size_t VerticalSlashPolicy::MakePlan(int64_t num_tokens, void* memory, Plan* pla
     columns += SumOverTiles(tiles, of_head, kRangeRows);
     ranges += SumOverTiles(tiles, VerticalSlashDistances(parameters_, head, num_tokens), 1);
   }
-  MemoryCarver carver(memory);
-  CudaLastRowsArgs& profile = plan->profile;
+  PolicyMemory from(memory);
+  CudaTailProfileArgs& profile = plan->profile;
   profile = {};
   profile.num_tokens = num_tokens;
   profile.num_q_heads = shape_.num_q_heads;
   profile.num_kv_heads = shape_.num_kv_heads;
   profile.head_dim = shape_.head_dim;
   profile.softmax_scale = shape_.softmax_scale;
-  profile.last_rows = static_cast<int32_t>(parameters_.last_q);
-  profile.vertical = carver.Take<float>(heads * num_tokens);
-  profile.slash = carver.Take<float>(heads * num_tokens);
-  plan->workspace_bytes = CudaLastRowsWorkspaceBytes(profile);
-  plan->workspace = carver.Take<char>(static_cast<int64_t>(plan->workspace_bytes));
+  profile.rows = static_cast<int32_t>(std::min(parameters_.last_q, num_tokens));
+  profile.factor = 1;
+  profile.vertical = from.Take<float>(heads * num_tokens);
+  profile.slash = from.Take<float>(heads * num_tokens);
+  plan->workspace_bytes = CudaTailProfileWorkspaceBytes(profile);
+  plan->workspace = from.Take<char>(static_cast<int64_t>(plan->workspace_bytes));
 
   CudaChosen chosen;
   chosen.column_stride = most_columns;
-  chosen.columns = carver.Take<int32_t>(heads * most_columns);
-  chosen.column_totals = carver.Take<int32_t>(heads);
-  chosen.distances = carver.Take<CudaDistanceWord>(heads * CudaDistanceWords(num_tokens));
+  chosen.columns = from.Take<int32_t>(heads * most_columns);
+  chosen.column_totals = from.Take<int32_t>(heads);
+  chosen.distances = from.Take<CudaDistanceWord>(heads * CudaDistanceWords(num_tokens));
   plan->choose = {profile.vertical, profile.slash, num_tokens, shape_.num_q_heads, chosen};
 
   CudaMergeVerticalSlashArgs& merge = plan->merge;
@@ -61,17 +62,17 @@ size_t VerticalSlashPolicy::MakePlan(int64_t num_tokens, void* memory, Plan* pla
   merge.chosen = chosen;
   merge.num_tokens = num_tokens;
   merge.num_heads = shape_.num_q_heads;
-  merge.range_counts = carver.Take<int32_t>(heads * tiles);
-  merge.column_counts = carver.Take<int32_t>(heads * tiles);
-  merge.range_offsets = carver.Take<int64_t>(heads * tiles);
-  merge.column_offsets = carver.Take<int64_t>(heads * tiles);
+  merge.range_counts = from.Take<int32_t>(heads * tiles);
+  merge.column_counts = from.Take<int32_t>(heads * tiles);
+  merge.range_offsets = from.Take<int64_t>(heads * tiles);
+  merge.column_offsets = from.Take<int64_t>(heads * tiles);
   merge.range_capacity = std::min(ranges, kMeanRanges * heads * tiles);
   merge.column_capacity = std::min(columns, kMeanColumns * heads * tiles);
-  merge.ranges = carver.Take<CudaKeyRange>(merge.range_capacity);
-  merge.columns = carver.Take<int32_t>(merge.column_capacity);
-  merge.visited = carver.Take<uint64_t>(1);
-  merge.overflows = carver.Take<uint32_t>(1);
-  return carver.bytes();
+  merge.ranges = from.Take<CudaKeyRange>(merge.range_capacity);
+  merge.columns = from.Take<int32_t>(merge.column_capacity);
+  merge.visited = from.Take<uint64_t>(1);
+  merge.overflows = from.Take<uint32_t>(1);
+  return from.bytes();
 }
 
 size_t VerticalSlashPolicy::MemoryBytes(int64_t num_tokens) const {
@@ -97,7 +98,7 @@ Status VerticalSlashPolicy::Select(const CudaPolicyLayer& layer, cudaStream_t st
   MakePlan(num_tokens_, memory_, &plan);
   plan.profile.q = layer.q;
   plan.profile.k = layer.k;
-  HW_KERNELS_RETURN_IF_ERROR(CudaLastRows(plan.profile, plan.workspace, plan.workspace_bytes, stream));
+  HW_KERNELS_RETURN_IF_ERROR(CudaTailProfile(plan.profile, plan.workspace, plan.workspace_bytes, stream));
   HW_KERNELS_RETURN_IF_ERROR(CudaChooseVerticalSlash(parameters_, plan.choose, stream));
   HW_KERNELS_RETURN_IF_ERROR(CudaMergeVerticalSlash(plan.merge, stream));
   const CudaMergeVerticalSlashArgs& m = plan.merge;
@@ -134,9 +135,9 @@ Status MakeCudaVerticalSlash(const reference::VerticalSlashParameters& parameter
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("forced_locals", p.forced_locals, 1, kMostPatternTokens));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("least_verticals", p.least_verticals, 1, kMostPatternTokens));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("least_slashes", p.least_slashes, 1, kMostPatternTokens));
-  if (p.last_q > kMostLastRows) {
+  if (p.last_q > kMostTailRows) {
     return {StatusCode::kUnimplemented,
-            "last_q " + std::to_string(p.last_q) + "; 1 to " + std::to_string(kMostLastRows) + " are known"};
+            "last_q " + std::to_string(p.last_q) + "; 1 to " + std::to_string(kMostTailRows) + " are known"};
   }
   *made = std::make_unique<VerticalSlashPolicy>(parameters, shape);
   return {};

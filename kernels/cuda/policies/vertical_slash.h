@@ -4,7 +4,7 @@
 
 #include <memory>
 
-#include "kernels/cuda/policies/last_rows.h"
+#include "kernels/cuda/policies/tail_profile.h"
 #include "kernels/cuda/policies/vertical_slash_stages.h"
 #include "kernels/cuda/policy.h"
 
@@ -16,7 +16,7 @@ namespace headwater::kernels {
 // budgets can ask for where that is less. So columns always fit up to n_vertical 4,096, and ranges up to
 // 65,536 tokens; beyond, unless distances leave over 512 gaps of more than 64 keys in a tile.
 //
-// Memory: 16 to 20 bytes a head and token, and the lists' room: at most 8 bytes a range and 4 a column. In
+// Memory: under 15 bytes a head and token, and the lists' room: at most 8 bytes a range and 4 a column. In
 // all 0.6 GB for 32 heads of 131,072 tokens at the default budgets, 1.0 GB at 3,500 columns and 100
 // distances. Select() enqueues seven kernels: two passes over K a query head, four reads of the sums, two
 // walks per tile.
@@ -40,7 +40,7 @@ class VerticalSlashPolicy final : public CudaPolicy {
   CudaKeyRanges ranges_;
 };
 
-// INVALID_ARGUMENT: a parameter or the shape is out of range. UNIMPLEMENTED: last_q over kMostLastRows,
+// INVALID_ARGUMENT: a parameter or the shape is out of range. UNIMPLEMENTED: last_q over kMostTailRows,
 // head_dim, GQA ratio.
 Status MakeCudaVerticalSlash(const reference::VerticalSlashParameters& parameters,
                              const CudaPolicyShape& shape, std::unique_ptr<CudaPolicy>* made);

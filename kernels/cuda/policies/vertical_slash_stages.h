@@ -1,4 +1,4 @@
-// The steps of vertical-slash after the profile of the last rows (policies/last_rows.h): choice of columns
+// The steps of vertical-slash after the profile of the last rows (policies/tail_profile.h): choice of columns
 // and distances, and what each tile of 64 rows reads because of them. Rules are those of
 // reference/policies/vertical_slash.h.
 #ifndef HW_KERNELS_CUDA_POLICIES_VERTICAL_SLASH_STAGES_H_
@@ -39,7 +39,7 @@ struct CudaChosen {
 
 struct CudaChooseArgs {
   const float* vertical = nullptr;  // [num_heads, num_tokens]
-  const float* slash = nullptr;     // [num_heads, num_tokens]
+  const float* slash = nullptr;     // likewise: of distance num_tokens - 1 - c at c
   int64_t num_tokens = 0;           // 1 to 2^31 - 257
   int32_t num_heads = 0;
   CudaChosen chosen;  // written

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "kernels/cuda/block_masks.h"
 #include "kernels/cuda/policy.h"
 #include "kernels/cuda/xattention.h"
 #include "kernels/reference/policies/xattention.h"
@@ -26,13 +27,18 @@ class XAttentionPolicy final : public CudaPolicy {
   Status Select(const CudaPolicyLayer& layer, cudaStream_t stream, CudaSelection* selection) override;
 
  private:
-  struct Memory;  // what lies where
+  struct Memory {
+    CudaListsOfMasksArgs lists;
+    void* workspace = nullptr;
+    size_t workspace_bytes = 0, bytes = 0;
+  };
+  Memory Divide(int64_t num_tokens, void* memory) const;
   CudaXAttentionArgs ArgsFor(int64_t num_tokens) const;
 
   reference::XAttentionParameters parameters_;
   CudaPolicyShape shape_;
-  int64_t num_tokens_ = 0;
-  unsigned char* memory_ = nullptr;
+  int64_t num_tokens_ = 0;  // 0: no prompt
+  Memory memory_;
 };
 
 // INVALID_ARGUMENT: a parameter or the shape is out of range. UNIMPLEMENTED: compat, a stride other than 4, 8

@@ -37,11 +37,6 @@ struct Problem {
   }
 };
 
-__device__ __forceinline__ int RowOfThread(int r) {
-  const int lane = static_cast<int>(threadIdx.x & 31), warp = static_cast<int>(threadIdx.x >> 5);
-  return 16 * warp + 8 * r + lane / 4;
-}
-
 // --- maps of heads: a CTA per query block and head, the longest rows first ---
 
 struct MapParams {
@@ -99,6 +94,62 @@ __global__ void __launch_bounds__(RowTile<kDim>::kThreads, 2) BlockMassKernel(co
       });
   if (thread == 0) write(own);
   for (int block = own + 1 + thread; block < blocks; block += RowTile<kDim>::kThreads) out[block] = 0;
+}
+
+// --- lse of heads: a CTA per query block and head, the longest rows first ---
+
+struct LseParams {
+  Problem problem;
+  const int32_t* heads;
+  float* lse_ln;
+};
+
+template <int kDim>
+__global__ void __launch_bounds__(RowTile<kDim>::kThreads, 2) LogSumExpKernel(const LseParams p) {
+  const Problem& problem = p.problem;
+  const int head = p.heads == nullptr ? static_cast<int>(blockIdx.y) : p.heads[blockIdx.y];
+  if (head < 0 || head >= problem.num_q_heads) return;
+  const int own = problem.Blocks() - 1 - static_cast<int>(blockIdx.x);
+  const int64_t begin = int64_t{own} * 128;
+  const int tokens = static_cast<int>(problem.num_tokens - begin < 128 ? problem.num_tokens - begin : 128);
+  const int column = 2 * (static_cast<int>(threadIdx.x) & 3);
+  // Of the columns that this thread holds.
+  float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+  RowTile<kDim>::Run(
+      problem.Keys<kDim>(head / problem.Group()), 0, own + 1,
+      [&](int row) { return row < tokens ? problem.Query<kDim>(begin + row, head) : nullptr; },
+      [&](float(&s)[64], int block) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int last = block == own ? RowOfThread(r) - column : 128;
+          float most = top[r];
+#pragma unroll
+          for (int n = 0; n < 16; ++n) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              float& x = s[4 * n + 2 * r + c];
+              x = 8 * n + c <= last ? x * problem.scale_log2 : -INFINITY;
+              most = fmaxf(most, x);
+            }
+          }
+          const float base = most == -INFINITY ? 0 : most;
+          sum[r] *= Exp2(top[r] - base);
+          top[r] = most;
+#pragma unroll
+          for (int n = 0; n < 16; ++n) {
+            sum[r] += Exp2(s[4 * n + 2 * r] - base) + Exp2(s[4 * n + 2 * r + 1] - base);
+          }
+        }
+      });
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float most = QuadMax(top[r]), all = QuadSum(sum[r] * Exp2(top[r] - most));
+    const int row = RowOfThread(r);
+    if (column == 0 && row < tokens) {
+      p.lse_ln[(begin + row) * problem.num_q_heads + head] =
+          (most + log2f(all)) * static_cast<float>(1 / kLog2E);
+    }
+  }
 }
 
 // --- masses of sampled rows ---
@@ -260,6 +311,16 @@ cudaError_t LaunchBlockMass(const CudaBlockMassArgs& a, cudaStream_t stream) {
                   stream);
   }
   return Launch(BlockMassKernel<64>, RowTile<64>::kSharedBytes, grid, RowTile<64>::kThreads, params, stream);
+}
+
+cudaError_t LaunchLogSumExp(const CudaLogSumExpArgs& a, cudaStream_t stream) {
+  const LseParams params{Problem(a.problem), a.heads, a.lse_ln};
+  const dim3 grid(static_cast<unsigned>(params.problem.Blocks()), static_cast<unsigned>(a.num_heads));
+  if (a.problem.head_dim == 128) {
+    return Launch(LogSumExpKernel<128>, RowTile<128>::kSharedBytes, grid, RowTile<128>::kThreads, params,
+                  stream);
+  }
+  return Launch(LogSumExpKernel<64>, RowTile<64>::kSharedBytes, grid, RowTile<64>::kThreads, params, stream);
 }
 
 cudaError_t LaunchRowMass(const CudaRowMassArgs& a, cudaStream_t stream) {

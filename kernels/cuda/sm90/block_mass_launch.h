@@ -9,6 +9,7 @@
 namespace headwater::kernels::sm90 {
 
 cudaError_t LaunchBlockMass(const CudaBlockMassArgs& args, cudaStream_t stream);
+cudaError_t LaunchLogSumExp(const CudaLogSumExpArgs& args, cudaStream_t stream);
 cudaError_t LaunchRowMass(const CudaRowMassArgs& args, cudaStream_t stream);
 cudaError_t LaunchRecall(const CudaRecallArgs& args, cudaStream_t stream);
 

@@ -63,6 +63,12 @@ __device__ __forceinline__ float QuadSum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// The accumulators' row r of a thread of two warpgroups, which hold 128 rows.
+__device__ __forceinline__ int RowOfThread(int r) {
+  const int lane = static_cast<int>(threadIdx.x & 31), warp = static_cast<int>(threadIdx.x >> 5);
+  return 16 * warp + 8 * r + lane / 4;
+}
+
 // Keys of one KV head.
 struct KeyRows {
   const __nv_bfloat16* first;

@@ -11,7 +11,7 @@
 namespace headwater::kernels::sm90 {
 
 // The last rows of a prompt lie in slots of which the last is the last token's.
-inline constexpr int kTailRows = 128;
+inline constexpr int kTailRows = kMostTailRows;
 inline constexpr int kTailLeastChunkKeys = 128;
 inline constexpr int kTailMostChunkKeys = 512;
 

@@ -14,10 +14,11 @@ __device__ __forceinline__ int SumOverWarp(int x) { return __reduce_add_sync(kAl
 struct Ranks {
   const float* sums;
   int tokens, forced;
+  bool from_end;  // the number i has the sum at tokens - 1 - i
 
   __device__ __forceinline__ uint32_t At(int i) const {
     if (i < forced) return ~0u;
-    const uint32_t bits = __float_as_uint(sums[i]);
+    const uint32_t bits = __float_as_uint(sums[from_end ? tokens - 1 - i : i]);
     return bits == ~0u ? bits - 1 : bits;
   }
 };
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kChooseThreads) ChooseKernel(const ChooseParam
   const CudaChosen& chosen = p.args.chosen;
   const int64_t tokens = p.args.num_tokens;
   const Ranks ranks = {(kind == 0 ? p.args.vertical : p.args.slash) + head * tokens, static_cast<int>(tokens),
-                       p.forced[kind]};
+                       p.forced[kind], kind == 1};
   int wanted = p.counts[kind][blockIdx.x];
   if (kind == 0 && thread == 0) chosen.column_totals[head] = wanted;
   uint32_t least = 0;

@@ -101,6 +101,31 @@ TEST_P(BlockMassGpuTest, MapsMatchReferenceAndRepeat) {
   EXPECT_TRUE(first.Intact() && second.Intact());
 }
 
+TEST_P(BlockMassGpuTest, LsesMatchReferenceAndRepeat) {
+  HW_REQUIRE_SM90();
+  const Case& c = GetParam();
+  const OnDevice data(c);
+  DeviceArray<float> first(static_cast<size_t>(c.tokens) * c.q_heads), second(first.size());
+
+  for (DeviceArray<float>* out : {&first, &second}) {
+    const Status status = CudaLogSumExp({data.args, nullptr, c.q_heads, out->data()}, nullptr);
+    ASSERT_TRUE(status.ok()) << status.message();
+  }
+
+  const std::vector<float> got = first.Host();
+  double worst = 0;
+  for (int head = 0; head < c.q_heads; ++head) {
+    for (int i = 0; i < c.tokens; ++i) {
+      const double want = data.lses[head][i];
+      worst = std::fmax(worst, std::fabs(got[i * c.q_heads + head] - want) / (1 + std::fabs(want)));
+    }
+  }
+  EXPECT_LE(worst, 1e-5);
+  RecordProperty("worst", std::to_string(worst));
+  EXPECT_TRUE(SameBits(got, second.Host()));
+  EXPECT_TRUE(first.Intact() && second.Intact());
+}
+
 TEST_P(BlockMassGpuTest, RowsMatchReferenceAndRepeat) {
   HW_REQUIRE_SM90();
   const Case& c = GetParam();
@@ -161,6 +186,23 @@ TEST(BlockMassGpuTest, HeadsInAnyOrderAndFlags) {
     }
   }
   EXPECT_TRUE(maps.Intact());
+}
+
+TEST(BlockMassGpuTest, LsesOfSomeHeads) {
+  HW_REQUIRE_SM90();
+  const Case c{"", 300, 4, 2, 64};
+  const OnDevice data(c);
+  DeviceArray<int32_t> heads(std::vector<int32_t>{3, -1, 1, 4});
+  DeviceArray<float> lse(300 * 4);
+
+  ASSERT_TRUE(CudaLogSumExp({data.args, heads.data(), 4, lse.data()}, nullptr).ok());
+
+  const std::vector<float> got = lse.Host();
+  for (int i = 0; i < 300; ++i) {
+    for (const int head : {1, 3}) EXPECT_NEAR(got[i * 4 + head], data.lses[head][i], 1e-4);
+    for (const int head : {0, 2}) EXPECT_TRUE(std::isnan(got[i * 4 + head])) << "written";
+  }
+  EXPECT_TRUE(lse.Intact());
 }
 
 TEST(BlockMassGpuTest, NanSpoilsOnlyRowsThatSeeIt) {

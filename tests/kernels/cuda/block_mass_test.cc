@@ -25,6 +25,14 @@ std::function<Status()> Map(const std::function<void(CudaBlockMassArgs*)>& chang
   };
 }
 
+std::function<Status()> Lse(const std::function<void(CudaLogSumExpArgs*)>& change) {
+  return [change] {
+    CudaLogSumExpArgs args{ValidProblem(), nullptr, 8, static_cast<float*>(kAligned)};
+    change(&args);
+    return CudaLogSumExp(args, nullptr);
+  };
+}
+
 std::function<Status()> Rows(const std::function<void(CudaRowMassArgs*)>& change) {
   return [change] {
     CudaRowMassArgs args;
@@ -55,6 +63,11 @@ constexpr auto kUnknown = StatusCode::kUnimplemented;
 INSTANTIATE_TEST_SUITE_P(
     BlockMass, RefusalTest,
     ::testing::Values(
+        Refusal{"lse_tokens", Lse([](auto* a) { a->problem.num_tokens = 0; }), kBad, "total_q is 0"},
+        Refusal{"lse_heads", Lse([](auto* a) { a->num_heads = 9; }), kBad, "num_heads is 9"},
+        Refusal{"odd_lse_heads", Lse([](auto* a) { a->heads = static_cast<int32_t*>(kOdd); }), kBad,
+                "heads is not 4-byte"},
+        Refusal{"lse_null", Lse([](auto* a) { a->lse_ln = nullptr; }), kBad, "lse_ln is null"},
         Refusal{"no_tokens", Map([](auto* a) { a->problem.num_tokens = 0; }), kBad, "total_q is 0"},
         Refusal{"odd_group", Map([](auto* a) { a->problem.num_kv_heads = 3; }), kBad, "8 query heads"},
         Refusal{"head_dim", Map([](auto* a) { a->problem.head_dim = 96; }), kUnknown, "head_dim 96"},

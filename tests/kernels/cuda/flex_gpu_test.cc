@@ -11,18 +11,13 @@
 
 #include "kernels/cuda/block_stats.h"
 #include "kernels/reference/policies/flex.h"
+#include "tests/kernels/cuda/flex_bounds.h"
 #include "tests/kernels/cuda/flex_problem.h"
 
 namespace headwater::kernels {
 namespace {
 
-using reference::FlexHead;
 using reference::FlexParameters;
-using reference::flex::BlockSet;
-
-// Scores this close, relatively, may be ordered either way, and running sums this close to gamma may be over
-// or under it.
-constexpr double kNearScore = 1e-4, kNearGamma = 1e-5, kNearTau = 1e-3;
 
 struct Case {
   const char* name;
@@ -63,48 +58,11 @@ std::vector<uint32_t> Select(const Case& c, const FlexProblem& problem, int time
   return masks;
 }
 
-// The score of the n-th best entry but the forced one, entry 0; infinite where there is none.
-double NthBest(std::vector<double> scores, int64_t n) {
-  scores[0] = INFINITY;
-  std::sort(scores.begin(), scores.end(), std::greater<>());
-  return scores[std::min<int64_t>(n, static_cast<int64_t>(scores.size())) - 1];
-}
-
-// Entries that any order of near scores and any of the two budgets gives, and that all do.
-void Bounds(const std::vector<double>& scores, int64_t least, int64_t most, std::vector<int32_t>* must,
-            std::vector<int32_t>* may) {
-  const double surely = NthBest(scores, least) * (1 + kNearScore);
-  const double possibly = NthBest(scores, most) * (1 - kNearScore);
-  const bool all = least >= static_cast<int64_t>(scores.size());
-  for (size_t i = 0; i < scores.size(); ++i) {
-    if (i == 0 || all || scores[i] > surely) must->push_back(static_cast<int32_t>(i));
-    if (i == 0 || scores[i] >= possibly) may->push_back(static_cast<int32_t>(i));
-  }
-}
-
-struct Range {
-  BlockSet must, may;
-};
-
-Range Wanted(const Case& c, const FlexProblem& problem, int head) {
-  Range range{BlockSet(problem.Blocks()), BlockSet(problem.Blocks())};
-  FlexParameters low = c.parameters, high = c.parameters;
-  low.gamma -= kNearGamma;
-  high.gamma += kNearGamma;
-  const FlexHead least = reference::flex::ScoreHead(problem.problem, low, head),
-                 most = reference::flex::ScoreHead(problem.problem, high, head);
-  EXPECT_GT(std::fabs(least.js_distance - c.parameters.tau), kNearTau) << "the case decides nothing";
-  int64_t n_v[2] = {least.n_v, most.n_v}, n_s[2] = {least.n_s, most.n_s};
-  if (least.query_aware) {
-    n_v[0] = n_v[1] = n_s[0] = n_s[1] = c.parameters.MinBlocks();
-    for (const auto& [i, j] : reference::flex::ChoosePooled(problem.problem, low, head)) range.must.Add(i, j);
-    for (const auto& [i, j] : reference::flex::ChoosePooled(problem.problem, high, head)) range.may.Add(i, j);
-  }
-  std::vector<int32_t> columns[2], offsets[2];
-  Bounds(least.column_scores, n_v[0], n_v[1], &columns[0], &columns[1]);
-  Bounds({least.slash_scores.rbegin(), least.slash_scores.rend()}, n_s[0], n_s[1], &offsets[0], &offsets[1]);
-  range.must.Add(columns[0], offsets[0]);
-  range.may.Add(columns[1], offsets[1]);
+FlexRange Wanted(const Case& c, const FlexProblem& problem, int head) {
+  const FlexScored scored(problem.problem, c.parameters, head);
+  EXPECT_GT(std::fabs(scored.least.js_distance - c.parameters.tau), kNearGate) << "the case decides nothing";
+  FlexRange range = ColumnsAndOffsets(scored, scored.least.query_aware);
+  if (scored.least.query_aware) AddPooled(problem.problem, scored, head, &range);
   return range;
 }
 
@@ -118,19 +76,12 @@ TEST_P(FlexPolicyGpuTest, MatchesReference) {
   const std::vector<uint32_t> got = Select(c, problem), again = Select(c, problem, 2);
 
   EXPECT_EQ(got, again);
-  const int64_t blocks = problem.Blocks(), words = (blocks + 31) / 32;
+  const int64_t blocks = problem.Blocks(), words = blocks * ((blocks + 31) / 32);
   for (int h = 0; h < c.q_heads; ++h) {
-    const Range wanted = Wanted(c, problem, h);
+    SCOPED_TRACE("head " + std::to_string(h));
     int64_t undecided = 0;
-    for (int64_t i = 0; i < blocks; ++i) {
-      for (int64_t j = 0; j < 32 * words; ++j) {
-        const bool has = (got[(h * blocks + i) * words + j / 32] >> (j % 32) & 1) != 0;
-        const bool may = j <= i && wanted.may.Has(i, j), must = j <= i && wanted.must.Has(i, j);
-        ASSERT_TRUE(has ? may : !must) << "head " << h << ", tile " << i << ", block " << j;
-        undecided += may && !must ? 1 : 0;
-      }
-    }
-    EXPECT_LE(undecided, blocks * 4) << "head " << h << ": the case decides too little";
+    ExpectMask(&got[h * words], Wanted(c, problem, h), &undecided);
+    EXPECT_LE(undecided, blocks * 4) << "the case decides too little";
   }
 }
 

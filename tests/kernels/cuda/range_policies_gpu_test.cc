@@ -128,19 +128,10 @@ TEST(RangePoliciesGpuTest, Times) {
     report("vertical-slash 3500 100", MakeCudaVerticalSlash(Budget(3500, 100), shape.Policy(), &policy));
 
     Stages stages(Budget(1000, 6096), shape.q_heads, tokens, 1 << 26);
-    const CudaLastRowsArgs rows = {q.data(),
-                                   k.data(),
-                                   stages.vertical.data(),
-                                   stages.slash.data(),
-                                   tokens,
-                                   shape.q_heads,
-                                   shape.kv_heads,
-                                   128,
-                                   shape.Policy().softmax_scale,
-                                   64};
-    DeviceArray<char> workspace(CudaLastRowsWorkspaceBytes(rows));
+    const CudaTailProfileArgs rows = stages.ProfileArgs(shape, q.data(), k.data());
+    DeviceArray<char> workspace(CudaTailProfileWorkspaceBytes(rows));
     std::printf("%s: last rows %.3f ms", shape.name, Milliseconds([&] {
-                  return CudaLastRows(rows, workspace.data(), workspace.size(), nullptr);
+                  return CudaTailProfile(rows, workspace.data(), workspace.size(), nullptr);
                 }));
     std::printf(", choice %.3f ms", Milliseconds([&] { return stages.Choose(); }));
     std::printf(", merge %.3f ms\n", Milliseconds([&] { return stages.Merge(); }));

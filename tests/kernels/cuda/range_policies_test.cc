@@ -28,15 +28,6 @@ std::function<Status()> VerticalSlash(
   };
 }
 
-std::function<Status()> LastRows(const std::function<void(CudaLastRowsArgs*)>& change) {
-  return [change] {
-    auto* const sums = static_cast<float*>(kAligned);
-    CudaLastRowsArgs args = {kAligned, kAligned, sums, sums, 1000, 8, 2, 128, 0.1f, 64};
-    change(&args);
-    return CudaLastRows(args, kAligned, 1 << 30, nullptr);
-  };
-}
-
 constexpr auto kBad = StatusCode::kInvalidArgument;
 constexpr auto kUnknown = StatusCode::kUnimplemented;
 INSTANTIATE_TEST_SUITE_P(
@@ -55,7 +46,8 @@ INSTANTIATE_TEST_SUITE_P(
         Refusal{"n_slash", VerticalSlash([](auto* p, auto*) { p->budgets[0].n_slash = 1 << 23; }), kBad,
                 "n_slash is 8388608"},
         Refusal{"last_q", VerticalSlash([](auto* p, auto*) { p->last_q = 0; }), kBad, "last_q is 0"},
-        Refusal{"many_last_q", VerticalSlash([](auto* p, auto*) { p->last_q = 129; }), kUnknown, "last_q 129"},
+        Refusal{"many_last_q", VerticalSlash([](auto* p, auto*) { p->last_q = 129; }), kUnknown,
+                "last_q 129"},
         Refusal{"forced_verticals", VerticalSlash([](auto* p, auto*) { p->forced_verticals = -1; }), kBad,
                 "forced_verticals is -1"},
         Refusal{"forced_locals", VerticalSlash([](auto* p, auto*) { p->forced_locals = 0; }), kBad,
@@ -64,15 +56,6 @@ INSTANTIATE_TEST_SUITE_P(
                 "least_verticals is 0"},
         Refusal{"least_slashes", VerticalSlash([](auto* p, auto*) { p->least_slashes = 0; }), kBad,
                 "least_slashes is 0"},
-        Refusal{"last_rows", LastRows([](auto* a) { a->last_rows = 129; }), kBad, "last_rows is 129"},
-        Refusal{"null_q", LastRows([](auto* a) { a->q = nullptr; }), kBad, "q is null"},
-        Refusal{"rows_scale", LastRows([](auto* a) { a->softmax_scale = 0; }), kBad, "softmax_scale is 0"},
-        Refusal{"workspace", [] {
-                  auto* const sums = static_cast<float*>(kAligned);
-                  return CudaLastRows({kAligned, kAligned, sums, sums, 1000, 8, 2, 128, 0.1f, 64}, kAligned, 100,
-                                      nullptr);
-                },
-                kBad, "the workspace has 100 bytes"},
         Refusal{"choose", [] { return CudaChooseVerticalSlash({}, {}, nullptr); }, kBad, "num_tokens is 0"},
         Refusal{"merge", [] { return CudaMergeVerticalSlash({}, nullptr); }, kBad, "num_tokens is 0"}),
     [](const auto& test) { return test.param.name; });

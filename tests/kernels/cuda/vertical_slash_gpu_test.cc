@@ -97,7 +97,8 @@ TEST_P(VerticalSlashGpuTest, StagesAndAttentionMatchReference) {
     for (int i = 0; i < shape.tokens; ++i) {
       const size_t at = size_t{1} * head * shape.tokens + i;
       ASSERT_NEAR(vertical[at], wanted.vertical[i], kNear * wanted.vertical[i]) << "column " << i;
-      ASSERT_NEAR(slash[at], wanted.slash[i], kNear * wanted.slash[i]) << "distance " << i;
+      const size_t back = size_t{1} * (head + 1) * shape.tokens - 1 - i;
+      ASSERT_NEAR(slash[back], wanted.slash[i], kNear * wanted.slash[i]) << "distance " << i;
     }
     std::vector<int64_t> columns = stages.Columns(head), distances = stages.Distances(head);
     ExpectChoice(columns, wanted.vertical, parameters.forced_verticals, parameters.budgets[0].n_vertical);
@@ -183,16 +184,17 @@ TEST(VerticalSlashGpuTest, ChoosesExactlyAndMergesExactly) {
       parameters.budgets.push_back({1 + Draw(&random, 2000), 1 + Draw(&random, head == 0 ? 7000 : 300)});
     }
     const Stages stages(parameters, kHeads, tokens, 1 << 22);
-    std::vector<float> vertical, slash;
+    std::vector<float> vertical, slash, by_entry;  // slash by distance, and as the profile has it
     for (int head = 0; head < kHeads; ++head) {
       const std::vector<float> v = HardSums(tokens, Draw(&random, ~0u)),
                                s = HardSums(tokens, Draw(&random, ~0u));
       vertical.insert(vertical.end(), v.begin(), v.end());
       slash.insert(slash.end(), s.begin(), s.end());
+      by_entry.insert(by_entry.end(), s.rbegin(), s.rend());
     }
     ASSERT_EQ(cudaMemcpy(stages.vertical.data(), vertical.data(), stages.vertical.Bytes(), cudaMemcpyDefault),
               cudaSuccess);
-    ASSERT_EQ(cudaMemcpy(stages.slash.data(), slash.data(), stages.slash.Bytes(), cudaMemcpyDefault),
+    ASSERT_EQ(cudaMemcpy(stages.slash.data(), by_entry.data(), stages.slash.Bytes(), cudaMemcpyDefault),
               cudaSuccess);
 
     ASSERT_TRUE(stages.Choose().ok());

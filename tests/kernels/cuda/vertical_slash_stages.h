@@ -2,12 +2,13 @@
 #ifndef HW_TESTS_KERNELS_CUDA_VERTICAL_SLASH_STAGES_H_
 #define HW_TESTS_KERNELS_CUDA_VERTICAL_SLASH_STAGES_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
 #include "gtest/gtest.h"
 
-#include "kernels/cuda/policies/last_rows.h"
+#include "kernels/cuda/policies/tail_profile.h"
 #include "kernels/cuda/policies/vertical_slash_stages.h"
 #include "tests/kernels/cuda/range_problem.h"
 
@@ -66,20 +67,24 @@ struct Stages {
          static_cast<int64_t>(key_columns.size()), visited.data(), overflows.data()},
         nullptr);
   }
+  CudaTailProfileArgs ProfileArgs(const Shape& s, const void* q, const void* k) const {
+    return {q,
+            k,
+            tokens,
+            s.q_heads,
+            s.kv_heads,
+            s.head_dim,
+            static_cast<int32_t>(std::min<int64_t>(parameters.last_q, tokens)),
+            s.Policy().softmax_scale,
+            1,
+            vertical.data(),
+            slash.data()};
+  }
   Status Profile(const RangeProblem& problem) const {
     const Shape& s = problem.shape;
-    const CudaLastRowsArgs args = {problem.dq.data(),
-                                   problem.dk.data(),
-                                   vertical.data(),
-                                   slash.data(),
-                                   tokens,
-                                   s.q_heads,
-                                   s.kv_heads,
-                                   s.head_dim,
-                                   s.Policy().softmax_scale,
-                                   static_cast<int32_t>(parameters.last_q)};
-    DeviceArray<char> workspace(CudaLastRowsWorkspaceBytes(args));
-    const Status status = CudaLastRows(args, workspace.data(), workspace.size(), nullptr);
+    const CudaTailProfileArgs args = ProfileArgs(s, problem.dq.data(), problem.dk.data());
+    DeviceArray<char> workspace(CudaTailProfileWorkspaceBytes(args));
+    const Status status = CudaTailProfile(args, workspace.data(), workspace.size(), nullptr);
     EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     EXPECT_TRUE(workspace.Intact());
     return status;
