@@ -115,11 +115,12 @@ void CudaPass::LogOverflows(int32_t layer, uint32_t overflows) {
 void CudaPass::TakeDensity(int32_t layer) {
   PrefillProgress& progress = sequences_[0].result.progress;
   if (policy_pass_ != nullptr) {
+    if (FirstRow(layer) > 0) return;  // the policy was not told of it
     const CudaPolicyLog::Read read = policy_pass_->Take(layer, &progress);
     LogOverflows(layer, read.overflows);
     density_ = std::max(kLeastDensity, read.density);
-    // Dense layers are counted as they are enqueued.
-    if (!read.searched) return;
+    // What the loop attends to is counted as it is enqueued.
+    if (!read.by_policy) return;
     const uint64_t pairs = PairsOf(num_tokens_, config_.num_q_heads);
     progress.pairs_computed += static_cast<uint64_t>(read.density * static_cast<double>(pairs));
     progress.pairs_possible += pairs;

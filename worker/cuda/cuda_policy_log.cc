@@ -132,7 +132,7 @@ CudaPolicyLog::Read CudaPolicyLog::Take(int32_t layer) {
   const Layer& of = layers_[static_cast<size_t>(layer)];
   if (of.kind == Layer::Kind::kNone) return {};
   Read read;
-  read.searched = of.kind != Layer::Kind::kDense;
+  read.by_policy = !of.by_loop;
   if (of.kind == Layer::Kind::kLists) {
     const CudaPolicyCounters counters = CountersOf(layer);
     uint64_t visited = 0;

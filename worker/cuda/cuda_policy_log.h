@@ -42,10 +42,11 @@ class CudaPolicyLog {
     // Dense tiles of a list that is not dense: the prompt's end. Of policies that do not say: all there are.
     uint32_t usual_dense_tiles = UINT32_MAX;
     std::vector<GroupOutcome> outcomes;  // by KV head; empty: the policy has no settings
+    bool by_loop = false;                // the loop attends to it, densely, and counts its pairs
   };
   // What a layer that has run read.
   struct Read {
-    bool searched = false;  // else it was dense
+    bool by_policy = false;  // else the loop's own, and dense
     double density = 1;
     uint32_t overflows = 0;
   };

@@ -217,8 +217,8 @@ ContractRules CudaPolicyPass::RulesFor(int32_t layer) const {
   return rules;
 }
 
-// Looks at what was selected until the contract is content.
-absl::Status CudaPolicyPass::Keep(const kernels::CudaPolicyLayer& layer) {
+// Looks at what was selected until the contract is content. Whether that is everything.
+absl::StatusOr<bool> CudaPolicyPass::Keep(const kernels::CudaPolicyLayer& layer) {
   Layer& log = log_.layer(layer.layer);
   HW_RETURN_IF_ERROR(Wait(layer.layer));
   RecallContract contract(RulesFor(layer.layer), SettingsOf(layer.layer));
@@ -237,7 +237,10 @@ absl::Status CudaPolicyPass::Keep(const kernels::CudaPolicyLayer& layer) {
     HW_RETURN_IF_ERROR(Wait(layer.layer));
   }
   log.outcomes = contract.outcomes();
-  return absl::OkStatus();
+  if (log.kind == Layer::Kind::kDense) return true;
+  const std::vector<float> thresholds = contract.thresholds();
+  return contract.forced_density() == 0 &&
+         std::all_of(thresholds.begin(), thresholds.end(), [](float threshold) { return threshold == 0; });
 }
 
 absl::StatusOr<bool> CudaPolicyPass::Select(const kernels::CudaPolicyLayer& layer) {
@@ -251,8 +254,12 @@ absl::StatusOr<bool> CudaPolicyPass::Select(const kernels::CudaPolicyLayer& laye
   Layer& log = log_.layer(layer.layer);
   const std::vector<GroupSetting> settings = SettingsOf(layer.layer);
   for (const GroupSetting& setting : settings) log.outcomes.push_back({setting});
-  if (job_.quality.any()) HW_RETURN_IF_ERROR(Keep(layer));
-  return log.kind == Layer::Kind::kDense && !options_.policy->wants_lse();
+  bool dense = log.kind == Layer::Kind::kDense;
+  if (job_.quality.any()) {
+    HW_ASSIGN_OR_RETURN(dense, Keep(layer));
+  }
+  log.by_loop = dense && !options_.policy->wants_lse();
+  return log.by_loop;
 }
 
 absl::Status CudaPolicyPass::Attend(const kernels::CudaPolicyLayer& layer, char** out) {

@@ -67,7 +67,7 @@ class CudaPolicyPass {
   int32_t RowsToSample() const;
   absl::Status Sample(const kernels::CudaPolicyLayer& layer, int32_t rows);
   absl::Status Measure(const kernels::CudaPolicyLayer& layer);
-  absl::Status Keep(const kernels::CudaPolicyLayer& layer);
+  absl::StatusOr<bool> Keep(const kernels::CudaPolicyLayer& layer);
   absl::Status Wait(int32_t layer);
   ContractRules RulesFor(int32_t layer) const;
   std::vector<GroupSetting> SettingsOf(int32_t layer) const;
