@@ -181,7 +181,8 @@ class Progress:
     def from_progress(cls, event: prefill_pb2.PrefillProgress) -> "Progress":
         return cls(request_id=event.request_id, epoch=event.epoch, layers_done=event.layers_done,
                    num_layers=event.num_layers, tokens_per_second=event.tokens_per_second, density=event.density,
-                   recall=_optional(event.attention, "recall_mean"), bytes_acked=event.bytes_acked, bytes_total=event.bytes_total, eta_s=seconds(event.eta))
+                   recall=_optional(event.attention, "recall_mean"), bytes_acked=event.bytes_acked,
+                   bytes_total=event.bytes_total, eta_s=seconds(event.eta))
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,8 @@ class PrefillResult:
             stages_s={stage.name: seconds(getattr(event.stages, stage.name))
                       for stage in types_pb2.StageTimes.DESCRIPTOR.fields},
             tokens_per_second=event.tokens_per_second, density=event.density,
-            attention=AttentionReport.from_proto(event.attention), kv_bytes=event.kv_bytes, kv_blocks=event.kv_blocks, kv_blocks_resent=event.kv_blocks_resent,
+            attention=AttentionReport.from_proto(event.attention), kv_bytes=event.kv_bytes,
+            kv_blocks=event.kv_blocks, kv_blocks_resent=event.kv_blocks_resent,
             kv_stream_resumes=event.kv_stream_resumes, kv_digest=event.kv_digest, world_size=event.plan.world_size,
             partition=_PARTITION_NAMES.get(event.plan.partition, ""), worker_ids=list(event.plan.worker_ids),
             retries=event.retries)
