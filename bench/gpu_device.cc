@@ -25,6 +25,7 @@
 #include "worker/backend.h"
 #include "worker/cuda/cuda_egress.h"
 #include "worker/cuda/cuda_prefill.h"
+#include "worker/cuda/cuda_sequences.h"
 
 namespace headwater {
 namespace {
@@ -157,7 +158,11 @@ class GpuDevice final : public PrefillDevice {
 
   absl::StatusOr<uint64_t> Plan(PrefillJob* job) const override {
     const auto tokens = static_cast<int64_t>(job->tokens.size());
-    return PlanCudaPrefill(model_->config(), model_->chunk_tokens(), tokens).total_bytes() +
+    HW_ASSIGN_OR_RETURN(const auto policy,
+                        MakePolicyFor(model_->config(), job->policy->parameters(), tokens));
+    CudaPolicyPlan plan;
+    if (policy != nullptr) plan = PlanCudaPolicy(*policy, model_->config(), tokens);
+    return PlanCudaPrefill(model_->config(), model_->chunk_tokens(), tokens, 1, plan).total_bytes() +
            model_->weight_bytes() + model_->scratch_bytes();
   }
   // The loop allocates what the plan says and gives it back at its end.

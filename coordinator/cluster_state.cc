@@ -1,6 +1,7 @@
 #include "coordinator/cluster_state.h"
 
 #include <algorithm>
+#include <limits>
 #include <set>
 #include <utility>
 
@@ -38,12 +39,33 @@ auto* FindByConnection(Map& map, uint64_t connection) {
   return static_cast<decltype(&map.begin()->second)>(nullptr);
 }
 
-std::vector<PlanWorker> ForPlanner(const std::vector<const Worker*>& workers) {
+// Null: it said nothing of that policy.
+const v1::PolicyLimit* LimitOf(const v1::WorkerRegistration& registration, absl::string_view policy) {
+  const auto& limits = registration.policy_limits();
+  const auto found = std::find_if(limits.begin(), limits.end(),
+                                  [&](const v1::PolicyLimit& limit) { return limit.name() == policy; });
+  return found == limits.end() ? nullptr : &*found;
+}
+
+// "dense" needs no word of the worker's.
+uint64_t DenseBelow(const v1::WorkerRegistration& registration, const std::string& policy) {
+  if (policy == "dense") return std::numeric_limits<uint64_t>::max();
+  const v1::PolicyLimit* const limit = LimitOf(registration, policy);
+  return limit == nullptr ? 0 : limit->dense_below_tokens();
+}
+
+std::vector<PlanWorker> ForPlanner(const std::vector<const Worker*>& workers, absl::string_view policy) {
   std::vector<PlanWorker> out;
   out.reserve(workers.size());
   for (const Worker* worker : workers) {
     const v1::WorkerRegistration& registration = worker->registration;
-    out.push_back({registration.worker_id(), registration.memory(), registration.max_world_size()});
+    PlanWorker& planned = out.emplace_back();
+    planned.worker_id = registration.worker_id();
+    planned.memory = registration.memory();
+    planned.max_world_size = registration.max_world_size();
+    if (const v1::PolicyLimit* const limit = LimitOf(registration, policy)) {
+      planned.max_tokens = limit->max_tokens();
+    }
   }
   return out;
 }
@@ -130,14 +152,15 @@ std::vector<const Worker*> ClusterState::WorkersOf(absl::string_view model) cons
   return found;
 }
 
-std::vector<PlanWorker> ClusterState::LivingWorkers(absl::string_view model) const {
+std::vector<PlanWorker> ClusterState::LivingWorkers(absl::string_view model, absl::string_view policy) const {
   std::vector<const Worker*> found = WorkersOf(model);
   std::stable_sort(found.begin(), found.end(),
                    [](const Worker* a, const Worker* b) { return a->idle_since < b->idle_since; });
-  return ForPlanner(found);
+  return ForPlanner(found, policy);
 }
 
-std::vector<PlanWorker> ClusterState::FreeWorkers(absl::string_view model, const PackedPrompt* prompt) const {
+std::vector<PlanWorker> ClusterState::FreeWorkers(absl::string_view model, absl::string_view policy,
+                                                  const PackedPrompt* prompt) const {
   std::vector<const Worker*> found = WorkersOf(model);
   const auto taken = [&](const Worker* worker) {
     return !worker->held.empty() && (prompt == nullptr || !worker->HasRoomFor(*prompt));
@@ -146,7 +169,7 @@ std::vector<PlanWorker> ClusterState::FreeWorkers(absl::string_view model, const
   std::stable_sort(found.begin(), found.end(), [](const Worker* a, const Worker* b) {
     return std::pair(a->held_tokens, a->idle_since) < std::pair(b->held_tokens, b->idle_since);
   });
-  return ForPlanner(found);
+  return ForPlanner(found, policy);
 }
 
 std::optional<ModelView> ClusterState::FindModel(absl::string_view name) const {
@@ -156,10 +179,22 @@ std::optional<ModelView> ClusterState::FindModel(absl::string_view name) const {
     if (worker.registration.model().name() != name) continue;
     const auto& offered = worker.registration.policies();
     const std::set<std::string> policies(offered.begin(), offered.end());
+    const std::string& named = worker.registration.default_policy();
+    const std::string default_policy = named.empty() ? "dense" : named;
     if (view.num_workers == 0) {
       view.model = worker.registration.model();
+      view.default_policy = default_policy;
+      view.serves_quality = worker.registration.serves_quality();
       common = policies;
+      for (const std::string& policy : policies) {
+        view.dense_below[policy] = DenseBelow(worker.registration, policy);
+      }
     } else {
+      if (view.default_policy != default_policy) view.default_policy = "dense";
+      view.serves_quality = view.serves_quality && worker.registration.serves_quality();
+      for (auto& [policy, below] : view.dense_below) {
+        below = std::min(below, DenseBelow(worker.registration, policy));
+      }
       std::set<std::string> both;
       std::set_intersection(common.begin(), common.end(), policies.begin(), policies.end(),
                             std::inserter(both, both.end()));

@@ -85,6 +85,11 @@ struct ModelView {
   v1::ServedModel model;
   uint32_t num_workers = 0;
   std::vector<std::string> policies;
+  // Of requests that name none: what all of them have as default, else "dense".
+  std::string default_policy;
+  bool serves_quality = false;
+  // Prompts under a policy with default parameters that all of them compute densely are shorter than this.
+  std::map<std::string, uint64_t> dense_below;
 };
 
 class ClusterState {
@@ -104,11 +109,13 @@ class ClusterState {
   // Changes whenever LivingWorkers() may.
   uint64_t version() const { return version_; }
 
-  // Workers of a model that may get work, now or later; the longest idle first.
-  std::vector<PlanWorker> LivingWorkers(absl::string_view model) const;
+  // Workers of a model that may get work, now or later, with what they hold under `policy`; the longest idle
+  // first.
+  std::vector<PlanWorker> LivingWorkers(absl::string_view model, absl::string_view policy) const;
   // Those of them that are idle, and those that have room for `prompt` (may be null); the least held tokens
   // first, then the longest idle.
-  std::vector<PlanWorker> FreeWorkers(absl::string_view model, const PackedPrompt* prompt) const;
+  std::vector<PlanWorker> FreeWorkers(absl::string_view model, absl::string_view policy,
+                                      const PackedPrompt* prompt) const;
   // Nullopt: no living worker serves it.
   std::optional<ModelView> FindModel(absl::string_view name) const;
   // Whether some worker served it since the start (the last 64 names are remembered).

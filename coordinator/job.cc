@@ -50,6 +50,27 @@ void KeepSlowest(const v1::StageTimes& other, v1::StageTimes* out) {
   KeepLonger(other.egress_tail(), out->mutable_egress_tail());
 }
 
+// Sums in single precision may pass 1.
+bool IsShare(double value) { return value >= 0 && value <= 1.001; }
+
+absl::Status CheckAttention(const Job& job, const v1::AttentionReport& report) {
+  constexpr size_t kMaxNote = 256;
+  const uint64_t layers = job.model.num_layers(), heads = job.model.num_kv_heads();
+  if (static_cast<uint64_t>(report.groups_size()) > layers * heads) {
+    return Untrue(job, absl::StrCat("that attention has ", report.groups_size(), " groups; ", layers,
+                                    " layers of ", heads, " KV heads have no more than ", layers * heads));
+  }
+  bool shares = IsShare(report.recall_mean()) && IsShare(report.recall_p1());
+  for (const v1::AttentionGroup& group : report.groups()) {
+    shares = shares && IsShare(group.density()) && IsShare(group.recall()) && IsShare(group.recall_p1());
+    if (group.layer() < layers && group.kv_head() < heads && group.note().size() <= kMaxNote) continue;
+    return Untrue(job, absl::StrCat("that attention has layer ", group.layer(), " and KV head ",
+                                    group.kv_head(), ", or a note of ", group.note().size(), " bytes"));
+  }
+  if (shares) return absl::OkStatus();
+  return Untrue(job, "that a density or a recall is not a share from 0 to 1");
+}
+
 }  // namespace
 
 absl::Status CheckCompletion(const Job& job, const v1::RankCompleted& completed) {
@@ -72,7 +93,7 @@ absl::Status CheckCompletion(const Job& job, const v1::RankCompleted& completed)
                                       "; the vocabulary has ", vocab_size));
     }
   }
-  return absl::OkStatus();
+  return CheckAttention(job, completed.attention());
 }
 
 std::string AddDigests(const std::string& a, const std::string& b) {
@@ -104,6 +125,8 @@ absl::StatusOr<RankSums> SumRanks(const Job& job) {
     computed += static_cast<double>(report.pairs_computed());
     possible += static_cast<double>(report.pairs_possible());
     KeepSlowest(report.stages(), &sums.stages);
+    // Ranks that share a prompt measure nothing: one that does is alone.
+    if (report.has_attention()) sums.attention = report.attention();
     if (!report.has_first_token()) continue;
     if (first_token.has_value() && *first_token != report.first_token()) {
       return Untrue(job, absl::StrCat("that the first token is ", report.first_token(),
@@ -117,8 +140,25 @@ absl::StatusOr<RankSums> SumRanks(const Job& job) {
   sums.kv_stream_resumes =
       static_cast<uint32_t>(std::min<uint64_t>(resumes, std::numeric_limits<uint32_t>::max()));
   sums.density = Ratio(computed, possible);
+  sums.attention.set_policy(job.policy);
+  sums.attention.set_density(sums.density);
   return sums;
 }
+
+namespace {
+
+// Of the layers so far.
+void SetAttention(const Job& job, double density, v1::AttentionReport* out) {
+  for (const Rank& rank : job.ranks) {
+    const bool completed = rank.state == Rank::State::kCompleted;
+    const v1::AttentionReport& said = completed ? rank.completed.attention() : rank.progress.attention();
+    if (said.has_recall_mean() && IsShare(said.recall_mean())) out->set_recall_mean(said.recall_mean());
+  }
+  out->set_policy(job.policy);
+  out->set_density(density);
+}
+
+}  // namespace
 
 v1::PrefillProgress MakeProgress(const Job& job, absl::Time now) {
   v1::PrefillProgress out;
@@ -144,6 +184,7 @@ v1::PrefillProgress MakeProgress(const Job& job, absl::Time now) {
   out.set_num_layers(num_layers);
   out.set_tokens_per_second(Ratio(static_cast<double>(job.num_tokens()) * done, elapsed));
   out.set_density(Ratio(computed, possible));
+  SetAttention(job, out.density(), out.mutable_attention());
   out.set_bytes_acked(bytes_acked);
   out.set_bytes_total(KvBytes(job.layout));
   if (done > 0) SetDuration(absl::Seconds(elapsed * (1 - done) / done), out.mutable_eta());

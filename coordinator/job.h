@@ -73,6 +73,9 @@ struct Job {
   bool accepted = false;
   bool abandoned = false;
   v1::ServedModel model;
+  // The request's, or the workers' default when it was judged.
+  std::string policy;
+  uint64_t dense_below = 0;  // it goes dense if it is shorter
   v1::KvLayout layout;
   absl::Time arrived;
   absl::Time accepted_at;
@@ -115,7 +118,7 @@ struct Job {
 
   uint64_t num_tokens() const { return static_cast<uint64_t>(prepared.request->token_ids_size()); }
   const v1::PrefillRequest& request() const { return *prepared.request; }
-  bool dense() const { return request().policy().name().empty() || request().policy().name() == "dense"; }
+  bool dense() const { return num_tokens() < dense_below; }
 };
 
 // What the completed ranks add up to.
@@ -126,6 +129,8 @@ struct RankSums {
   uint64_t kv_blocks_resent = 0;
   uint32_t kv_stream_resumes = 0;
   double density = 0;
+  // The ranks' own where they gave one; with the policy and the density.
+  v1::AttentionReport attention;
   uint32_t first_token = 0;
   google::protobuf::RepeatedPtrField<v1::TokenLogprob> top_logprobs;
   // Of each stage the most that any rank spent; queue and total are not set.

@@ -66,6 +66,7 @@ std::optional<v1::PrefillPlan> PlanWith(const PlanSpec& spec, uint32_t world_siz
   for (const PlanWorker& worker : workers) {
     const uint64_t bytes = RankBytes(worker.memory, local_tokens);
     if (bytes > AvailableBytes(worker.memory) || !FitsGroup(worker, world_size)) continue;
+    if (worker.max_tokens > 0 && local_tokens > worker.max_tokens) continue;
     most_bytes = std::max(most_bytes, bytes);
     chosen.push_back(worker.worker_id);
     if (chosen.size() == world_size) break;
@@ -83,6 +84,22 @@ std::optional<v1::PrefillPlan> PlanWith(const PlanSpec& spec, uint32_t world_siz
 absl::Status TooLarge(const PlanSpec& spec, uint32_t world_size, const std::vector<PlanWorker>& workers) {
   const uint64_t local_tokens =
       MaxLocalTokens(spec.num_tokens, world_size, PartitionOf(spec, world_size), spec.block_tokens);
+  uint64_t held = 0;  // most tokens that a worker holds under the policy, where that alone is too few
+  for (const PlanWorker& worker : workers) {
+    const bool by_policy = worker.max_tokens > 0 && local_tokens > worker.max_tokens &&
+                           RankBytes(worker.memory, local_tokens) <= AvailableBytes(worker.memory);
+    if (by_policy) held = std::max(held, worker.max_tokens);
+  }
+  if (held > 0) {
+    return MakeError(
+        absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_MEMORY_PLAN_TOO_LARGE,
+        absl::StrCat("a prompt of ", spec.num_tokens, " tokens over ", world_size, " workers gives ",
+                     local_tokens, " to one; under its policy their memory holds ", held),
+        {{"value", absl::StrCat(local_tokens)},
+         {"limit", absl::StrCat(held)},
+         {"num_tokens", absl::StrCat(spec.num_tokens)},
+         {"world_size", absl::StrCat(world_size)}});
+  }
   // The world_size roomiest workers would be taken; the least of them is the one that does not fit.
   std::vector<std::pair<uint64_t, uint64_t>> available_and_asked;
   available_and_asked.reserve(workers.size());

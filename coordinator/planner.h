@@ -18,6 +18,7 @@ struct PlanWorker {
   std::string worker_id;
   v1::MemoryModel memory;
   uint32_t max_world_size = 0;  // of a group that it can be in; 0: any
+  uint64_t max_tokens = 0;      // that it holds under the prompt's policy; 0: `memory` alone tells
 };
 
 struct PlanSpec {
@@ -38,7 +39,8 @@ uint64_t MaxLocalTokens(uint64_t num_tokens, uint32_t world_size, v1::Partition 
 
 // Chooses among `workers`, which serve one model. Those earlier in the vector are preferred among equally
 // fitting ones; `worker_ids` of the plan is sorted, so that the same set of workers always gives the same
-// ranks. A rank with n tokens fits where fixed_bytes + n * bytes_per_token <= budget_bytes - weight_bytes.
+// ranks. A rank with n tokens fits where fixed_bytes + n * bytes_per_token <= budget_bytes - weight_bytes
+// and n <= max_tokens.
 // Where the wished number does not fit, fewer and then more workers are tried, unless spec.world_size is set.
 //
 // UNAVAILABLE, NO_WORKERS: fewer workers that can be in a group of spec.world_size than that, or none.

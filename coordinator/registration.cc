@@ -85,6 +85,24 @@ absl::Status CheckMemory(const v1::MemoryModel& memory) {
   return Range("memory.bytes_per_token", memory.bytes_per_token(), 1, kMaxBytesPerToken);
 }
 
+absl::Status CheckPolicyLimits(const v1::WorkerRegistration& registration) {
+  const auto& policies = registration.policies();
+  const auto has = [&](const std::string& name) {
+    return std::find(policies.begin(), policies.end(), name) != policies.end();
+  };
+  const std::string& by_default = registration.default_policy();
+  if (!by_default.empty() && !has(by_default)) {
+    return Bad("default_policy", absl::StrCat("\"", Printable(by_default), "\""), "one of its policies");
+  }
+  HW_RETURN_IF_ERROR(Range("number of policy_limits",
+                           static_cast<uint64_t>(registration.policy_limits_size()), 0, kMaxPolicies));
+  for (const v1::PolicyLimit& limit : registration.policy_limits()) {
+    if (has(limit.name())) continue;
+    return Bad("policy_limits", absl::StrCat("\"", Printable(limit.name()), "\""), "one of its policies");
+  }
+  return absl::OkStatus();
+}
+
 // Both or neither; one prompt is no pack.
 absl::Status CheckPacking(const v1::WorkerRegistration& registration) {
   const uint64_t prompts = registration.max_packed_prompts(), tokens = registration.max_packed_tokens();
@@ -106,6 +124,7 @@ absl::Status CheckRegistration(const v1::WorkerRegistration& registration) {
   HW_RETURN_IF_ERROR(
       Range("number of policies", static_cast<uint64_t>(registration.policies_size()), 1, kMaxPolicies));
   for (const std::string& policy : registration.policies()) HW_RETURN_IF_ERROR(Text("policies", policy));
+  HW_RETURN_IF_ERROR(CheckPolicyLimits(registration));
   return CheckPacking(registration);
 }
 

@@ -61,11 +61,19 @@ absl::StatusOr<bool> Scheduler::Judge(Job& job) {
     job.unplannable = absl::UnavailableError("no worker is registered");
     return false;
   }
-  HW_RETURN_IF_ERROR(CheckAgainstModel(job.prepared, view->model, view->policies));
+  const v1::AttentionPolicy& asked = job.request().policy();
+  const std::string policy = asked.name().empty() ? view->default_policy : asked.name();
+  HW_RETURN_IF_ERROR(
+      CheckAgainstModel(job.prepared, view->model, view->policies, policy, view->serves_quality));
   job.model = view->model;
+  job.policy = policy;
+  // Only with default parameters is it known when the policy goes dense.
+  const bool as_known = policy == "dense" || (asked.parameters().empty() && !job.request().has_quality());
+  const auto below = view->dense_below.find(policy);
+  job.dense_below = as_known && below != view->dense_below.end() ? below->second : 0;
   job.layout = LayoutOf(job.request(), view->model);
   HW_RETURN_IF_ERROR(PickDecodeNode(job.request(), job.layout, cluster_).status());
-  const std::vector<PlanWorker> living = cluster_.LivingWorkers(job.model.name());
+  const std::vector<PlanWorker> living = cluster_.LivingWorkers(job.model.name(), job.policy);
   absl::StatusOr<v1::PrefillPlan> plan = MakePlan(SpecOf(job, living.size()), living);
   if (absl::IsUnavailable(plan.status())) {
     job.unplannable = plan.status();
@@ -160,7 +168,7 @@ Scheduler::Start Scheduler::TryStart(Job& job) {
   if (job.unplannable_since.has_value() && job.unplannable_version == cluster_.version()) {
     return Start::kUnplannable;
   }
-  const std::vector<PlanWorker> living = cluster_.LivingWorkers(model);
+  const std::vector<PlanWorker> living = cluster_.LivingWorkers(model, job.policy);
   PlanSpec spec = SpecOf(job, living.size());
   absl::StatusOr<v1::PrefillPlan> plan = MakePlan(spec, living);
   if (!plan.ok()) {
@@ -175,13 +183,13 @@ Scheduler::Start Scheduler::TryStart(Job& job) {
   const PackedPrompt prompt{job.key.request_id, job.num_tokens()};
   const bool packable = plan->world_size() == 1 && job.dense();
   spec.world_size = plan->world_size();
-  plan = MakePlan(spec, cluster_.FreeWorkers(model, packable ? &prompt : nullptr));
+  plan = MakePlan(spec, cluster_.FreeWorkers(model, job.policy, packable ? &prompt : nullptr));
   if (!plan.ok()) {
     if (!job.head_since.has_value()) job.head_since = now;
     // Idle workers wait for the busy ones only so long; then the job takes what there is.
     if (free_choice && now - *job.head_since >= options_.reserve_wait) {
       spec.world_size = 0;
-      plan = MakePlan(spec, cluster_.FreeWorkers(model, nullptr));
+      plan = MakePlan(spec, cluster_.FreeWorkers(model, job.policy, nullptr));
     }
   }
   if (!plan.ok()) return Start::kReserving;

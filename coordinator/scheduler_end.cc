@@ -219,6 +219,7 @@ void Scheduler::Complete(Job& job) {
     out->set_tokens_per_second(static_cast<double>(job.num_tokens()) / compute_seconds);
   }
   out->set_density(sums->density);
+  *out->mutable_attention() = sums->attention;
   out->set_kv_bytes(sums->kv_bytes);
   out->set_kv_blocks(sums->kv_blocks);
   out->set_kv_blocks_resent(sums->kv_blocks_resent);

@@ -107,6 +107,8 @@ v1::PrefillAssignment Scheduler::MakeAssignment(const Job& job, uint32_t rank,
   if (job.plan.world_size() > 1) out.set_rendezvous_address(rendezvous);
   *out.mutable_token_ids() = job.request().token_ids();
   *out.mutable_policy() = job.request().policy();
+  out.mutable_policy()->set_name(job.policy);
+  if (job.request().has_quality()) *out.mutable_quality() = job.request().quality();
   *out.mutable_layout() = job.layout;
   auto* destination = out.mutable_destination();
   destination->set_decode_node(job.decode_node);
@@ -165,6 +167,7 @@ void Scheduler::OnRankProgress(Worker& worker, const v1::RankProgress& progress)
     return;
   }
   rank->progress = progress;
+  rank->progress.mutable_attention()->clear_groups();  // progress carries none, and they would be kept
   job->progress_pending = true;
   EmitProgress(*job, clock_->Now());
 }

@@ -85,15 +85,34 @@ absl::Status CheckRanges(const v1::PrefillRequest& request) {
   return absl::OkStatus();
 }
 
-absl::Status CheckDeadline(const v1::PrefillRequest& request) {
-  if (!request.has_deadline()) return absl::OkStatus();
-  const auto& deadline = request.deadline();
-  const bool valid = deadline.seconds() >= 0 && deadline.seconds() <= kMaxDeadlineSeconds &&
-                     deadline.nanos() >= 0 && deadline.nanos() < kNanosPerSecond &&
-                     (deadline.seconds() > 0 || deadline.nanos() > 0);
+absl::Status CheckDuration(absl::string_view field, const google::protobuf::Duration& duration) {
+  const bool valid = duration.seconds() >= 0 && duration.seconds() <= kMaxDeadlineSeconds &&
+                     duration.nanos() >= 0 && duration.nanos() < kNanosPerSecond &&
+                     (duration.seconds() > 0 || duration.nanos() > 0);
   if (valid) return absl::OkStatus();
-  return BadField("deadline", absl::StrCat(deadline.seconds(), " s ", deadline.nanos(), " ns"),
+  return BadField(field, absl::StrCat(duration.seconds(), " s ", duration.nanos(), " ns"),
                   absl::StrCat("more than 0 and at most ", kMaxDeadlineSeconds, " s"));
+}
+
+absl::Status CheckDeadline(const v1::PrefillRequest& request) {
+  return request.has_deadline() ? CheckDuration("deadline", request.deadline()) : absl::OkStatus();
+}
+
+// The same ranges as the worker's.
+absl::Status CheckQuality(const v1::Quality& quality) {
+  switch (quality.bound_case()) {
+    case v1::Quality::kMinRecall:
+      if (quality.min_recall() > 0 && quality.min_recall() < 1) return absl::OkStatus();
+      return BadField("quality.min_recall", absl::StrCat(quality.min_recall()), "over 0 and below 1");
+    case v1::Quality::kMaxDensity:
+      if (quality.max_density() > 0 && quality.max_density() <= 1) return absl::OkStatus();
+      return BadField("quality.max_density", absl::StrCat(quality.max_density()), "over 0 and at most 1");
+    case v1::Quality::kTimeBudget:
+      return CheckDuration("quality.time_budget", quality.time_budget());
+    case v1::Quality::BOUND_NOT_SET:
+      break;
+  }
+  return BadField("quality", "without a bound", "one of min_recall, max_density and time_budget");
 }
 
 std::string ContentHash(const v1::PrefillRequest& request) {
@@ -128,7 +147,6 @@ std::string Printable(absl::string_view text) {
 
 absl::StatusOr<PreparedRequest> PrepareRequest(const v1::PrefillRequest& request,
                                                const CoordinatorOptions& options) {
-  if (request.has_quality()) return NotImplemented("PrefillRequest.quality");
   HW_RETURN_IF_ERROR(CheckNames(request));
   if (request.token_ids().empty()) {
     return Refuse(v1::ERROR_REASON_EMPTY_PROMPT, "token_ids", "empty", "at least 1 token");
@@ -140,6 +158,7 @@ absl::StatusOr<PreparedRequest> PrepareRequest(const v1::PrefillRequest& request
   }
   HW_RETURN_IF_ERROR(CheckRanges(request));
   HW_RETURN_IF_ERROR(CheckDeadline(request));
+  if (request.has_quality()) HW_RETURN_IF_ERROR(CheckQuality(request.quality()));
 
   PreparedRequest prepared;
   prepared.content_hash = ContentHash(request);
@@ -148,14 +167,14 @@ absl::StatusOr<PreparedRequest> PrepareRequest(const v1::PrefillRequest& request
   prepared.max_token_position = static_cast<uint64_t>(largest - request.token_ids().begin());
   auto filled = std::make_shared<v1::PrefillRequest>(request);
   if (filled->request_id().empty()) filled->set_request_id(RandomId());
-  if (filled->policy().name().empty()) filled->mutable_policy()->set_name("dense");
   if (filled->kv_dtype() == v1::KV_DTYPE_UNSPECIFIED) filled->set_kv_dtype(v1::KV_DTYPE_BF16);
   prepared.request = std::move(filled);
   return prepared;
 }
 
 absl::Status CheckAgainstModel(const PreparedRequest& prepared, const v1::ServedModel& model,
-                               const std::vector<std::string>& policies) {
+                               const std::vector<std::string>& policies, const std::string& policy,
+                               bool serves_quality) {
   const auto num_tokens = static_cast<uint64_t>(prepared.request->token_ids_size());
   if (num_tokens > model.max_position()) {
     return Refuse(v1::ERROR_REASON_PROMPT_TOO_LONG, "token_ids", absl::StrCat(num_tokens, " tokens"),
@@ -167,12 +186,15 @@ absl::Status CheckAgainstModel(const PreparedRequest& prepared, const v1::Served
         absl::StrCat(prepared.max_token_id),
         absl::StrCat("less than ", model.vocab_size(), " (vocabulary of model ", model.name(), ")"));
   }
-  const std::string& policy = prepared.request->policy().name();
   if (std::find(policies.begin(), policies.end(), policy) == policies.end()) {
     return Refuse(v1::ERROR_REASON_UNKNOWN_POLICY, "policy.name", Quoted(policy),
                   absl::StrCat("one of {", absl::StrJoin(policies, ", "), "}"));
   }
-  return absl::OkStatus();
+  if (!prepared.request->has_quality()) return absl::OkStatus();
+  if (!serves_quality) return NotImplemented("PrefillRequest.quality on workers without a GPU");
+  if (policy == kQualityPolicy) return absl::OkStatus();
+  return BadField("quality", absl::StrCat("set with policy ", Quoted(policy)),
+                  absl::StrCat("policy \"", kQualityPolicy, "\""));
 }
 
 absl::Status CheckBatch(const v1::BatchPrefillRequest& batch, const CoordinatorOptions& options) {

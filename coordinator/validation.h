@@ -24,6 +24,8 @@ inline constexpr uint32_t kMinBlockTokens = 16;
 inline constexpr uint32_t kMaxBlockTokens = 4096;
 inline constexpr uint32_t kMaxWorldSize = 256;
 inline constexpr int kMaxPolicyParameters = 32;
+// The one that keeps a quality.
+inline constexpr char kQualityPolicy[] = "headwater";
 
 // 1 to `max_length` characters of [A-Za-z0-9._-].
 bool IsName(absl::string_view text, size_t max_length = kMaxNameLength);
@@ -33,7 +35,7 @@ std::string Printable(absl::string_view text);
 
 // A request that is well-formed by itself. Immutable, cheap to copy.
 struct PreparedRequest {
-  // With request_id, policy.name and kv_dtype filled in where the client left them empty.
+  // With request_id and kv_dtype filled in where the client left them empty.
   std::shared_ptr<const v1::PrefillRequest> request;
   // SHA-256 of the request as the client sent it, without its id.
   std::string content_hash;
@@ -45,10 +47,12 @@ struct PreparedRequest {
 absl::StatusOr<PreparedRequest> PrepareRequest(const v1::PrefillRequest& request,
                                                const CoordinatorOptions& options);
 
-// Length and token range against the model, and the policy's name against those that every worker of the
-// model has. O(1) in the number of tokens.
+// Length and token range against the model, and `policy`, the request's or its workers' default, against
+// those that every worker of the model has. UNIMPLEMENTED: a quality where they serve none. O(1) in the
+// number of tokens.
 absl::Status CheckAgainstModel(const PreparedRequest& prepared, const v1::ServedModel& model,
-                               const std::vector<std::string>& policies);
+                               const std::vector<std::string>& policies, const std::string& policy,
+                               bool serves_quality = false);
 
 // Number of items, their tokens in sum, and distinct ids. Items are then judged one by one.
 absl::Status CheckBatch(const v1::BatchPrefillRequest& batch, const CoordinatorOptions& options);

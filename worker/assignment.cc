@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <utility>
+#include <variant>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
@@ -141,26 +142,44 @@ absl::Status CheckDestination(const v1::KvDestination& destination) {
   return absl::OkStatus();
 }
 
-absl::Status TakePolicy(const v1::AttentionPolicy& policy, const PrefillBackend& backend,
-                        std::shared_ptr<const kernels::PatternPolicy>* made) {
-  const std::map<std::string, double> parameters(policy.parameters().begin(), policy.parameters().end());
-  std::unique_ptr<kernels::PatternPolicy> taken;
-  const kernels::Status status = kernels::MakePolicy(policy.name(), parameters, &taken);
-  if (status.ok()) {
-    const std::vector<std::string> served = backend.policies();
-    if (std::find(served.begin(), served.end(), taken->name()) == served.end()) {
-      return Invalid(v1::ERROR_REASON_UNKNOWN_POLICY,
-                     absl::StrCat("policy '", taken->name(),
-                                  "' is not one of this worker's: ", absl::StrJoin(served, ", ")));
-    }
-    *made = std::move(taken);
-    return absl::OkStatus();
+absl::Status TakeQuality(const v1::PrefillAssignment& assignment, const std::string& policy,
+                         const PrefillBackend& backend, QualityBound* bound) {
+  if (!assignment.has_quality()) return absl::OkStatus();
+  if (!backend.serves_quality()) {
+    return MakeError(absl::StatusCode::kUnimplemented, v1::ERROR_REASON_NOT_IMPLEMENTED,
+                     "quality needs a GPU; this worker has none", {{"field", "quality"}});
   }
-  const std::vector<std::string> names = kernels::PolicyNames();
-  const bool known =
-      policy.name().empty() || std::find(names.begin(), names.end(), policy.name()) != names.end();
-  return Invalid(known ? v1::ERROR_REASON_BAD_POLICY_PARAMETER : v1::ERROR_REASON_UNKNOWN_POLICY,
-                 status.message());
+  HW_ASSIGN_OR_RETURN(*bound, ReadQuality(assignment.quality()));
+  if (policy == "headwater") return absl::OkStatus();
+  return BadField(absl::StrCat("quality with policy ", Quoted(policy), "; only headwater keeps one"));
+}
+
+absl::Status TakePolicy(const v1::PrefillAssignment& assignment, const PrefillBackend& backend,
+                        PrefillJob* job) {
+  const v1::AttentionPolicy& policy = assignment.policy();
+  const std::string name = policy.name().empty() ? backend.default_policy() : policy.name();
+  const std::map<std::string, double> given(policy.parameters().begin(), policy.parameters().end());
+  kernels::PolicyParameters parameters;
+  if (const kernels::Status status = kernels::ParsePolicyParameters(name, given, &parameters); !status.ok()) {
+    const std::vector<std::string> names = kernels::PolicyNames();
+    const bool known = std::find(names.begin(), names.end(), name) != names.end();
+    return Invalid(known ? v1::ERROR_REASON_BAD_POLICY_PARAMETER : v1::ERROR_REASON_UNKNOWN_POLICY,
+                   status.message());
+  }
+  const std::vector<std::string> served = backend.policies();
+  if (std::find(served.begin(), served.end(), name) == served.end()) {
+    return Invalid(
+        v1::ERROR_REASON_UNKNOWN_POLICY,
+        absl::StrCat("policy '", name, "' is not one of this worker's: ", absl::StrJoin(served, ", ")));
+  }
+  HW_RETURN_IF_ERROR(TakeQuality(assignment, name, backend, &job->quality));
+  backend.AddTables(given, &parameters);
+  if (job->quality.max_density > 0 && given.count("dense_below_tokens") == 0) {
+    // Who bounds the density does not want a short prompt dense.
+    std::get<kernels::HeadwaterParameters>(parameters).dense_below_tokens = 0;
+  }
+  job->policy = kernels::MakePolicy(name, std::move(parameters));
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -175,7 +194,7 @@ absl::StatusOr<PrefillJob> CheckAssignment(const v1::PrefillAssignment& assignme
   absl::StatusOr<KvGeometry> geometry = KvGeometry::Create(assignment.layout());
   if (!geometry.ok()) return BadField(absl::StrCat("layout: ", geometry.status().message()));
   HW_RETURN_IF_ERROR(CheckDestination(assignment.destination()));
-  HW_RETURN_IF_ERROR(TakePolicy(assignment.policy(), *context.backend, &job.policy));
+  HW_RETURN_IF_ERROR(TakePolicy(assignment, *context.backend, &job));
   if (assignment.top_logprobs() > kMaxTopLogprobs) {
     return BadField(absl::StrCat("top_logprobs ", assignment.top_logprobs(), " is over ", kMaxTopLogprobs));
   }
@@ -194,8 +213,9 @@ absl::StatusOr<PrefillJob> CheckAssignment(const v1::PrefillAssignment& assignme
   int64_t most = 0;
   for (const RankTokens& tokens : job.partition) most = std::max(most, NumTokens(tokens));
   HW_ASSIGN_OR_RETURN(
-      job.plan, context.backend->Plan(WireType(assignment.layout().dtype()), NumTokens(job.local()), most,
-                                      static_cast<int64_t>(job.tokens.size()), job.world_size()));
+      job.plan,
+      context.backend->Plan(*job.policy, WireType(assignment.layout().dtype()), NumTokens(job.local()), most,
+                            static_cast<int64_t>(job.tokens.size()), job.world_size()));
   return job;
 }
 

@@ -24,8 +24,8 @@ inline constexpr int kMaxWorldSize = 256;
 
 // The job, with its memory plan, or the first field that is wrong: INVALID_ARGUMENT with the reason that fits
 // (EMPTY_PROMPT, TOKEN_OUT_OF_RANGE, PROMPT_TOO_LONG, UNKNOWN_POLICY, BAD_POLICY_PARAMETER, BAD_REQUEST_ID,
-// KV_DTYPE_UNSUPPORTED, BAD_FIELD); FAILED_PRECONDITION: MODEL_MISMATCH, MEMORY_PLAN_TOO_LARGE. Messages name
-// value and limit.
+// KV_DTYPE_UNSUPPORTED, BAD_FIELD); FAILED_PRECONDITION: MODEL_MISMATCH, MEMORY_PLAN_TOO_LARGE;
+// UNIMPLEMENTED: a quality, where the backend serves none. Messages name value and limit.
 absl::StatusOr<PrefillJob> CheckAssignment(const v1::PrefillAssignment& assignment,
                                            const AssignmentContext& context);
 

@@ -174,9 +174,12 @@ bool AssignmentQueue::idle() const {
 }
 
 bool AssignmentQueue::MayPack(const v1::PrefillAssignment& assignment) const {
-  const std::string& policy = assignment.policy().name();
-  return pack_limits_.max_prompts > 1 && assignment.plan().world_size() == 1 &&
-         assignment.token_ids_size() <= pack_limits_.max_tokens && (policy.empty() || policy == "dense");
+  if (pack_limits_.max_prompts <= 1 || assignment.plan().world_size() != 1 || assignment.has_quality() ||
+      assignment.token_ids_size() > pack_limits_.max_tokens || !assignment.policy().parameters().empty()) {
+    return false;
+  }
+  const auto dense_below = pack_limits_.dense_below.find(assignment.policy().name());
+  return dense_below != pack_limits_.dense_below.end() && assignment.token_ids_size() < dense_below->second;
 }
 
 std::vector<AssignmentQueue::Job*> AssignmentQueue::TakePass() {

@@ -2,13 +2,17 @@
 #ifndef HW_WORKER_BACKEND_H_
 #define HW_WORKER_BACKEND_H_
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
+#include <map>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/types/span.h"
 
 #include "headwater/v1/worker.pb.h"
@@ -24,6 +28,13 @@ inline absl::Status FlagError(absl::string_view flag, const std::string& value, 
   return absl::Status(status.code(), absl::StrCat("--", flag, "=", value, ": ", status.message()));
 }
 
+// What --default_policy may be.
+inline absl::Status CheckDefaultPolicy(const std::string& policy, const std::vector<std::string>& served) {
+  if (std::find(served.begin(), served.end(), policy) != served.end()) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("--default_policy=", policy, ": this worker has ", absl::StrJoin(served, ", ")));
+}
+
 // What one packed pass may hold: several short prompts that are computed together.
 struct PackLimits {
   uint32_t max_prompts = 1;  // 1: prompts run alone
@@ -32,6 +43,10 @@ struct PackLimits {
   // is written again before its `done` has run, in whatever pass. False: all of them are gone before the next
   // pass.
   bool overlaps_egress = false;
+  // Policies whose prompts go dense, and so into a pass, where they are shorter; "" is the default policy.
+  // With default parameters and no quality.
+  std::map<std::string, int64_t> dense_below = {{"", std::numeric_limits<int64_t>::max()},
+                                                {"dense", std::numeric_limits<int64_t>::max()}};
 };
 
 // One per worker. Plan() and the getters from any thread, the others from one.
@@ -44,6 +59,15 @@ class PrefillBackend {
   virtual const std::string& fingerprint() const = 0;
   // Policies that Run() takes.
   virtual std::vector<std::string> policies() const = 0;
+  // Of them, the one of assignments that name none.
+  virtual std::string default_policy() const { return "dense"; }
+  // What registers with each policy: the longest prompt under it, and below what length it is dense.
+  virtual std::vector<v1::PolicyLimit> policy_limits() const { return {}; }
+  // Whether Run() takes jobs with a quality.
+  virtual bool serves_quality() const { return false; }
+  // Adds what the worker knows to the parameters that a request gave (`given`, by name).
+  virtual void AddTables(const std::map<std::string, double>& /*given*/,
+                         kernels::PolicyParameters* /*parameters*/) const {}
   // Ranks of the largest group that it can compute in; 0: any number.
   virtual uint32_t max_world_size() const = 0;
   // For the planner: what prompts may take.
@@ -51,10 +75,11 @@ class PrefillBackend {
   // One line for the log: type, weights, budget.
   virtual std::string Describe() const = 0;
 
-  // What this rank's part of a prompt takes; the arguments are PlanMemory()'s. FAILED_PRECONDITION,
-  // MEMORY_PLAN_TOO_LARGE, with bytes asked and available.
-  virtual absl::StatusOr<MemoryPlan> Plan(kernels::DType wire, int64_t local_tokens, int64_t max_rank_tokens,
-                                          int64_t num_tokens, int world_size) const = 0;
+  // What this rank's part of a prompt takes under a policy; the other arguments are PlanMemory()'s.
+  // FAILED_PRECONDITION, MEMORY_PLAN_TOO_LARGE, with bytes asked and available; errors of the policy.
+  virtual absl::StatusOr<MemoryPlan> Plan(const kernels::PatternPolicy& policy, kernels::DType wire,
+                                          int64_t local_tokens, int64_t max_rank_tokens, int64_t num_tokens,
+                                          int world_size) const = 0;
 
   // Makes room for the job. RESOURCE_EXHAUSTED.
   virtual absl::Status Reserve(const PrefillJob& job) = 0;

@@ -14,6 +14,9 @@ namespace {
 
 constexpr double kDefaultBudgetShare = 0.8;
 
+// Lists that depend on Q and K are searched on GPUs.
+std::vector<std::string> Policies() { return {"dense", "a_shape"}; }
+
 kernels::DType ComputeType(const std::string& name) {
   if (name == "f32") return kernels::DType::kF32;
   if (name == "bf16") return kernels::DType::kBF16;
@@ -23,6 +26,13 @@ kernels::DType ComputeType(const std::string& name) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<PrefillBackend>> CpuBackend::Load(const WorkerOptions& options) {
+  const std::string policy = options.default_policy.empty() ? "dense" : options.default_policy;
+  HW_RETURN_IF_ERROR(CheckDefaultPolicy(policy, Policies()));
+  for (const auto& [flag, file] :
+       {std::pair<const char*, const std::string&>("share_clusters", options.share_clusters),
+        {"headwater_calibration", options.headwater_calibration}}) {
+    if (!file.empty()) return FlagError(flag, file, absl::UnimplementedError("its policy needs a GPU"));
+  }
   uint64_t budget = options.memory_budget_bytes;
   if (budget == 0) {
     HW_ASSIGN_OR_RETURN(const uint64_t available, AvailableMemoryBytes());
@@ -39,11 +49,10 @@ absl::StatusOr<std::unique_ptr<PrefillBackend>> CpuBackend::Load(const WorkerOpt
   const MemoryShape shape =
       MakeMemoryShape(*model, static_cast<int>(options.threads), static_cast<int>(options.egress_buffers),
                       static_cast<int>(options.kv_channels));
-  return std::make_unique<CpuBackend>(model, shape, budget);
+  return std::make_unique<CpuBackend>(model, shape, budget, policy);
 }
 
-// Lists that depend on Q and K are searched on GPUs.
-std::vector<std::string> CpuBackend::policies() const { return {"dense", "a_shape"}; }
+std::vector<std::string> CpuBackend::policies() const { return Policies(); }
 
 v1::MemoryModel CpuBackend::memory_model() const {
   return LinearMemoryModel(shape_, budget_bytes_, model_->weight_bytes());
@@ -54,8 +63,8 @@ std::string CpuBackend::Describe() const {
                       " bytes of weights, budget ", budget_bytes_, " bytes");
 }
 
-absl::StatusOr<MemoryPlan> CpuBackend::Plan(kernels::DType wire, int64_t local_tokens,
-                                            int64_t max_rank_tokens, int64_t num_tokens,
+absl::StatusOr<MemoryPlan> CpuBackend::Plan(const kernels::PatternPolicy& /*policy*/, kernels::DType wire,
+                                            int64_t local_tokens, int64_t max_rank_tokens, int64_t num_tokens,
                                             int world_size) const {
   const MemoryPlan plan = PlanMemory(shape_, wire, local_tokens, max_rank_tokens, num_tokens, world_size);
   HW_RETURN_IF_ERROR(CheckMemoryPlan(plan, budget_bytes_, model_->weight_bytes()));

@@ -45,6 +45,7 @@ void FillCompleted(const PrefillJob& job, const PrefillResult& result, const KvS
   completed->set_kv_stream_resumes(sent.stream_resumes);
   completed->set_pairs_computed(result.progress.pairs_computed);
   completed->set_pairs_possible(result.progress.pairs_possible);
+  if (result.attention_report.has_value()) *completed->mutable_attention() = *result.attention_report;
   v1::StageTimes* const stages = completed->mutable_stages();
   SetDuration(result.linear, stages->mutable_linear());
   SetDuration(result.attention, stages->mutable_attention());
@@ -131,6 +132,10 @@ PrefillContext PrefillExecutor::MakeContext(const PrefillJob& job, KvSender* sen
     message.set_bytes_total(bytes_total);
     message.set_pairs_computed(done.pairs_computed);
     message.set_pairs_possible(done.pairs_possible);
+    if (done.recalls > 0) {
+      message.mutable_attention()->set_policy(job.policy->name());
+      message.mutable_attention()->set_recall_mean(done.recall_sum / static_cast<double>(done.recalls));
+    }
     progress(message);
   };
   return context;
@@ -154,8 +159,11 @@ v1::ConnectRequest PrefillExecutor::Report(const v1::PrefillAssignment& assignme
   options_.metrics->prompt_tokens.Increment(static_cast<double>(NumTokens(job->local())));
   const PrefillProgress& done = outcome->result.progress;
   if (done.pairs_possible > 0) {
-    options_.metrics->density.Observe(static_cast<double>(done.pairs_computed) /
-                                      static_cast<double>(done.pairs_possible));
+    const auto& report = outcome->result.attention_report;
+    options_.metrics->ObserveAttention(
+        job->policy->name(),
+        static_cast<double>(done.pairs_computed) / static_cast<double>(done.pairs_possible),
+        report.has_value() ? &*report : nullptr);
   }
   HW_LOG(INFO).Field("request_id", job->request_id).Field("epoch", job->epoch).Field("rank", job->rank)
       << "prefilled " << NumTokens(job->local()) << " of " << job->tokens.size() << " tokens in "

@@ -1,5 +1,8 @@
 #include "worker/metrics.h"
 
+#include "absl/strings/ascii.h"
+#include "absl/strings/strip.h"
+
 namespace headwater {
 namespace {
 
@@ -13,6 +16,12 @@ prometheus::Histogram& Collective(Metrics* metrics, const char* op) {
                           "Time that a rank waited for collective operations: to connect its group, and in "
                           "one layer's ring.",
                           {{"op", op}});
+}
+
+// "dense_recall"
+std::string FallbackWord(v1::AttentionFallback fallback) {
+  return absl::AsciiStrToLower(
+      absl::StripPrefix(v1::AttentionFallback_Name(fallback), "ATTENTION_FALLBACK_"));
 }
 
 }  // namespace
@@ -39,16 +48,42 @@ WorkerMetrics::WorkerMetrics(Metrics* metrics)
                                          "Groups given up because of an abort, a lost or a late peer.")),
       search_overflows(
           metrics->Counter("headwater_worker_search_overflow_tiles_total",
-                           "Query tiles computed densely because their block lists found no room.")),
-      density(metrics->Histogram("headwater_attention_density_ratio",
-                                 "Attention blocks computed, of those causally possible.",
-                                 {.01, .02, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9, .999})) {}
+                           "Query tiles computed densely because their block lists found no room.")) {}
 
 void WorkerMetrics::CountPrefill(const absl::Status& status) {
   registry
       ->Counter("headwater_worker_prefills_total", "Assignments ended, by status code.",
                 {{"code", absl::StatusCodeToString(status.code())}})
       .Increment();
+}
+
+void WorkerMetrics::ObserveAttention(const std::string& policy, double density,
+                                     const v1::AttentionReport* report) {
+  const MetricLabels labels = {{"policy", policy}};
+  registry
+      ->Histogram("headwater_attention_density_ratio",
+                  "Attention blocks computed, of those causally possible, by policy.",
+                  {.002, .005, .01, .02, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9, .999}, labels)
+      .Observe(density);
+  if (report == nullptr) return;
+  if (report->has_recall_mean()) {
+    registry
+        ->Histogram("headwater_attention_recall_ratio",
+                    "Share of dense attention's mass on the keys that were read, mean over sampled queries, "
+                    "by policy.",
+                    {.5, .6, .7, .8, .85, .9, .92, .94, .95, .96, .97, .98, .99, .995, .999}, labels)
+        .Observe(report->recall_mean());
+  }
+  const auto count = [&](v1::AttentionFallback fallback) {
+    if (fallback == v1::ATTENTION_FALLBACK_UNSPECIFIED) return;
+    registry
+        ->Counter("headwater_attention_fallbacks_total",
+                  "Prompts, layers or groups of heads that read more or less than their policy asked for.",
+                  {{"reason", FallbackWord(fallback)}})
+        .Increment();
+  };
+  count(report->fallback());
+  for (const v1::AttentionGroup& group : report->groups()) count(group.fallback());
 }
 
 }  // namespace headwater

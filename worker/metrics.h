@@ -2,10 +2,13 @@
 #ifndef HW_WORKER_METRICS_H_
 #define HW_WORKER_METRICS_H_
 
+#include <string>
+
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 
 #include "base/metrics.h"
+#include "headwater/v1/types.pb.h"
 
 namespace headwater {
 
@@ -16,6 +19,11 @@ class WorkerMetrics {
 
   // headwater_worker_prefills_total{code}: one ended assignment.
   void CountPrefill(const absl::Status& status);
+
+  // headwater_attention_density_ratio{policy}, headwater_attention_recall_ratio{policy} and
+  // headwater_attention_fallbacks_total{reason}: one prompt of this rank; the report's density is not looked
+  // at. policy: one that is known.
+  void ObserveAttention(const std::string& policy, double density, const v1::AttentionReport* report);
 
   Metrics* const registry;
   prometheus::Counter& prompt_tokens;   // headwater_prompt_tokens_total: local tokens of completed ranks
@@ -32,8 +40,7 @@ class WorkerMetrics {
   prometheus::Histogram& ring_exchange;
   prometheus::Counter& collective_aborts;  // headwater_collective_aborts_total
   prometheus::Counter&
-      search_overflows;            // headwater_worker_search_overflow_tiles_total: dense for want of room
-  prometheus::Histogram& density;  // headwater_attention_density_ratio, one per prompt and rank
+      search_overflows;  // headwater_worker_search_overflow_tiles_total: dense for want of room
 };
 
 }  // namespace headwater

@@ -112,6 +112,17 @@ void Declare(WorkerOptions* o, FlagSet* flags) {
                   "how long a decode node may acknowledge nothing");
   flags->Duration("drain_timeout", &o->drain_timeout, absl::ZeroDuration(), most,
                   "how long SIGTERM waits for the running prefill");
+  flags->String("default_policy", &o->default_policy,
+                "policy of requests that name none; empty: headwater on a GPU, dense on a CPU");
+  flags->String("share_clusters", &o->share_clusters,
+                "cluster file of `python -m headwater.cluster`, for policy share on a GPU; empty: none");
+  flags->String("headwater_calibration", &o->headwater_calibration,
+                "calibration file for policy headwater on a GPU: a threshold for each layer and KV head; "
+                "empty: none");
+  flags->Bool(
+      "measure_recall", &o->measure_recall,
+      "measure recall on sampled queries of prompts from 32768 tokens on, on a GPU, where it takes at "
+      "most 2 % of attention's time");
   flags->Choice("log_format", &o->log_format, {"text", "json"}, "log lines as text or JSON");
 }
 

@@ -31,6 +31,10 @@ struct WorkerOptions {
   absl::Duration collective_timeout = absl::Seconds(30);
   absl::Duration kv_stall_timeout = absl::Seconds(30);
   absl::Duration drain_timeout = absl::Seconds(45);
+  std::string default_policy;  // empty: headwater on a GPU, dense on a CPU
+  std::string share_clusters;  // files; empty: none
+  std::string headwater_calibration;
+  bool measure_recall = true;
   std::string log_format = "text";
 };
 

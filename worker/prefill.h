@@ -25,6 +25,7 @@
 #include "worker/memory_plan.h"
 #include "worker/metrics.h"
 #include "worker/partition.h"
+#include "worker/quality.h"
 
 namespace headwater {
 
@@ -37,6 +38,7 @@ struct PrefillJob {
   std::vector<RankTokens> partition;  // of all ranks; ranges start on block boundaries
   std::shared_ptr<const KvGeometry> geometry;
   std::shared_ptr<const kernels::PatternPolicy> policy;
+  QualityBound quality;
   int top_logprobs = 0;
   MemoryPlan plan;
 
@@ -48,6 +50,9 @@ struct PrefillProgress {
   uint32_t layers_done = 0;
   uint64_t pairs_computed = 0;
   uint64_t pairs_possible = 0;
+  // Of recalls measured so far; none: 0.
+  double recall_sum = 0;
+  uint64_t recalls = 0;
 };
 
 // What a job runs with. Everything must outlive the call; `sender` must be cancelled or finished, and
@@ -76,6 +81,8 @@ struct PrefillResult {
   absl::Duration attention;
   absl::Duration exchange;
   absl::Duration egress_stall;
+  // Where more is known than the pairs.
+  std::optional<v1::AttentionReport> attention_report;
 };
 
 // Runs the job on the calling thread. When it returns OK, all blocks have been submitted (sender->Finish() is

@@ -62,6 +62,11 @@ v1::WorkerRegistration MakeRegistration(const WorkerOptions& options, const Pref
     registration.set_max_packed_tokens(static_cast<uint64_t>(packed.max_tokens));
   }
   for (const std::string& name : backend.policies()) registration.add_policies(name);
+  registration.set_default_policy(backend.default_policy());
+  for (v1::PolicyLimit& limit : backend.policy_limits()) {
+    *registration.add_policy_limits() = std::move(limit);
+  }
+  registration.set_serves_quality(backend.serves_quality());
   const ModelConfig& config = backend.config();
   v1::ServedModel* const served = registration.mutable_model();
   served->set_name(options.model_name);

@@ -31,6 +31,23 @@ Status Validate(const CudaListsOfMasksArgs& a) {
   return CheckRange("num_lists * tiles", a.masks.num_lists * a.masks.tiles(), 1, INT32_MAX);
 }
 
+CudaBlockMasks MasksOf(const CudaCountListsArgs& a) {
+  return {nullptr, a.num_tokens, a.lists.num_lists, 128 / (a.num_q_heads / a.lists.num_lists)};
+}
+
+Status Validate(const CudaCountListsArgs& a) {
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_tokens", a.num_tokens, 1, INT32_MAX));
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_lists", a.lists.num_lists, 1, kMostLists));
+  const int32_t lists = a.lists.num_lists;
+  if (a.num_q_heads < lists || a.num_q_heads % lists != 0 || a.num_q_heads / lists > 128) {
+    return InvalidArgument(std::to_string(lists) + " lists of " + std::to_string(a.num_q_heads) +
+                           " query heads; 1 to 128 heads a list are wanted");
+  }
+  HW_KERNELS_RETURN_IF_ERROR(CheckPointer("counts", a.lists.counts, 4));
+  HW_KERNELS_RETURN_IF_ERROR(CheckPointer("visited", a.visited, 8));
+  return CheckPointer("dense_tiles", a.dense_tiles, 4);
+}
+
 }  // namespace
 
 CudaBlockMasks CudaBlockMasksOf(int64_t num_tokens, int32_t num_q_heads, int32_t num_kv_heads,
@@ -44,6 +61,14 @@ Status CudaListsOfMasks(const CudaListsOfMasksArgs& args, cudaStream_t stream) {
   int num_sms = 0;
   HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
   HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchListsOfMasks(args, stream));
+  return {};
+}
+
+Status CudaCountLists(const CudaCountListsArgs& args, cudaStream_t stream) {
+  HW_KERNELS_RETURN_IF_ERROR(Validate(args));
+  int num_sms = 0;
+  HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchCountLists(args, MasksOf(args), stream));
   return {};
 }
 

@@ -53,6 +53,20 @@ struct CudaListsOfMasksArgs {
 // CTA.
 Status CudaListsOfMasks(const CudaListsOfMasksArgs& args, cudaStream_t stream);
 
+struct CudaCountListsArgs {
+  CudaBlockLists lists;  // as CudaAttention() takes them for one prompt; num_lists over 0
+  int64_t num_tokens = 0;
+  int32_t num_q_heads = 0;
+  // Device memory [num_lists], written: (tile, block) of each list that attention visits, and its tiles that
+  // are dense.
+  uint64_t* visited = nullptr;
+  uint32_t* dense_tiles = nullptr;
+};
+
+// Counts what lists hold. Enqueues on `stream`; lifetimes, errors and determinism as CudaListsOfMasks().
+// Cost: a read of the counts.
+Status CudaCountLists(const CudaCountListsArgs& args, cudaStream_t stream);
+
 // Blocks of all lists that attention without lists would visit: what `visited` is a share of.
 uint64_t CudaPossibleBlocks(const CudaBlockMasks& masks);
 

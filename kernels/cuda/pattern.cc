@@ -139,9 +139,10 @@ size_t CudaSearchProbeBytes(int64_t num_tokens, int32_t num_q_heads, int32_t num
   args.num_q_heads = num_q_heads;
   args.num_kv_heads = num_kv_heads;
   args.head_dim = head_dim;
-  return CheckSizes(num_tokens, num_tokens, num_q_heads, num_kv_heads, head_dim).ok()
-             ? MakePlan(args).probe_bytes
-             : 0;
+  if (!CheckSizes(num_tokens, num_tokens, num_q_heads, num_kv_heads, head_dim).ok()) return 0;
+  const size_t by_threshold = MakePlan(args).probe_bytes;
+  args.forced_density = 1;
+  return std::max(by_threshold, MakePlan(args).probe_bytes);
 }
 
 Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t workspace_bytes,

@@ -60,7 +60,8 @@ int64_t CudaSearchTiles(const CudaSearchArgs& args);
 // invalid arguments.
 size_t CudaSearchWorkspaceBytes(const CudaSearchArgs& args);
 
-// Workspace of a search of num_tokens queries with k_means given; 0: sizes that CudaSelectBlocks() refuses.
+// Workspace of a search of num_tokens queries with k_means given, by threshold or density; 0: sizes that
+// CudaSelectBlocks() refuses.
 size_t CudaSearchProbeBytes(int64_t num_tokens, int32_t num_q_heads, int32_t num_kv_heads, int32_t head_dim);
 
 // Finds the block lists: sm90/search_kernel.cuh has the rule, sm90/search_density.cuh that of a forced

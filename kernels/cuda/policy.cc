@@ -105,6 +105,20 @@ size_t CudaPolicyAttentionWorkspaceBytes(const CudaPolicyShape& shape, int64_t n
   return most;
 }
 
+Status CudaAttentionOver(const CudaSelection& selection, CudaPolicy* policy, const CudaPolicyShape& shape,
+                         int64_t num_tokens, const CudaPolicyLayer& layer, const CudaPolicyOutput& output,
+                         void* workspace, size_t workspace_bytes, cudaStream_t stream) {
+  if (policy->wants_lse() && (output.lse_ln == nullptr || output.out == layer.q)) {
+    return InvalidArgument("this policy needs lse_ln, and an output that is not q");
+  }
+  HW_KERNELS_RETURN_IF_ERROR(
+      selection.ranges != nullptr
+          ? OverRanges(shape, num_tokens, layer, output, selection, stream)
+          : OverLists(shape, num_tokens, layer, output, selection, workspace, workspace_bytes, stream));
+  if (policy->wants_lse()) return policy->Finish(layer, output.lse_ln, stream);
+  return {};
+}
+
 Status CudaPolicyAttention(CudaPolicy* policy, const CudaPolicyShape& shape, int64_t num_tokens,
                            const CudaPolicyLayer& layer, const CudaPolicyOutput& output, void* workspace,
                            size_t workspace_bytes, cudaStream_t stream, CudaSelection* selection) {
@@ -112,12 +126,8 @@ Status CudaPolicyAttention(CudaPolicy* policy, const CudaPolicyShape& shape, int
     return InvalidArgument("this policy needs lse_ln, and an output that is not q");
   }
   HW_KERNELS_RETURN_IF_ERROR(policy->Select(layer, stream, selection));
-  HW_KERNELS_RETURN_IF_ERROR(
-      selection->ranges != nullptr
-          ? OverRanges(shape, num_tokens, layer, output, *selection, stream)
-          : OverLists(shape, num_tokens, layer, output, *selection, workspace, workspace_bytes, stream));
-  if (policy->wants_lse()) return policy->Finish(layer, output.lse_ln, stream);
-  return {};
+  return CudaAttentionOver(*selection, policy, shape, num_tokens, layer, output, workspace, workspace_bytes,
+                           stream);
 }
 
 }  // namespace headwater::kernels

@@ -48,6 +48,14 @@ struct CudaSelection {
   uint64_t possible = 0;  // what *visited is a share of
 };
 
+// Settings for one layer's search, in place of the policy's.
+struct CudaSearchSettings {
+  // Host memory [num_kv_heads], read before the call returns; as CudaSearchArgs has them. Null: the policy's.
+  const float* thresholds = nullptr;
+  const int32_t* windows = nullptr;
+  double forced_density = 0;  // as CudaSearchArgs has it
+};
+
 // Not thread-safe; one prompt at a time. Calls enqueue on the stream that they are given, which is the same
 // for a whole prompt, and return without waiting for it.
 class CudaPolicy {
@@ -65,6 +73,13 @@ class CudaPolicy {
 
   // Layers go up, from 0 or later.
   virtual Status Select(const CudaPolicyLayer& layer, cudaStream_t stream, CudaSelection* selection) = 0;
+
+  // Selects anew for a layer that Select() has been called for, with other settings. Heads whose settings are
+  // as they were get equal lists. UNIMPLEMENTED: a policy without such settings.
+  virtual Status Reselect(const CudaPolicyLayer& /*layer*/, const CudaSearchSettings& /*settings*/,
+                          cudaStream_t /*stream*/, CudaSelection* /*selection*/) {
+    return {StatusCode::kUnimplemented, "this policy has no settings of a single layer"};
+  }
 
   // Whether Finish() wants the layer's lse_ln [num_tokens, num_q_heads], f32.
   virtual bool wants_lse() const { return false; }
@@ -88,8 +103,13 @@ struct CudaPolicyOutput {
 // Device memory for CudaPolicyAttention(), 256-byte aligned.
 size_t CudaPolicyAttentionWorkspaceBytes(const CudaPolicyShape& shape, int64_t num_tokens);
 
-// Select(), attention over what it selected, Finish(): one layer of a prompt that has begun. Enqueues on
-// `stream`; lifetimes and errors as CudaAttention(). *selection is what was selected.
+// Attention over what Select() or Reselect() selected for the layer, then Finish(). Enqueues on `stream`;
+// lifetimes and errors as CudaAttention().
+Status CudaAttentionOver(const CudaSelection& selection, CudaPolicy* policy, const CudaPolicyShape& shape,
+                         int64_t num_tokens, const CudaPolicyLayer& layer, const CudaPolicyOutput& output,
+                         void* workspace, size_t workspace_bytes, cudaStream_t stream);
+
+// Select() and CudaAttentionOver(): one layer of a prompt that has begun. *selection is what was selected.
 Status CudaPolicyAttention(CudaPolicy* policy, const CudaPolicyShape& shape, int64_t num_tokens,
                            const CudaPolicyLayer& layer, const CudaPolicyOutput& output, void* workspace,
                            size_t workspace_bytes, cudaStream_t stream, CudaSelection* selection);

@@ -207,6 +207,18 @@ Status ParsePolicyParameters(const std::string& name, const std::map<std::string
   return InvalidArgument("policy \"" + name + "\" is not one of " + names);
 }
 
+int64_t DenseBelowTokens(const PolicyParameters& parameters) {
+  if (std::holds_alternative<DenseParameters>(parameters)) return INT64_MAX;
+  if (const auto* const probe = std::get_if<ProbeParameters>(&parameters)) {
+    return probe->forced_density == 0 ? probe->dense_below_tokens : 0;
+  }
+  if (const auto* const own = std::get_if<HeadwaterParameters>(&parameters)) return own->dense_below_tokens;
+  if (const auto* const flash2 = std::get_if<reference::Flash2Parameters>(&parameters)) {
+    return flash2->dense_tokens + 1;
+  }
+  return 0;
+}
+
 std::vector<std::string> PolicyNames() {
   std::vector<std::string> names;
   for (const Known& known : kKnown) names.emplace_back(known.name);

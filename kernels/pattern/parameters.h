@@ -74,6 +74,9 @@ Status ParsePolicyParameters(const std::string& name, const std::map<std::string
 // Names of all policies, "dense" first.
 std::vector<std::string> PolicyNames();
 
+// Shorter prompts are computed densely, in every layer, and nothing is searched for them. 0: none is.
+int64_t DenseBelowTokens(const PolicyParameters& parameters);
+
 }  // namespace headwater::kernels
 
 #endif  // HW_KERNELS_PATTERN_PARAMETERS_H_

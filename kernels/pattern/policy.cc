@@ -120,14 +120,18 @@ Status MakePolicy(const std::string& name, const std::map<std::string, double>& 
                   std::unique_ptr<PatternPolicy>* policy) {
   PolicyParameters parsed;
   HW_KERNELS_RETURN_IF_ERROR(ParsePolicyParameters(name, parameters, &parsed));
-  if (std::holds_alternative<DenseParameters>(parsed)) {
-    *policy = std::make_unique<DensePolicy>("dense", std::move(parsed));
-  } else if (const auto* const a_shape = std::get_if<AShapeParameters>(&parsed)) {
-    *policy = std::make_unique<AShapePolicy>(name, *a_shape);
-  } else {
-    *policy = std::make_unique<SearchingPolicy>(name, std::move(parsed));
-  }
+  *policy = MakePolicy(name, std::move(parsed));
   return {};
+}
+
+std::unique_ptr<PatternPolicy> MakePolicy(const std::string& name, PolicyParameters parameters) {
+  if (std::holds_alternative<DenseParameters>(parameters)) {
+    return std::make_unique<DensePolicy>("dense", std::move(parameters));
+  }
+  if (const auto* const a_shape = std::get_if<AShapeParameters>(&parameters)) {
+    return std::make_unique<AShapePolicy>(name, *a_shape);
+  }
+  return std::make_unique<SearchingPolicy>(name, std::move(parameters));
 }
 
 }  // namespace headwater::kernels

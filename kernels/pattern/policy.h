@@ -39,6 +39,9 @@ class PatternPolicy {
 Status MakePolicy(const std::string& name, const std::map<std::string, double>& parameters,
                   std::unique_ptr<PatternPolicy>* policy);
 
+// Likewise of parameters that have been parsed for `name`, with tables added.
+std::unique_ptr<PatternPolicy> MakePolicy(const std::string& name, PolicyParameters parameters);
+
 }  // namespace headwater::kernels
 
 #endif  // HW_KERNELS_PATTERN_POLICY_H_

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from headwater.client import Client as Client
     from headwater.errors import HeadwaterError as HeadwaterError
     from headwater.results import (
+        AttentionGroup as AttentionGroup,
+        AttentionReport as AttentionReport,
         BatchItem as BatchItem,
         GeneratedToken as GeneratedToken,
         PrefillOptions as PrefillOptions,
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "Client": "client",
     "HeadwaterError": "errors",
+    "AttentionGroup": "results",
+    "AttentionReport": "results",
     "BatchItem": "results",
     "GeneratedToken": "results",
     "PrefillOptions": "results",

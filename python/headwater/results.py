@@ -33,7 +33,10 @@ def _choice(table: Mapping[str, int], name: str, value: str) -> int:
 
 @dataclass(frozen=True)
 class PrefillOptions:
-    """Everything of a request but its id and tokens; see prefill.proto for the fields' meaning and limits."""
+    """Everything of a request but its id and tokens; see prefill.proto for the fields' meaning and limits.
+
+    An empty policy is the workers' default. At most one of min_recall, max_density and time_budget_s: the quality.
+    """
 
     model: str = ""
     tenant: str = ""
@@ -41,6 +44,9 @@ class PrefillOptions:
     deadline_s: Optional[float] = None
     policy: str = ""
     policy_parameters: Mapping[str, float] = field(default_factory=dict)
+    min_recall: Optional[float] = None
+    max_density: Optional[float] = None
+    time_budget_s: Optional[float] = None
     decode_node: str = ""
     decode_pool: str = ""
     kv_dtype: str = ""
@@ -52,6 +58,8 @@ class PrefillOptions:
     def to_request(self, request_id: str, token_ids: Sequence[int]) -> prefill_pb2.PrefillRequest:
         if self.decode_node and self.decode_pool:
             raise ValueError("decode_node and decode_pool exclude each other")
+        if sum(bound is not None for bound in (self.min_recall, self.max_density, self.time_budget_s)) > 1:
+            raise ValueError("min_recall, max_density and time_budget_s exclude each other")
         request = prefill_pb2.PrefillRequest(
             request_id=request_id, model=self.model, tenant=self.tenant, priority=self.priority, token_ids=token_ids,
             kv_dtype=_choice(KV_DTYPES, "kv_dtype", self.kv_dtype), top_logprobs=self.top_logprobs,
@@ -62,11 +70,91 @@ class PrefillOptions:
         if self.policy or self.policy_parameters:
             request.policy.name = self.policy
             request.policy.parameters.update(self.policy_parameters)
+        if self.min_recall is not None:
+            request.quality.min_recall = self.min_recall
+        elif self.max_density is not None:
+            request.quality.max_density = self.max_density
+        elif self.time_budget_s is not None:
+            request.quality.time_budget.CopyFrom(to_duration(self.time_budget_s))
         if self.decode_node:
             request.decode_node = self.decode_node
         elif self.decode_pool:
             request.decode_pool = self.decode_pool
         return request
+
+
+def _optional(message, name: str):
+    return getattr(message, name) if message.HasField(name) else None
+
+
+def _fallback(value: int) -> str:
+    """"dense_recall"; "" for none."""
+    if value == types_pb2.ATTENTION_FALLBACK_UNSPECIFIED:
+        return ""
+    if value not in types_pb2.AttentionFallback.values():
+        return f"fallback_{value}"
+    return types_pb2.AttentionFallback.Name(value)[len("ATTENTION_FALLBACK_"):].lower()
+
+
+@dataclass(frozen=True)
+class AttentionGroup:
+    """One KV head of one layer (kv_head None: all of them); see AttentionGroup in types.proto."""
+
+    layer: int
+    kv_head: Optional[int]
+    density: float
+    recall: Optional[float]
+    recall_p1: Optional[float]
+    threshold: Optional[float]
+    window_blocks: Optional[int]
+    rounds: int
+    fallback: str  # "": none
+    note: str
+
+    @classmethod
+    def from_proto(cls, group: types_pb2.AttentionGroup) -> "AttentionGroup":
+        return cls(layer=group.layer, density=group.density, rounds=group.rounds, fallback=_fallback(group.fallback),
+                   note=group.note, **{name: _optional(group, name) for name in (
+                       "kv_head", "recall", "recall_p1", "threshold", "window_blocks")})
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """How much of the attention was read and what recall was measured (None: not); groups are empty where it was dense."""
+
+    policy: str
+    density: float
+    recall_mean: Optional[float] = None
+    recall_p1: Optional[float] = None
+    sampled_queries: int = 0
+    groups: List[AttentionGroup] = field(default_factory=list)
+    fallback: str = ""
+    wait_s: float = 0.0
+
+    @classmethod
+    def from_proto(cls, report: types_pb2.AttentionReport) -> "AttentionReport":
+        return cls(policy=report.policy, density=report.density, recall_mean=_optional(report, "recall_mean"),
+                   recall_p1=_optional(report, "recall_p1"), sampled_queries=report.sampled_queries,
+                   groups=[AttentionGroup.from_proto(group) for group in report.groups],
+                   fallback=_fallback(report.fallback), wait_s=seconds(report.wait))
+
+    def fallbacks(self) -> Dict[str, int]:
+        """Groups by reason."""
+        counts: Dict[str, int] = {}
+        for group in self.groups:
+            if group.fallback:
+                counts[group.fallback] = counts.get(group.fallback, 0) + 1
+        return counts
+
+    def __str__(self) -> str:
+        text = f"{self.policy}, density {self.density:.4f}"
+        if self.recall_mean is not None:
+            text += f", recall {self.recall_mean:.4f} (p1 {self.recall_p1 or 0:.4f}) of {self.sampled_queries} queries a layer"
+        if self.fallback:
+            text += f"; {self.fallback}"
+        for reason, count in sorted(self.fallbacks().items()):
+            text += f"; {reason} {count} of {len(self.groups)} groups"
+        return text
 
 
 @dataclass(frozen=True)
@@ -80,6 +168,7 @@ class Progress:
     num_layers: int = 0
     tokens_per_second: float = 0.0
     density: float = 0.0
+    recall: Optional[float] = None  # mean over the queries sampled so far; None: none was
     bytes_acked: int = 0
     bytes_total: int = 0
     eta_s: float = 0.0
@@ -92,7 +181,8 @@ class Progress:
     def from_progress(cls, event: prefill_pb2.PrefillProgress) -> "Progress":
         return cls(request_id=event.request_id, epoch=event.epoch, layers_done=event.layers_done,
                    num_layers=event.num_layers, tokens_per_second=event.tokens_per_second, density=event.density,
-                   bytes_acked=event.bytes_acked, bytes_total=event.bytes_total, eta_s=seconds(event.eta))
+                   recall=_optional(event.attention, "recall_mean"), bytes_acked=event.bytes_acked,
+                   bytes_total=event.bytes_total, eta_s=seconds(event.eta))
 
 
 @dataclass(frozen=True)
@@ -109,6 +199,7 @@ class PrefillResult:
     stages_s: Dict[str, float]
     tokens_per_second: float
     density: float
+    attention: AttentionReport
     kv_bytes: int
     kv_blocks: int
     kv_blocks_resent: int
@@ -127,7 +218,8 @@ class PrefillResult:
             top_logprobs=[(entry.token_id, entry.logprob) for entry in event.top_logprobs],
             stages_s={stage.name: seconds(getattr(event.stages, stage.name))
                       for stage in types_pb2.StageTimes.DESCRIPTOR.fields},
-            tokens_per_second=event.tokens_per_second, density=event.density, kv_bytes=event.kv_bytes,
+            tokens_per_second=event.tokens_per_second, density=event.density,
+            attention=AttentionReport.from_proto(event.attention), kv_bytes=event.kv_bytes,
             kv_blocks=event.kv_blocks, kv_blocks_resent=event.kv_blocks_resent,
             kv_stream_resumes=event.kv_stream_resumes, kv_digest=event.kv_digest, world_size=event.plan.world_size,
             partition=_PARTITION_NAMES.get(event.plan.partition, ""), worker_ids=list(event.plan.worker_ids),

@@ -150,6 +150,26 @@ TEST(PlannerTest, HostileMemoryModelsDoNotOverflow) {
   EXPECT_EQ(ReasonOf(MakePlan(Spec(1), {worker}).status()), v1::ERROR_REASON_MEMORY_PLAN_TOO_LARGE);
 }
 
+TEST(PlannerTest, AWorkerHoldsWhatThePolicyLeavesRoomFor) {
+  std::vector<PlanWorker> workers = Workers(2);
+  workers[0].max_tokens = 9'000;
+  workers[1].max_tokens = 20'000;
+  PlanSpec spec;
+  spec.num_tokens = 10'000;
+  spec.world_size = 1;
+
+  const auto plan = MakePlan(spec, workers);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_EQ(plan->worker_ids(0), workers[1].worker_id);
+
+  spec.num_tokens = 20'001;
+  const absl::Status refused = MakePlan(spec, workers).status();
+  EXPECT_EQ(ReasonOf(refused), v1::ERROR_REASON_MEMORY_PLAN_TOO_LARGE);
+  EXPECT_EQ(refused.message(),
+            "a prompt of 20001 tokens over 1 workers gives 20001 to one; under its policy their memory holds "
+            "20000");
+}
+
 TEST(PlannerTest, LeavesWorkersThatCannotBeInAGroupAlone) {
   std::vector<PlanWorker> workers = Workers(3);
   workers[0].max_world_size = workers[1].max_world_size = 1;

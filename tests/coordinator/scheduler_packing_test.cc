@@ -139,6 +139,40 @@ TEST_F(SchedulerPackingTest, OtherPoliciesLongerPromptsAndWorkersThatDoNotPackRu
   EXPECT_EQ(Take("alone"), Ids{"a0"});
 }
 
+TEST_F(SchedulerPackingTest, ADefaultPolicyThatIsDenseForShortPromptsPacksThem) {
+  Start({});
+  auto registration = MakeWorker("gpu");
+  registration.set_max_packed_prompts(4);
+  registration.set_max_packed_tokens(1000);
+  registration.add_policies("headwater");
+  registration.set_default_policy("headwater");
+  registration.set_serves_quality(true);
+  registration.add_policy_limits()->set_name("headwater");
+  registration.mutable_policy_limits(0)->set_dense_below_tokens(500);
+  cluster_->AddWorker(registration);
+  v1::PrefillRequest bound = MakeRequest("bound", 100), tuned = MakeRequest("tuned", 100);
+  bound.mutable_quality()->set_min_recall(0.9);
+  tuned.mutable_policy()->set_name("headwater");
+  (*tuned.mutable_policy()->mutable_parameters())["dense_below_tokens"] = 0;
+
+  for (const char* id : {"a0", "a1"}) Submit(id, 499);
+  Submit("searched", 500);
+  watchers_["bound"] = cluster_->Submit(bound);
+  watchers_["tuned"] = cluster_->Submit(tuned);
+  Submit("last", 10);
+  cluster_->decode.AnswerAll();
+
+  EXPECT_EQ(Take("gpu"), (Ids{"a0", "a1"}));
+  EXPECT_EQ(assignments_["a0"].policy().name(), "headwater");
+  for (const char* id : {"a0", "a1"}) Complete("gpu", id);
+  for (const char* id : {"searched", "bound", "tuned", "last"}) {
+    EXPECT_EQ(Take("gpu"), Ids{id});
+    Complete("gpu", id);
+  }
+  EXPECT_EQ(assignments_["bound"].quality().min_recall(), 0.9);
+  EXPECT_EQ(watchers_["last"]->completed().attention().policy(), "headwater");
+}
+
 TEST_F(SchedulerPackingTest, NothingPassesALongPromptThatWaitsForTheWorker) {
   Start({"w0"});
   SubmitMany(3, 100);

@@ -73,6 +73,38 @@ TEST(SchedulerTest, RunsAShortPromptOnOneWorker) {
   EXPECT_EQ(cluster.scheduler.num_jobs(), 0u);
 }
 
+TEST(SchedulerTest, ReportsOfAttentionReachTheClientAndAreChecked) {
+  for (const bool good : {true, false}) {
+    FakeCluster cluster;
+    cluster.AddDecodeNode();
+    cluster.AddWorker("w0");
+    const auto watcher = cluster.Submit(MakeRequest("r", 1000));
+    cluster.decode.Answer(absl::OkStatus());
+    cluster.TakeAssignment("w0");
+    auto report = cluster.CompletionOf("w0");
+    report.mutable_attention()->set_recall_mean(0.97);
+    report.mutable_attention()->set_policy("magic");
+    v1::AttentionGroup* const group = report.mutable_attention()->add_groups();
+    group->set_layer(3);
+    group->set_kv_head(good ? 1 : 4096);
+    group->set_density(0.1);
+    group->set_fallback(v1::ATTENTION_FALLBACK_DENSE_RECALL);
+    cluster.Complete("w0", report);
+    cluster.decode.AnswerAll();
+
+    if (!good) {
+      EXPECT_EQ(watcher->result().code(), absl::StatusCode::kInternal) << watcher->result();
+      continue;
+    }
+    ASSERT_TRUE(watcher->result().ok()) << watcher->result();
+    const v1::AttentionReport& attention = watcher->completed().attention();
+    EXPECT_EQ(attention.policy(), "dense");
+    EXPECT_DOUBLE_EQ(attention.density(), 0.5);
+    EXPECT_EQ(attention.recall_mean(), 0.97);
+    EXPECT_EQ(attention.groups(0).fallback(), v1::ATTENTION_FALLBACK_DENSE_RECALL);
+  }
+}
+
 TEST(SchedulerTest, RunsALongPromptOnAllWorkersAndAddsUpTheirReports) {
   FakeCluster cluster;
   cluster.AddDecodeNode();

@@ -40,6 +40,8 @@ TEST(RegistrationTest, RefusesWorkersThatCannotBe) {
       {"fixed bytes without bound", [](auto* r) { r->mutable_memory()->set_fixed_bytes(UINT64_MAX); }},
       {"no policy", [](auto* r) { r->clear_policies(); }},
       {"bad policy", [](auto* r) { r->add_policies("\x01"); }},
+      {"another default policy", [](auto* r) { r->set_default_policy("magic"); }},
+      {"limits of another policy", [](auto* r) { r->add_policy_limits()->set_name("magic"); }},
       {"packs one prompt",
        [](auto* r) {
          r->set_max_packed_prompts(1);
@@ -116,6 +118,33 @@ TEST(ClusterStateTest, PoliciesOfAModelAreThoseThatAllItsWorkersHave) {
   EXPECT_FALSE(cluster.FindModel("huge").has_value());
 }
 
+TEST(ClusterStateTest, WhatARequestGetsThatNamesNoPolicyIsWhatAllWorkersHave) {
+  ClusterState cluster;
+  const auto add = [&](const std::string& id, const std::string& by_default, uint64_t dense_below) {
+    auto worker = MakeWorker(id);
+    worker.add_policies("headwater");
+    worker.set_default_policy(by_default);
+    worker.set_serves_quality(true);
+    v1::PolicyLimit* const limit = worker.add_policy_limits();
+    limit->set_name("headwater");
+    limit->set_max_tokens(5000);
+    limit->set_dense_below_tokens(dense_below);
+    ASSERT_TRUE(cluster.AddWorker(WorkerOf(worker)).ok());
+  };
+  add("w0", "headwater", 8192);
+  add("w1", "headwater", 4096);
+  EXPECT_EQ(cluster.FindModel("tiny")->default_policy, "headwater");
+  EXPECT_EQ(cluster.FindModel("tiny")->dense_below.at("headwater"), 4096u);
+  EXPECT_EQ(cluster.FindModel("tiny")->dense_below.at("dense"), UINT64_MAX);
+  EXPECT_TRUE(cluster.FindModel("tiny")->serves_quality);
+  EXPECT_EQ(cluster.LivingWorkers("tiny", "headwater")[0].max_tokens, 5000u);
+  EXPECT_EQ(cluster.LivingWorkers("tiny", "dense")[0].max_tokens, 0u);
+
+  ASSERT_TRUE(cluster.AddWorker(WorkerOf(MakeWorker("w2"))).ok());
+  EXPECT_EQ(cluster.FindModel("tiny")->default_policy, "dense");
+  EXPECT_FALSE(cluster.FindModel("tiny")->serves_quality);
+}
+
 TEST(ClusterStateTest, OneNameMeansOneModel) {
   ClusterState cluster;
   auto other = MakeWorker("w1");
@@ -139,11 +168,11 @@ TEST(ClusterStateTest, HandsOutTheLongestIdleWorkerFirstAndNoDrainingOne) {
   cluster.SetDraining(cluster.FindWorker("c"));
   EXPECT_NE(cluster.version(), version);
   cluster.FindWorker("d")->Hold("r", {1, 1, 10, false});
-  const auto idle = cluster.FreeWorkers("tiny", nullptr);
+  const auto idle = cluster.FreeWorkers("tiny", "dense", nullptr);
   ASSERT_EQ(idle.size(), 2u);
   EXPECT_EQ(idle[0].worker_id, "b");
   EXPECT_EQ(idle[1].worker_id, "a");
-  EXPECT_EQ(cluster.LivingWorkers("tiny").size(), 3u);
+  EXPECT_EQ(cluster.LivingWorkers("tiny", "dense").size(), 3u);
 }
 
 TEST(ClusterStateTest, AWorkerHoldsTwoPassesOfPackablePromptsOrOneOther) {
@@ -189,9 +218,10 @@ TEST(ClusterStateTest, PrefersTheWorkerThatHoldsTheFewestTokens) {
   cluster.FindWorker("alone")->Hold("r5", {5, 1, 1, false});
   const PackedPrompt prompt{"r", 100};
   std::vector<std::string> ids;
-  for (const PlanWorker& worker : cluster.FreeWorkers("tiny", &prompt)) ids.push_back(worker.worker_id);
+  for (const PlanWorker& worker : cluster.FreeWorkers("tiny", "dense", &prompt))
+    ids.push_back(worker.worker_id);
   EXPECT_EQ(ids, (std::vector<std::string>{"b", "a", "c"}));
-  EXPECT_TRUE(cluster.FreeWorkers("tiny", nullptr).empty());
+  EXPECT_TRUE(cluster.FreeWorkers("tiny", "dense", nullptr).empty());
 }
 
 class DestinationTest : public ::testing::Test {

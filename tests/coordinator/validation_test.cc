@@ -1,7 +1,9 @@
 #include "coordinator/validation.h"
 
+#include <cmath>
 #include <functional>
 #include <string>
+#include <utility>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -121,22 +123,53 @@ TEST(ValidationTest, HoldsEveryLimitOfARequestByItself) {
   }
 }
 
-TEST(ValidationTest, RefusesQualityByNameEvenWhenEmpty) {
+TEST(ValidationTest, AQualityIsABoundWithinItsRange) {
+  const auto check = [](const std::function<void(v1::Quality*)>& set) {
+    v1::PrefillRequest request = MakeRequest("r", 1);
+    set(request.mutable_quality());
+    return PrepareRequest(request, {}).status();
+  };
+  EXPECT_TRUE(check([](auto* q) { q->set_min_recall(0.95); }).ok());
+  EXPECT_TRUE(check([](auto* q) { q->set_max_density(1); }).ok());
+  EXPECT_TRUE(check([](auto* q) { q->mutable_time_budget()->set_nanos(1); }).ok());
+  const double nan = std::nan("");
+  for (const auto& [set, field] : std::vector<std::pair<std::function<void(v1::Quality*)>, std::string>>{
+           {[](auto*) {}, "quality"},
+           {[](auto* q) { q->set_min_recall(0); }, "quality.min_recall"},
+           {[](auto* q) { q->set_min_recall(1); }, "quality.min_recall"},
+           {[=](auto* q) { q->set_min_recall(nan); }, "quality.min_recall"},
+           {[](auto* q) { q->set_max_density(1.01); }, "quality.max_density"},
+           {[=](auto* q) { q->set_max_density(nan); }, "quality.max_density"},
+           {[](auto* q) { q->mutable_time_budget(); }, "quality.time_budget"},
+           {[](auto* q) { q->mutable_time_budget()->set_seconds(-1); }, "quality.time_budget"}}) {
+    const absl::Status status = check(set);
+    EXPECT_EQ(ReasonOf(status), v1::ERROR_REASON_BAD_FIELD) << field << ": " << status;
+    EXPECT_EQ(InfoOf(status).metadata().at("field"), field);
+  }
+}
+
+TEST(ValidationTest, AQualityNeedsAGpuAndThePolicyThatKeepsIt) {
+  const v1::ServedModel model = MakeWorker("w").model();
   v1::PrefillRequest request = MakeRequest("r", 1);
-  request.mutable_quality();
+  request.mutable_quality()->set_min_recall(0.9);
+  const PreparedRequest prepared = PrepareRequest(request, {}).value();
+  const std::vector<std::string> policies = {"dense", "headwater"};
 
-  const absl::Status status = PrepareRequest(request, {}).status();
-
-  EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
-  EXPECT_EQ(ReasonOf(status), v1::ERROR_REASON_NOT_IMPLEMENTED);
-  EXPECT_TRUE(absl::StrContains(status.message(), "quality"));
+  EXPECT_TRUE(CheckAgainstModel(prepared, model, policies, "headwater", true).ok());
+  const absl::Status dense = CheckAgainstModel(prepared, model, policies, "dense", true);
+  EXPECT_EQ(dense.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(absl::StrContains(dense.message(), "dense")) << dense;
+  const absl::Status without = CheckAgainstModel(prepared, model, policies, "headwater", false);
+  EXPECT_EQ(without.code(), absl::StatusCode::kUnimplemented);
+  EXPECT_EQ(ReasonOf(without), v1::ERROR_REASON_NOT_IMPLEMENTED);
+  EXPECT_TRUE(absl::StrContains(without.message(), "quality on workers without a GPU")) << without;
 }
 
 TEST(ValidationTest, HoldsTheLimitsOfTheModel) {
   v1::ServedModel model = MakeWorker("w").model();
   model.set_max_position(10);
   const auto check = [&](v1::PrefillRequest request, const std::vector<std::string>& policies) {
-    return CheckAgainstModel(PrepareRequest(request, {}).value(), model, policies);
+    return CheckAgainstModel(PrepareRequest(request, {}).value(), model, policies, "dense");
   };
   v1::PrefillRequest request = MakeRequest("r", 9);
   EXPECT_TRUE(check(request, {"dense"}).ok());
@@ -152,14 +185,11 @@ TEST(ValidationTest, HoldsTheLimitsOfTheModel) {
   EXPECT_EQ(ReasonOf(check(request, {"dense"})), v1::ERROR_REASON_PROMPT_TOO_LONG);
 }
 
-TEST(ValidationTest, AnEmptyPolicyIsDenseAndAnUnknownOneIsRefusedWithTheKnown) {
+TEST(ValidationTest, AnUnknownPolicyIsRefusedWithTheKnown) {
   const v1::ServedModel model = MakeWorker("w").model();
-  v1::PrefillRequest request = MakeRequest("r", 9);
-  EXPECT_TRUE(CheckAgainstModel(PrepareRequest(request, {}).value(), model, {"dense"}).ok());
-  request.mutable_policy()->set_name("magic");
+  const PreparedRequest prepared = PrepareRequest(MakeRequest("r", 9), {}).value();
 
-  const absl::Status status =
-      CheckAgainstModel(PrepareRequest(request, {}).value(), model, {"a_shape", "dense"});
+  const absl::Status status = CheckAgainstModel(prepared, model, {"a_shape", "dense"}, "magic");
 
   EXPECT_EQ(ReasonOf(status), v1::ERROR_REASON_UNKNOWN_POLICY);
   EXPECT_TRUE(absl::StrContains(status.message(), "magic"));

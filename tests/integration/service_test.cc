@@ -189,6 +189,8 @@ const BadRequest kBadRequests[] = {
      v1::ERROR_REASON_UNKNOWN_MODEL, "gpt-9"},
     {"quality", [](v1::PrefillRequest* r) { r->mutable_quality()->set_min_recall(0.9); },
      absl::StatusCode::kUnimplemented, v1::ERROR_REASON_NOT_IMPLEMENTED, "quality"},
+    {"quality out of range", [](v1::PrefillRequest* r) { r->mutable_quality()->set_min_recall(1.5); },
+     absl::StatusCode::kInvalidArgument, v1::ERROR_REASON_BAD_FIELD, "1.5"},
     {"request id", [](v1::PrefillRequest* r) { r->set_request_id("no spaces allowed"); },
      absl::StatusCode::kInvalidArgument, v1::ERROR_REASON_BAD_REQUEST_ID, ""},
 };

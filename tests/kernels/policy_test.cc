@@ -43,6 +43,15 @@ TEST(Policy, EmptyNameIsDense) {
   EXPECT_EQ(PolicyNames().front(), "dense");
 }
 
+TEST(Policy, KnowsBelowWhatLengthItIsDense) {
+  EXPECT_EQ(DenseBelowTokens(Make("dense", {})->parameters()), INT64_MAX);
+  EXPECT_EQ(DenseBelowTokens(Make("probe", {})->parameters()), 8192);
+  EXPECT_EQ(DenseBelowTokens(Make("probe", {{"density", 0.5}})->parameters()), 0);
+  EXPECT_EQ(DenseBelowTokens(Make("headwater", {{"dense_below_tokens", 100}})->parameters()), 100);
+  EXPECT_EQ(DenseBelowTokens(Make("flash2", {{"dense_tokens", 16384}})->parameters()), 16385);
+  EXPECT_EQ(DenseBelowTokens(Make("a_shape", {})->parameters()), 0);
+}
+
 TEST(Policy, DenseSelectsEverything) {
   BlockIndex index;
   PatternInputs inputs = Prompt(1000);

@@ -192,6 +192,24 @@ TEST(RequestFlagsTest, ReadsBatchLinesOverDefaults) {
   EXPECT_EQ(second.tenant(), "t");
 }
 
+TEST(RequestFlagsTest, ALinesBoundTakesThePlaceOfTheFlags) {
+  v1::PrefillRequest defaults;
+  defaults.mutable_quality()->set_min_recall(0.9);
+
+  const auto requests = ParseBatch(
+      "{\"token_ids\":[1],\"max_density\":0.25}\n{\"token_ids\":[1],\"time_budget\":\"1500ms\"}\n"
+      "{\"token_ids\":[1]}",
+      defaults);
+
+  ASSERT_TRUE(requests.ok()) << requests.status();
+  EXPECT_EQ((*requests)[0].quality().max_density(), 0.25);
+  EXPECT_EQ((*requests)[1].quality().time_budget().nanos(), 500'000'000);
+  EXPECT_EQ((*requests)[2].quality().min_recall(), 0.9);
+  EXPECT_THAT(
+      MessageOf(ParseBatch("{\"token_ids\":[1],\"max_density\":0.25,\"min_recall\":0.9}", {}).status()),
+      HasSubstr("exclude each other"));
+}
+
 TEST(RequestFlagsTest, NamesTheLineAndTheKeyOfABadBatch) {
   const auto error = [](const std::string& text) { return MessageOf(ParseBatch(text, {}).status()); };
 
@@ -340,6 +358,8 @@ TEST(CliTest, UsageErrorsEndWithTwoAndName) {
       {{"submit", "--token_ids=1", "--partition=diagonal"}, "diagonal"},
       {{"submit", "--token_ids=1", "--priority=101"}, "101"},
       {{"submit", "--token_ids=1", "--deadline=-1s"}, "-1s"},
+      {{"submit", "--token_ids=1", "--min_recall=high"}, "'high'"},
+      {{"submit", "--token_ids=1", "--min_recall=0.9", "--max_density=0.1"}, "exclude each other"},
       {{"submit", "--token_ids=1", "--generate=70000"}, "70000"},
       {{"submit", "--token_ids=1", "--stop_token_ids=a"}, "--stop_token_ids"},
       {{"submit", "--token_ids=1", "--decode_node=a", "--decode_pool=b"}, "--decode_pool"},

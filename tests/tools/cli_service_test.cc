@@ -36,6 +36,14 @@ v1::PrefillResponse Completed(const v1::PrefillRequest& request, const std::stri
   completed.set_first_token(42);
   completed.set_tokens_per_second(100.5);
   completed.set_density(0.25);
+  v1::AttentionReport& attention = *completed.mutable_attention();
+  attention.set_policy("headwater");
+  attention.set_density(0.25);
+  attention.set_recall_mean(0.97);
+  attention.set_recall_p1(0.8);
+  attention.set_sampled_queries(32);
+  attention.add_groups()->set_fallback(v1::ATTENTION_FALLBACK_DENSE_RECALL);
+  attention.add_groups();
   completed.set_kv_bytes(3 << 20);
   completed.set_kv_blocks(12);
   completed.set_kv_blocks_resent(2);
@@ -229,22 +237,25 @@ class CliServiceTest : public ::testing::Test {
 };
 
 TEST_F(CliServiceTest, SubmitShowsProgressAndTheResult) {
-  const Outcome outcome =
-      Run({"submit", "--token_ids=1,2,3", "--request_id=r1", "--model=m", "--policy=a_shape:sink_tokens=4",
-           "--decode_node=d0", "--priority=7", "--deadline=90s", "--tenant=t", "--kv_dtype=f32",
-           "--world_size=2", "--partition=zigzag", "--block_tokens=64", "--top_logprobs=3"});
+  const Outcome outcome = Run(
+      {"submit", "--token_ids=1,2,3", "--request_id=r1", "--model=m", "--policy=a_shape:sink_tokens=4",
+       "--decode_node=d0", "--priority=7", "--deadline=90s", "--tenant=t", "--kv_dtype=f32",
+       "--min_recall=0.95", "--world_size=2", "--partition=zigzag", "--block_tokens=64", "--top_logprobs=3"});
 
   EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
   EXPECT_THAT(outcome.err,
               AllOf(HasSubstr("position 3 in the queue"), HasSubstr("layer 1/2"), HasSubstr("epoch 2")));
-  for (const char* words : {"session-of-r1", "first token  42", "3.0 MiB bf16, 12 blocks verified, 2 resent",
-                            "00ff", "0.2500", "attention 3.00s", "w0, w1", "TTFT"}) {
+  for (const char* words :
+       {"session-of-r1", "first token  42", "3.0 MiB bf16, 12 blocks verified, 2 resent", "00ff",
+        "headwater, density 0.2500, recall 0.9700 (p1 0.8000) of 32 queries a layer",
+        "dense_recall 1 of 2 groups", "attention 3.00s", "w0, w1", "TTFT"}) {
     EXPECT_THAT(outcome.out, HasSubstr(words));
   }
   const v1::PrefillRequest& sent = prefill_.last;
   EXPECT_THAT(sent.token_ids(), ElementsAre(1, 2, 3));
   EXPECT_EQ(sent.model(), "m");
   EXPECT_EQ(sent.policy().parameters().at("sink_tokens"), 4);
+  EXPECT_EQ(sent.quality().min_recall(), 0.95);
   EXPECT_EQ(sent.decode_node(), "d0");
   EXPECT_EQ(sent.priority(), 7);
   EXPECT_EQ(sent.deadline().seconds(), 90);

@@ -297,6 +297,32 @@ class ClientTest(unittest.TestCase):
 
 
 class ResultTest(unittest.TestCase):
+    def test_a_quality_is_one_bound(self):
+        for name, value in (("min_recall", 0.9), ("max_density", 0.25)):
+            sent = PrefillOptions(**{name: value}).to_request("r", [1])
+            self.assertEqual((sent.quality.WhichOneof("bound"), getattr(sent.quality, name)), (name, value))
+        sent = PrefillOptions(time_budget_s=1.5).to_request("r", [1])
+        self.assertEqual((sent.quality.time_budget.seconds, sent.quality.time_budget.nanos), (1, 500_000_000))
+        with self.assertRaisesRegex(ValueError, "exclude each other"):
+            PrefillOptions(min_recall=0.9, max_density=0.25).to_request("r", [1])
+
+    def test_the_attention_report_is_typed_and_prints(self):
+        report = types_pb2.AttentionReport(policy="headwater", density=0.05, recall_mean=0.97, recall_p1=0.8,
+                                           sampled_queries=32, wait={"nanos": 500_000_000})
+        report.groups.add(layer=1, kv_head=0, density=0.1, recall=0.96, threshold=0.25, rounds=4,
+                          fallback=types_pb2.ATTENTION_FALLBACK_DENSE_RECALL, note="why")
+        report.groups.add(layer=2, density=1.0)
+        got = PrefillResult.from_completed(prefill_pb2.PrefillCompleted(request_id="r", attention=report)).attention
+        self.assertEqual((got.policy, got.recall_mean, got.recall_p1, got.wait_s), ("headwater", 0.97, 0.8, 0.5))
+        first, second = got.groups
+        self.assertEqual((first.kv_head, first.recall, first.threshold, first.rounds, first.fallback, first.note),
+                         (0, 0.96, 0.25, 4, "dense_recall", "why"))
+        self.assertEqual((second.kv_head, second.recall, second.threshold, second.fallback), (None, None, None, ""))
+        self.assertEqual(str(got), "headwater, density 0.0500, recall 0.9700 (p1 0.8000) of 32 queries a layer; "
+                                   "dense_recall 1 of 2 groups")
+        bare = PrefillResult.from_completed(prefill_pb2.PrefillCompleted(request_id="r")).attention
+        self.assertEqual((bare.recall_mean, bare.groups, bare.fallback), (None, [], ""))
+
     def test_result_is_immutable(self):
         result = PrefillResult.from_completed(prefill_pb2.PrefillCompleted(request_id="r"))
         with self.assertRaises(AttributeError):

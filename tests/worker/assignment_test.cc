@@ -2,7 +2,9 @@
 
 #include <functional>
 #include <limits>
+#include <map>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include <gmock/gmock.h>
@@ -10,6 +12,7 @@
 
 #include "base/rpc/grpc_status.h"
 #include "tests/worker/assignments.h"
+#include "worker/policy_tables.h"
 
 namespace headwater::testing {
 namespace {
@@ -42,6 +45,78 @@ TEST(AssignmentCheckTest, TurnsAGoodAssignmentIntoAJob) {
   EXPECT_EQ(job->policy->name(), "dense");
   EXPECT_EQ(job->top_logprobs, 20);
   EXPECT_GT(job->plan.total_bytes(), 0u);
+}
+
+// Serves headwater and qualities as a GPU would, but for computing.
+class QualityBackend final : public PrefillBackend {
+ public:
+  explicit QualityBackend(PrefillBackend* cpu) : cpu_(cpu) {}
+  const ModelConfig& config() const override { return cpu_->config(); }
+  const std::string& fingerprint() const override { return cpu_->fingerprint(); }
+  std::vector<std::string> policies() const override { return {"dense", "headwater"}; }
+  std::string default_policy() const override { return "headwater"; }
+  bool serves_quality() const override { return true; }
+  void AddTables(const std::map<std::string, double>& given,
+                 kernels::PolicyParameters* parameters) const override {
+    PolicyTables tables;
+    tables.thresholds = {0.5f};
+    AddPolicyTables(tables, given, parameters);
+  }
+  uint32_t max_world_size() const override { return 1; }
+  v1::MemoryModel memory_model() const override { return cpu_->memory_model(); }
+  std::string Describe() const override { return "a test's"; }
+  absl::StatusOr<MemoryPlan> Plan(const kernels::PatternPolicy&, kernels::DType, int64_t, int64_t, int64_t,
+                                  int) const override {
+    return MemoryPlan{};
+  }
+  absl::Status Reserve(const PrefillJob&) override { return absl::OkStatus(); }
+  absl::StatusOr<PrefillResult> Run(const PrefillJob&, const PrefillContext&) override {
+    return absl::UnimplementedError("a test");
+  }
+
+ private:
+  PrefillBackend* const cpu_;
+};
+
+TEST(AssignmentCheckTest, AnAssignmentWithoutAPolicyGetsTheDefaultWithItsTables) {
+  AssignmentFixture fixture;
+  QualityBackend backend(fixture.NewBackend());
+  v1::PrefillAssignment assignment = fixture.Make(100, 1, 0);
+  assignment.clear_policy();
+
+  const auto job = CheckAssignment(assignment, {&backend, "w1"});
+  ASSERT_TRUE(job.ok()) << job.status();
+  EXPECT_EQ(job->policy->name(), "headwater");
+  const auto& own = std::get<kernels::HeadwaterParameters>(job->policy->parameters());
+  EXPECT_EQ(own.thresholds, std::vector<float>{0.5f});
+  EXPECT_EQ(own.dense_below_tokens, 8192);
+
+  (*assignment.mutable_policy()->mutable_parameters())["threshold"] = 0.2;
+  const auto tuned = CheckAssignment(assignment, {&backend, "w1"});
+  ASSERT_TRUE(tuned.ok()) << tuned.status();
+  EXPECT_TRUE(std::get<kernels::HeadwaterParameters>(tuned->policy->parameters()).thresholds.empty());
+}
+
+TEST(AssignmentCheckTest, TakesAQualityOfPolicyHeadwaterAlone) {
+  AssignmentFixture fixture;
+  QualityBackend backend(fixture.NewBackend());
+  v1::PrefillAssignment assignment = fixture.Make(100, 1, 0);
+  assignment.mutable_quality()->set_max_density(0.25);
+
+  assignment.mutable_policy()->set_name("dense");
+  const auto dense = CheckAssignment(assignment, {&backend, "w1"});
+  EXPECT_EQ(dense.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(dense.status().message()), HasSubstr("policy 'dense'"));
+
+  assignment.mutable_policy()->set_name("headwater");
+  const auto job = CheckAssignment(assignment, {&backend, "w1"});
+  ASSERT_TRUE(job.ok()) << job.status();
+  EXPECT_EQ(job->quality.max_density, 0.25);
+  EXPECT_EQ(std::get<kernels::HeadwaterParameters>(job->policy->parameters()).dense_below_tokens, 0)
+      << "a short prompt is bound, too";
+
+  assignment.mutable_quality()->set_max_density(7);
+  EXPECT_EQ(ReasonOf(CheckAssignment(assignment, {&backend, "w1"}).status()), v1::ERROR_REASON_BAD_FIELD);
 }
 
 TEST_P(AssignmentTest, IsRefusedNamingTheField) {
@@ -128,6 +203,8 @@ std::vector<BadAssignment> BadAssignments() {
              std::numeric_limits<double>::quiet_NaN();
        },
        kInvalid, v1::ERROR_REASON_BAD_POLICY_PARAMETER, "window_tokens"},
+      {"Quality", [](A* a) { a->mutable_quality()->set_min_recall(0.9); }, absl::StatusCode::kUnimplemented,
+       v1::ERROR_REASON_NOT_IMPLEMENTED, "needs a GPU"},
       {"TooManyLogprobs", [](A* a) { a->set_top_logprobs(21); }, kInvalid, kField, "top_logprobs 21"},
   };
 }

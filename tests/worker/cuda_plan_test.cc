@@ -44,6 +44,22 @@ TEST(CudaPrefillPlan, PackedPromptsHaveLogitsEachAndNoLists) {
   EXPECT_GT(one.pattern.total_bytes(), 0);
 }
 
+TEST(CudaPrefillPlan, APolicysMemoryIsItsOwnAndWhatItsMeasurementTakes) {
+  constexpr uint64_t kMiB = 1 << 20;
+  std::unique_ptr<kernels::CudaPolicy> policy;
+  ASSERT_TRUE(
+      kernels::MakeCudaPolicy(kernels::HeadwaterParameters{}, CudaPolicyShapeOf(Llama8b()), &policy).ok());
+  const CudaPolicyPlan plan = PlanCudaPolicy(*policy, Llama8b(), 1 << 17);
+  EXPECT_EQ(plan.policy, policy->MemoryBytes(1 << 17));
+  EXPECT_GT(plan.policy, 16 * kMiB);
+  EXPECT_LT(plan.policy, 128 * kMiB);
+  EXPECT_EQ(plan.mass, uint64_t{32} * 32 * 1024 * 4);
+  EXPECT_EQ(plan.lse + plan.out, 0u) << "headwater wants no sums";
+  const uint64_t without = PlanCudaPrefill(Llama8b(), 8192, 1 << 17).total_bytes();
+  EXPECT_EQ(PlanCudaPrefill(Llama8b(), 8192, 1 << 17, 1, plan).total_bytes(), without + plan.total_bytes());
+  EXPECT_EQ(CudaPolicyPlan{}.total_bytes(), 0u);
+}
+
 TEST(CudaPrefillPlan, DoesNotDependOnTheNumberOfLayers) {
   ModelConfig deep = Llama8b();
   deep.num_layers = 320;

@@ -314,11 +314,11 @@ TEST_F(CudaPrefillGpuTest, RefusesWhatItCannotDo) {
   HW_REQUIRE_SM90();
   Load({});
   GroupRun run;
-  run.policy = "a_shape";
-  run.parameters = {{"sink_tokens", 128}, {"window_tokens", 256}};
+  run.policy = "xattention";
+  run.parameters = {{"stride", 2}};
   const absl::Status status = Run(RandomTokens(300, 512), run)->result.status();
   EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented) << status;
-  EXPECT_THAT(std::string(status.message()), ::testing::HasSubstr("a_shape"));
+  EXPECT_THAT(std::string(status.message()), ::testing::HasSubstr("stride 2"));
 }
 
 }  // namespace

@@ -28,9 +28,10 @@ class PackingBackend final : public PrefillBackend {
   uint32_t max_world_size() const override { return 1; }
   v1::MemoryModel memory_model() const override { return alone_->memory_model(); }
   std::string Describe() const override { return "packs for a test"; }
-  absl::StatusOr<MemoryPlan> Plan(kernels::DType wire, int64_t local_tokens, int64_t max_rank_tokens,
-                                  int64_t num_tokens, int world_size) const override {
-    return alone_->Plan(wire, local_tokens, max_rank_tokens, num_tokens, world_size);
+  absl::StatusOr<MemoryPlan> Plan(const kernels::PatternPolicy& policy, kernels::DType wire,
+                                  int64_t local_tokens, int64_t max_rank_tokens, int64_t num_tokens,
+                                  int world_size) const override {
+    return alone_->Plan(policy, wire, local_tokens, max_rank_tokens, num_tokens, world_size);
   }
   absl::Status Reserve(const PrefillJob& job) override { return alone_->Reserve(job); }
   absl::StatusOr<PrefillResult> Run(const PrefillJob& job, const PrefillContext& context) override {

@@ -1,6 +1,7 @@
 #include "tools/cli/render.h"
 
 #include <algorithm>
+#include <map>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
@@ -65,6 +66,59 @@ Json LayoutToJson(const v1::KvLayout& layout) {
   return json;
 }
 
+// "dense_recall"; "" for none.
+std::string FallbackWord(v1::AttentionFallback fallback) {
+  return fallback == v1::ATTENTION_FALLBACK_UNSPECIFIED
+             ? ""
+             : EnumWord(v1::AttentionFallback_Name(fallback), "ATTENTION_FALLBACK_");
+}
+
+Json AttentionToJson(const v1::AttentionReport& report) {
+  Json json;
+  json["policy"] = report.policy();
+  json["density"] = report.density();
+  if (report.has_recall_mean()) json["recall_mean"] = report.recall_mean();
+  if (report.has_recall_p1()) json["recall_p1"] = report.recall_p1();
+  json["sampled_queries"] = report.sampled_queries();
+  json["fallback"] = FallbackWord(report.fallback());
+  json["wait"] = ToSeconds(report.wait());
+  json["groups"] = Json::array();
+  for (const v1::AttentionGroup& group : report.groups()) {
+    Json one;
+    one["layer"] = group.layer();
+    if (group.has_kv_head()) one["kv_head"] = group.kv_head();
+    one["density"] = group.density();
+    if (group.has_recall()) one["recall"] = group.recall();
+    if (group.has_recall_p1()) one["recall_p1"] = group.recall_p1();
+    if (group.has_threshold()) one["threshold"] = group.threshold();
+    if (group.has_window_blocks()) one["window_blocks"] = group.window_blocks();
+    one["rounds"] = group.rounds();
+    one["fallback"] = FallbackWord(group.fallback());
+    one["note"] = group.note();
+    json["groups"].push_back(std::move(one));
+  }
+  return json;
+}
+
+// "headwater, density 0.0512, recall 0.9712 (p1 0.8123) of 32 queries a layer; dense_recall 3 of 128 groups"
+std::string RenderAttention(const v1::AttentionReport& report) {
+  std::string text = absl::StrFormat("%s, density %.4f", report.policy(), report.density());
+  if (report.has_recall_mean()) {
+    absl::StrAppendFormat(&text, ", recall %.4f (p1 %.4f) of %d queries a layer", report.recall_mean(),
+                          report.recall_p1(), report.sampled_queries());
+  }
+  if (const std::string whole = FallbackWord(report.fallback()); !whole.empty()) {
+    absl::StrAppend(&text, "; ", whole);
+  }
+  std::map<std::string, int> fallbacks;
+  for (const v1::AttentionGroup& group : report.groups()) ++fallbacks[FallbackWord(group.fallback())];
+  fallbacks.erase("");
+  for (const auto& [word, count] : fallbacks) {
+    absl::StrAppend(&text, "; ", word, " ", count, " of ", report.groups_size(), " groups");
+  }
+  return text;
+}
+
 Json ProgressToJson(const v1::PrefillProgress& progress) {
   Json json;
   json["event"] = "progress";
@@ -74,6 +128,7 @@ Json ProgressToJson(const v1::PrefillProgress& progress) {
   json["num_layers"] = progress.num_layers();
   json["tokens_per_second"] = progress.tokens_per_second();
   json["density"] = progress.density();
+  if (progress.attention().has_recall_mean()) json["recall_mean"] = progress.attention().recall_mean();
   json["bytes_acked"] = progress.bytes_acked();
   json["bytes_total"] = progress.bytes_total();
   if (progress.has_eta()) json["eta"] = ToSeconds(progress.eta());
@@ -124,6 +179,7 @@ Json CompletedToJson(const v1::PrefillCompleted& completed) {
   for (const auto& [name, time] : Stages(completed.stages())) json["stages"][name] = ToSeconds(*time);
   json["tokens_per_second"] = completed.tokens_per_second();
   json["density"] = completed.density();
+  json["attention"] = AttentionToJson(completed.attention());
   json["kv_bytes"] = completed.kv_bytes();
   json["kv_blocks"] = completed.kv_blocks();
   json["kv_blocks_resent"] = completed.kv_blocks_resent();
@@ -260,7 +316,7 @@ std::string RenderCompleted(const v1::PrefillCompleted& completed, absl::Duratio
                           completed.kv_blocks(), " blocks verified, ", completed.kv_blocks_resent(),
                           " resent, ", completed.kv_stream_resumes(), " stream resumes")},
       {"digest", completed.kv_digest()},
-      {"density", absl::StrFormat("%.4f", completed.density())},
+      {"attention", RenderAttention(completed.attention())},
       {"plan", absl::StrCat(plan.world_size(), " rank(s) (", absl::StrJoin(plan.worker_ids(), ", "), "), ",
                             PartitionWord(plan.partition()), ", blocks of ", plan.block_tokens(), " tokens")},
       {"epochs", absl::StrCat(completed.retries() + 1, " (", completed.retries(), " given up)")}};

@@ -53,20 +53,50 @@ absl::Status SetPriority(absl::string_view text, v1::PrefillRequest* request) {
   return absl::OkStatus();
 }
 
-absl::Status SetDeadline(absl::string_view text, v1::PrefillRequest* request) {
-  absl::Duration deadline;
+absl::Status ParseDuration(absl::string_view text, google::protobuf::Duration* out) {
+  absl::Duration duration;
   double seconds = 0;
   if (absl::SimpleAtod(text, &seconds)) {
-    deadline = absl::Seconds(seconds);
-  } else if (!absl::ParseDuration(text, &deadline)) {
+    duration = absl::Seconds(seconds);
+  } else if (!absl::ParseDuration(text, &duration)) {
     return Bad(text, "a duration (such as 500ms, 30s or 5m)");
   }
-  if (!(deadline > absl::ZeroDuration() && deadline <= absl::Hours(24 * 365))) {
+  if (!(duration > absl::ZeroDuration() && duration <= absl::Hours(24 * 365))) {
     return Bad(text, "a duration over 0 and up to a year");
   }
-  const int64_t nanos = absl::ToInt64Nanoseconds(deadline);
-  request->mutable_deadline()->set_seconds(nanos / 1'000'000'000);
-  request->mutable_deadline()->set_nanos(static_cast<int32_t>(nanos % 1'000'000'000));
+  const int64_t nanos = absl::ToInt64Nanoseconds(duration);
+  out->set_seconds(nanos / 1'000'000'000);
+  out->set_nanos(static_cast<int32_t>(nanos % 1'000'000'000));
+  return absl::OkStatus();
+}
+
+absl::Status SetDeadline(absl::string_view text, v1::PrefillRequest* request) {
+  return ParseDuration(text, request->mutable_deadline());
+}
+
+// The bound that a request has already, or that the flag sets: there is room for one.
+absl::Status TakeBound(v1::Quality::BoundCase bound, v1::PrefillRequest* request) {
+  const v1::Quality::BoundCase has = request->quality().bound_case();
+  if (has == v1::Quality::BOUND_NOT_SET || has == bound) return absl::OkStatus();
+  return absl::InvalidArgumentError("min_recall, max_density and time_budget exclude each other");
+}
+
+// The service knows the ranges.
+Setter Share(v1::Quality::BoundCase bound, void (v1::Quality::*set)(double)) {
+  return [=](absl::string_view text, v1::PrefillRequest* request) {
+    double value = 0;
+    if (!absl::SimpleAtod(text, &value) || !std::isfinite(value)) return Bad(text, "a number");
+    HW_RETURN_IF_ERROR(TakeBound(bound, request));
+    (request->mutable_quality()->*set)(value);
+    return absl::OkStatus();
+  };
+}
+
+absl::Status SetTimeBudget(absl::string_view text, v1::PrefillRequest* request) {
+  google::protobuf::Duration budget;
+  HW_RETURN_IF_ERROR(ParseDuration(text, &budget));
+  HW_RETURN_IF_ERROR(TakeBound(v1::Quality::kTimeBudget, request));
+  *request->mutable_quality()->mutable_time_budget() = budget;
   return absl::OkStatus();
 }
 
@@ -113,8 +143,14 @@ const std::vector<Field>& Fields() {
       {"priority", "0", "-100 to 100; higher goes first", SetPriority},
       {"deadline", "", "time allowed from acceptance to completion, such as 30s; empty: no limit",
        SetDeadline},
-      {"policy", "dense", "attention pattern: dense, or a_shape:sink_tokens=128,window_tokens=3968",
-       SetPolicy},
+      {"policy", "",
+       "attention pattern, such as dense or headwater:threshold=0.1; empty: the workers' default", SetPolicy},
+      {"min_recall", "", "share of dense attention's mass that must be read, 0 to 1 (policy headwater, GPU)",
+       Share(v1::Quality::kMinRecall, &v1::Quality::set_min_recall)},
+      {"max_density", "", "most of the causal blocks that may be read, 0 to 1 (policy headwater, GPU)",
+       Share(v1::Quality::kMaxDensity, &v1::Quality::set_max_density)},
+      {"time_budget", "", "time that the computation may take, such as 2s (policy headwater, GPU)",
+       SetTimeBudget},
       {"decode_node", "", "registered decode node that the cache goes to",
        Text([](v1::PrefillRequest* r, const std::string& text) { r->set_decode_node(text); })},
       {"decode_pool", "default", "pool to take a decode node from, where no node is named",
@@ -211,6 +247,10 @@ absl::StatusOr<std::vector<v1::PrefillRequest>> ParseBatch(absl::string_view jso
           absl::StrCat("line ", line_number, " has both \"decode_node\" and \"decode_pool\""));
     }
     v1::PrefillRequest request = defaults;
+    // A line's own bound takes the place of the flags'.
+    const bool bound =
+        json.contains("min_recall") || json.contains("max_density") || json.contains("time_budget");
+    if (bound) request.clear_quality();
     for (const auto& [key, value] : json.items()) {
       const absl::Status status = SetKey(key, value, &request);
       if (!status.ok()) {

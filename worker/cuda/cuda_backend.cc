@@ -15,6 +15,8 @@
 #include "model/cuda/cuda_model.h"
 #include "worker/cuda/cuda_egress.h"
 #include "worker/cuda/cuda_prefill.h"
+#include "worker/cuda/cuda_sequences.h"
+#include "worker/policy_tables.h"
 
 namespace headwater {
 namespace {
@@ -36,17 +38,53 @@ constexpr absl::Duration kReleaseTime = absl::Seconds(10);
 constexpr int kExitBroken = 70;
 constexpr absl::Duration kFarewell = absl::Seconds(2);
 
+// How a worker is told to treat policies.
+struct PolicyOptions {
+  std::string default_policy;
+  PolicyTables tables;
+  bool measure_recall = true;
+};
+
+kernels::PolicyParameters DefaultParameters(const std::string& name, const PolicyTables& tables) {
+  kernels::PolicyParameters parameters;
+  HW_CHECK(kernels::ParsePolicyParameters(name, {}, &parameters).ok());
+  AddPolicyTables(tables, {}, &parameters);
+  return parameters;
+}
+
+// Those that there is a GPU path for.
+std::vector<std::string> ServedPolicies(const ModelConfig& config, const PolicyTables& tables) {
+  std::vector<std::string> served;
+  for (const std::string& name : kernels::PolicyNames()) {
+    std::unique_ptr<kernels::CudaPolicy> made;
+    const kernels::PolicyParameters parameters = DefaultParameters(name, tables);
+    if (kernels::MakeCudaPolicy(parameters, CudaPolicyShapeOf(config), &made).ok()) served.push_back(name);
+  }
+  return served;
+}
+
 class Backend final : public PrefillBackend {
  public:
-  Backend(std::unique_ptr<CudaModel> model, std::unique_ptr<CudaEgressMemory> egress, uint64_t budget_bytes)
+  Backend(std::unique_ptr<CudaModel> model, std::unique_ptr<CudaEgressMemory> egress, uint64_t budget_bytes,
+          PolicyOptions policies)
       : model_(std::move(model)),
         egress_(std::move(egress)),
         budget_bytes_(budget_bytes),
-        limits_(LimitsFor(*model_, budget_bytes)) {}
+        options_(std::move(policies)),
+        policies_(ServedPolicies(model_->config(), options_.tables)),
+        policy_limits_(LimitsOfPolicies()),
+        limits_(LimitsFor(*model_, budget_bytes, policy_limits_, options_.default_policy)) {}
 
   const ModelConfig& config() const override { return model_->config(); }
   const std::string& fingerprint() const override { return model_->fingerprint(); }
-  std::vector<std::string> policies() const override { return {"dense", "probe"}; }
+  std::vector<std::string> policies() const override { return policies_; }
+  std::string default_policy() const override { return options_.default_policy; }
+  std::vector<v1::PolicyLimit> policy_limits() const override { return policy_limits_; }
+  bool serves_quality() const override { return true; }
+  void AddTables(const std::map<std::string, double>& given,
+                 kernels::PolicyParameters* parameters) const override {
+    AddPolicyTables(options_.tables, given, parameters);
+  }
 
   uint32_t max_world_size() const override { return 1; }
 
@@ -57,13 +95,14 @@ class Backend final : public PrefillBackend {
     return absl::StrCat("bf16, ", NameOf(model_->linear()), " linear layers, ", model_->weight_bytes(),
                         " bytes of weights and ", model_->scratch_bytes(),
                         " of scratch on the device, budget ", budget_bytes_, " bytes: prompts of up to ",
-                        tokens, " tokens at ", memory.bytes_per_token(), " bytes each");
+                        tokens, " tokens at ", memory.bytes_per_token(), " bytes each, densely; policy ",
+                        options_.default_policy, " unless a request names another");
   }
 
   v1::MemoryModel memory_model() const override {
     // The plan is linear but for what is rounded, and the lists, which reach their full size early.
     constexpr int64_t kMany = 1 << 20;
-    const uint64_t one = PlanOf(1).total_bytes(), many = PlanOf(kMany).total_bytes();
+    const uint64_t one = DenseBytes(1), many = DenseBytes(kMany);
     v1::MemoryModel model;
     model.set_budget_bytes(budget_bytes_);
     model.set_weight_bytes(resident_bytes());
@@ -72,10 +111,12 @@ class Backend final : public PrefillBackend {
     return model;
   }
 
-  absl::StatusOr<MemoryPlan> Plan(kernels::DType /*wire*/, int64_t local_tokens, int64_t /*max_rank_tokens*/,
-                                  int64_t num_tokens, int world_size) const override {
+  absl::StatusOr<MemoryPlan> Plan(const kernels::PatternPolicy& policy, kernels::DType /*wire*/,
+                                  int64_t local_tokens, int64_t /*max_rank_tokens*/, int64_t num_tokens,
+                                  int world_size) const override {
     if (world_size != 1) return absl::UnimplementedError("context parallelism between GPUs");
-    MemoryPlan plan = PlanOf(local_tokens);
+    MemoryPlan plan;
+    HW_ASSIGN_OR_RETURN(plan.device, BytesOf(policy.parameters(), local_tokens));
     HW_RETURN_IF_ERROR(CheckMemoryPlan(plan, budget_bytes_, resident_bytes()));
     plan.tokens = static_cast<uint64_t>(num_tokens) * kBytesPerPromptToken;
     return plan;
@@ -114,7 +155,8 @@ class Backend final : public PrefillBackend {
           prompts.size(), MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_WORKER_LOST,
                                     "this worker's GPU has failed, and its process ends"));
     }
-    auto results = RunCudaPrefill(prompts, {model_.get(), egress_.get(), metrics});
+    auto results =
+        RunCudaPrefill(prompts, {model_.get(), egress_.get(), metrics, options_.measure_recall, &speed_});
     const bool internal = std::any_of(results.begin(), results.end(),
                                       [](const auto& result) { return absl::IsInternal(result.status()); });
     if (const cudaError_t error = internal ? cudaDeviceSynchronize() : cudaSuccess; error != cudaSuccess) {
@@ -128,27 +170,65 @@ class Backend final : public PrefillBackend {
   }
 
   // The largest pass up to kPackedTokens that the budget has room for.
-  static PackLimits LimitsFor(const CudaModel& model, uint64_t budget_bytes) {
+  static PackLimits LimitsFor(const CudaModel& model, uint64_t budget_bytes,
+                              const std::vector<v1::PolicyLimit>& policies,
+                              const std::string& default_policy) {
     const uint64_t resident = model.weight_bytes() + model.scratch_bytes();
     for (int64_t tokens = kPackedTokens; tokens >= kLeastPackedTokens; tokens /= 2) {
       const CudaPrefillPlan plan =
           PlanCudaPrefill(model.config(), model.chunk_tokens(), tokens, kPackedPrompts);
-      if (resident + plan.total_bytes() <= budget_bytes) return {kPackedPrompts, tokens, true};
+      if (resident + plan.total_bytes() > budget_bytes) continue;
+      PackLimits limits{kPackedPrompts, tokens, true, {}};
+      for (const v1::PolicyLimit& policy : policies) {
+        const auto below = static_cast<int64_t>(policy.dense_below_tokens());
+        limits.dense_below[policy.name()] = below;
+        if (policy.name() == default_policy) limits.dense_below[""] = below;
+      }
+      return limits;
     }
     return {};
   }
 
+  // The longest prompt of each policy: bytes grow with tokens.
+  std::vector<v1::PolicyLimit> LimitsOfPolicies() const {
+    const uint64_t room = budget_bytes_ - std::min(budget_bytes_, resident_bytes());
+    std::vector<v1::PolicyLimit> limits;
+    for (const std::string& name : policies_) {
+      const kernels::PolicyParameters parameters = DefaultParameters(name, options_.tables);
+      int64_t fits = 0, too_long = model_->config().max_position + 1;
+      while (too_long - fits > 1) {
+        const int64_t middle = fits + (too_long - fits) / 2;
+        const absl::StatusOr<uint64_t> bytes = BytesOf(parameters, middle);
+        (bytes.ok() && *bytes <= room ? fits : too_long) = middle;
+      }
+      v1::PolicyLimit& limit = limits.emplace_back();
+      limit.set_name(name);
+      // 0 would be no limit at all.
+      limit.set_max_tokens(static_cast<uint64_t>(std::max<int64_t>(1, fits)));
+      limit.set_dense_below_tokens(static_cast<uint64_t>(kernels::DenseBelowTokens(parameters)));
+    }
+    return limits;
+  }
+
   uint64_t resident_bytes() const { return model_->weight_bytes() + model_->scratch_bytes(); }
-  MemoryPlan PlanOf(int64_t num_tokens) const {
-    MemoryPlan plan;
-    plan.device = PlanCudaPrefill(model_->config(), model_->chunk_tokens(), num_tokens).total_bytes();
-    return plan;
+  uint64_t DenseBytes(int64_t num_tokens) const {
+    return PlanCudaPrefill(model_->config(), model_->chunk_tokens(), num_tokens).total_bytes();
+  }
+  absl::StatusOr<uint64_t> BytesOf(const kernels::PolicyParameters& parameters, int64_t num_tokens) const {
+    HW_ASSIGN_OR_RETURN(const auto policy, MakePolicyFor(model_->config(), parameters, num_tokens));
+    CudaPolicyPlan plan;
+    if (policy != nullptr) plan = PlanCudaPolicy(*policy, model_->config(), num_tokens);
+    return PlanCudaPrefill(model_->config(), model_->chunk_tokens(), num_tokens, 1, plan).total_bytes();
   }
 
   const std::unique_ptr<CudaModel> model_;
   const std::unique_ptr<CudaEgressMemory> egress_;
   const uint64_t budget_bytes_;
+  const PolicyOptions options_;
+  const std::vector<std::string> policies_;
+  const std::vector<v1::PolicyLimit> policy_limits_;
   const PackLimits limits_;
+  ComputeSpeed speed_;  // of the passes so far
   bool broken_ = false;
 };
 
@@ -181,7 +261,13 @@ absl::StatusOr<std::unique_ptr<PrefillBackend>> CudaBackend::Load(const WorkerOp
                       CudaEgressMemory::Allocate(options.kv_stall_timeout + kReleaseTime));
   absl::StatusOr<std::unique_ptr<CudaModel>> loaded = CudaModel::Load(model);
   if (!loaded.ok()) return FlagError("model", options.model, loaded.status());
-  return std::make_unique<Backend>(*std::move(loaded), std::move(egress), budget);
+  PolicyOptions policies{
+      options.default_policy.empty() ? "headwater" : options.default_policy, {}, options.measure_recall};
+  const ModelConfig& config = (*loaded)->config();
+  HW_ASSIGN_OR_RETURN(policies.tables,
+                      ReadPolicyTables(options.share_clusters, options.headwater_calibration, config));
+  HW_RETURN_IF_ERROR(CheckDefaultPolicy(policies.default_policy, ServedPolicies(config, policies.tables)));
+  return std::make_unique<Backend>(*std::move(loaded), std::move(egress), budget, std::move(policies));
 }
 
 }  // namespace headwater

@@ -1,6 +1,7 @@
 #include "worker/cuda/cuda_plan.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "kernels/cuda/block_stats.h"
 
@@ -30,8 +31,17 @@ uint64_t CudaPatternPlan::total_bytes() const {
   return total;
 }
 
+uint64_t CudaPolicyPlan::total_bytes() const {
+  uint64_t total = 0;
+  for (const uint64_t part : {policy, workspace, lse, out, counters, rows, mass}) {
+    total += AlignedCudaPart(part);
+  }
+  return total;
+}
+
 uint64_t CudaPrefillPlan::total_bytes() const {
-  uint64_t total = static_cast<uint64_t>(num_kv) * AlignedCudaPart(kv) + pattern.total_bytes();
+  uint64_t total =
+      static_cast<uint64_t>(num_kv) * AlignedCudaPart(kv) + pattern.total_bytes() + policy.total_bytes();
   for (const uint64_t part : {tokens, positions, cu_seqlens, hidden, q, logits, bad_rows, workspace}) {
     total += AlignedCudaPart(part);
   }
@@ -56,11 +66,33 @@ CudaPatternPlan PlanCudaPattern(const ModelConfig& config, int64_t num_tokens) {
   return plan;
 }
 
+kernels::CudaPolicyShape CudaPolicyShapeOf(const ModelConfig& config) {
+  const auto scale = static_cast<float>(1 / std::sqrt(static_cast<double>(config.head_dim)));
+  return {config.num_layers, config.num_q_heads, config.num_kv_heads, config.head_dim, scale};
+}
+
+CudaPolicyPlan PlanCudaPolicy(const kernels::CudaPolicy& policy, const ModelConfig& config,
+                              int64_t num_tokens) {
+  const int64_t heads = config.num_q_heads, rows = CudaPolicyPlan::kSampledRows;
+  CudaPolicyPlan plan;
+  plan.policy = policy.MemoryBytes(num_tokens);
+  plan.workspace = kernels::CudaPolicyAttentionWorkspaceBytes(CudaPolicyShapeOf(config), num_tokens);
+  if (policy.wants_lse()) {
+    plan.lse = Bytes(num_tokens, heads, sizeof(float));
+    plan.out = Bytes(num_tokens, heads * config.head_dim, 2);
+  }
+  plan.counters = Bytes(heads, 1, sizeof(uint64_t) + sizeof(uint32_t)) + Bytes(rows, heads, sizeof(float));
+  plan.rows = Bytes(rows, 1, sizeof(int64_t));
+  plan.mass = Bytes(rows * heads, kernels::CudaStatsBlocks(num_tokens), sizeof(float));
+  return plan;
+}
+
 CudaPrefillPlan PlanCudaPrefill(const ModelConfig& config, int64_t chunk_tokens, int64_t num_tokens,
-                                int64_t num_prompts) {
+                                int64_t num_prompts, const CudaPolicyPlan& policy) {
   const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
   const int64_t kv_width = int64_t{config.num_kv_heads} * config.head_dim;
   CudaPrefillPlan plan;
+  plan.policy = policy;
   plan.tokens = Bytes(num_tokens, 1, sizeof(int32_t));
   plan.hidden = Bytes(num_tokens, config.hidden_size, sizeof(float));
   plan.q = Bytes(num_tokens, q_width, 2);

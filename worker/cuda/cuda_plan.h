@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/policy.h"
 #include "model/config.h"
 
 namespace headwater {
@@ -29,6 +30,25 @@ struct CudaPatternPlan {
 };
 CudaPatternPlan PlanCudaPattern(const ModelConfig& config, int64_t num_tokens);
 
+// Of a policy of kernels/cuda/policy.h, which takes the whole prompt at once.
+struct CudaPolicyPlan {
+  static constexpr int32_t kSampledRows = 32;  // most queries of a layer whose recall is measured
+
+  uint64_t policy = 0;     // its own
+  uint64_t workspace = 0;  // attention's
+  uint64_t lse = 0;        // where the policy wants the rows' sums, and the output apart from Q
+  uint64_t out = 0;
+  uint64_t counters = 0;  // visited blocks and dense tiles of each list, recalls
+  uint64_t rows = 0;      // positions of sampled queries
+  uint64_t mass = 0;      // of theirs by block
+
+  uint64_t total_bytes() const;
+};
+CudaPolicyPlan PlanCudaPolicy(const kernels::CudaPolicy& policy, const ModelConfig& config,
+                              int64_t num_tokens);
+
+kernels::CudaPolicyShape CudaPolicyShapeOf(const ModelConfig& config);
+
 // Bytes.
 struct CudaPrefillPlan {
   uint64_t tokens = 0;      // ids
@@ -42,13 +62,14 @@ struct CudaPrefillPlan {
   uint64_t bad_rows = 0;
   uint64_t workspace = 0;  // attention's
   CudaPatternPlan pattern;
+  CudaPolicyPlan policy;
 
   // Each part rounded up to 256 bytes.
   uint64_t total_bytes() const;
 };
 // num_prompts: over 1, packed in one pass; they go dense and need nothing for lists.
 CudaPrefillPlan PlanCudaPrefill(const ModelConfig& config, int64_t chunk_tokens, int64_t num_tokens,
-                                int64_t num_prompts = 1);
+                                int64_t num_prompts = 1, const CudaPolicyPlan& policy = {});
 
 // Rounded up to the alignment of a part.
 uint64_t AlignedCudaPart(uint64_t bytes);

@@ -25,6 +25,8 @@ struct CudaPrefillContext {
   CudaModel* model = nullptr;  // its device is used
   CudaEgressMemory* egress = nullptr;
   WorkerMetrics* metrics = nullptr;  // may be null
+  bool measure_recall = false;       // of long prompts without a quality, too
+  ComputeSpeed* speed = nullptr;     // what passes measure and time budgets go by; may be null
 };
 
 // One prompt of a pass.
@@ -37,7 +39,7 @@ struct CudaPrefillPrompt {
 };
 
 // Whether RunCudaPrefill() takes the job together with others: one rank, policy dense, or one that is dense
-// at this length, and KV blocks that pass an egress buffer.
+// at this length, no quality, and KV blocks that pass an egress buffer.
 bool MayPackCuda(const PrefillJob& job);
 
 // Runs a pass on the calling thread: one prompt, or several that MayPackCuda(). Where a result is OK, all of
@@ -45,10 +47,13 @@ bool MayPackCuda(const PrefillJob& job);
 // beyond what has run, so that a cancelled pass leaves the device soon; a prompt that is cancelled, whose
 // sender fails or whose values are not finite, among others ends alone, and the pass with the last of them.
 //
-// Errors as RunPrefill(); UNIMPLEMENTED: another policy than "dense" and "probe", more than one rank, KV
-// blocks larger than an egress buffer;
-// RESOURCE_EXHAUSTED: the plan does not fit the device's free memory, with both numbers; INVALID_ARGUMENT:
-// prompts that cannot share a pass.
+// Policies other than dense and probe attend to the whole prompt in one call, which may take seconds for a
+// million tokens: a cancelled pass waits for it.
+//
+// Errors as RunPrefill(); UNIMPLEMENTED: a policy that MakeCudaPolicy() does not make, more than one rank, KV
+// blocks larger than an egress buffer; RESOURCE_EXHAUSTED: the plan does not fit the device's free memory,
+// with both numbers; INVALID_ARGUMENT: prompts that cannot share a pass; FAILED_PRECONDITION,
+// TIME_BUDGET_TOO_SHORT.
 std::vector<absl::StatusOr<PrefillResult>> RunCudaPrefill(absl::Span<const CudaPrefillPrompt> prompts,
                                                           const CudaPrefillContext& context);
 

@@ -6,31 +6,40 @@
 
 #include "base/rpc/grpc_status.h"
 #include "base/status_macros.h"
+#include "model/kernel_status.h"
+#include "worker/cuda/cuda_plan.h"
 
 namespace headwater {
 namespace {
 
 absl::Status CheckJob(const PrefillJob& job) {
   if (job.world_size() != 1) return absl::UnimplementedError("context parallelism between GPUs");
-  const kernels::PolicyParameters& parameters = job.policy->parameters();
-  if (!std::holds_alternative<kernels::DenseParameters>(parameters) &&
-      !std::holds_alternative<kernels::ProbeParameters>(parameters)) {
-    return absl::UnimplementedError(absl::StrCat("policy '", job.policy->name(), "' on a GPU"));
-  }
   return CudaEgress::CheckBlocks(job);
 }
 
 }  // namespace
 
-const kernels::ProbeParameters* ProbeOf(const PrefillJob& job) {
-  const auto* const probe = std::get_if<kernels::ProbeParameters>(&job.policy->parameters());
-  const bool dense =
-      probe == nullptr ||
-      (probe->forced_density == 0 && static_cast<int64_t>(job.tokens.size()) < probe->dense_below_tokens);
-  return dense ? nullptr : probe;
+bool IsDense(const PrefillJob& job) {
+  return static_cast<int64_t>(job.tokens.size()) < kernels::DenseBelowTokens(job.policy->parameters());
 }
 
-bool MayPackCuda(const PrefillJob& job) { return CheckJob(job).ok() && ProbeOf(job) == nullptr; }
+const kernels::ProbeParameters* ProbeOf(const PrefillJob& job) {
+  return IsDense(job) ? nullptr : std::get_if<kernels::ProbeParameters>(&job.policy->parameters());
+}
+
+absl::StatusOr<std::unique_ptr<kernels::CudaPolicy>> MakePolicyFor(
+    const ModelConfig& config, const kernels::PolicyParameters& parameters, int64_t num_tokens) {
+  std::unique_ptr<kernels::CudaPolicy> policy;
+  if (num_tokens < kernels::DenseBelowTokens(parameters) ||
+      std::holds_alternative<kernels::ProbeParameters>(parameters)) {
+    return policy;
+  }
+  HW_RETURN_IF_ERROR(
+      FromKernels(kernels::MakeCudaPolicy(parameters, CudaPolicyShapeOf(config), &policy), "policy"));
+  return policy;
+}
+
+bool MayPackCuda(const PrefillJob& job) { return CheckJob(job).ok() && IsDense(job) && !job.quality.any(); }
 
 absl::Status CheckPass(absl::Span<const CudaPrefillPrompt> prompts) {
   for (const CudaPrefillPrompt& prompt : prompts) {

@@ -3,11 +3,14 @@
 #define HW_WORKER_CUDA_CUDA_SEQUENCES_H_
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/types/span.h"
 
+#include "kernels/cuda/policy.h"
 #include "worker/cuda/cuda_egress.h"
 #include "worker/cuda/cuda_prefill.h"
 
@@ -21,8 +24,16 @@ struct CudaSequence {
   PrefillResult result;
 };
 
-// The job's search; null: it is dense, by its policy or for its length.
+// Whether the job is dense in every layer, by its policy or for its length.
+bool IsDense(const PrefillJob& job);
+
+// The job's search; null: it is dense, or another policy's.
 const kernels::ProbeParameters* ProbeOf(const PrefillJob& job);
+
+// The policy that a prompt goes under as a whole; null: it is dense, or probe's, which the loop searches some
+// queries at a time. Errors as kernels::MakeCudaPolicy().
+absl::StatusOr<std::unique_ptr<kernels::CudaPolicy>> MakePolicyFor(
+    const ModelConfig& config, const kernels::PolicyParameters& parameters, int64_t num_tokens);
 
 // What RunCudaPrefill() refuses before it looks at the device.
 absl::Status CheckPass(absl::Span<const CudaPrefillPrompt> prompts);

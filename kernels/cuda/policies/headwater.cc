@@ -10,8 +10,6 @@
 namespace headwater::kernels {
 namespace {
 
-constexpr int64_t kBlocksPerTile = 128;
-
 class HeadwaterCudaPolicy final : public CudaPolicy {
  public:
   HeadwaterCudaPolicy(const HeadwaterParameters& parameters, const CudaPolicyShape& shape)
@@ -21,6 +19,7 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
 
   Status Begin(int64_t num_tokens, void* memory, size_t memory_bytes, cudaStream_t) override {
     num_tokens_ = 0;
+    means_layer_ = -1;
     HW_KERNELS_RETURN_IF_ERROR(
         CheckPolicyMemory(num_tokens, memory, memory_bytes, MemoryBytes(std::max<int64_t>(1, num_tokens))));
     parts_ = Lay(num_tokens, memory);
@@ -39,7 +38,28 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
     const bool dense = thresholds != nullptr && std::all_of(thresholds, thresholds + shape_.num_kv_heads,
                                                             [](float t) { return t == 0; });
     if (dense) return {};
-    HW_KERNELS_RETURN_IF_ERROR(Means(layer, stream));
+    const int32_t* const windows = parameters_.windows.empty() ? nullptr : parameters_.windows.data() + first;
+    return Search(layer, {thresholds, windows, 0}, stream, selection);
+  }
+
+  Status Reselect(const CudaPolicyLayer& layer, const CudaSearchSettings& settings, cudaStream_t stream,
+                  CudaSelection* selection) override {
+    *selection = {};
+    if (num_tokens_ == 0) return InvalidArgument("Reselect() before Begin()");
+    HW_KERNELS_RETURN_IF_ERROR(CheckRange("layer", layer.layer, 0, shape_.num_layers - 1));
+    if (num_tokens_ < parameters_.dense_below_tokens) {
+      return InvalidArgument("Reselect() for " + std::to_string(num_tokens_) +
+                             " tokens, fewer than dense_below_tokens " +
+                             std::to_string(parameters_.dense_below_tokens));
+    }
+    return Search(layer, settings, stream, selection);
+  }
+
+ private:
+  Status Search(const CudaPolicyLayer& layer, const CudaSearchSettings& settings, cudaStream_t stream,
+                CudaSelection* selection) {
+    if (means_layer_ != layer.layer) HW_KERNELS_RETURN_IF_ERROR(Means(layer, stream));
+    means_layer_ = layer.layer;
     CudaSearchArgs args;
     args.q = layer.q;
     args.k_means = parts_.k_table;
@@ -49,8 +69,9 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
     args.head_dim = shape_.head_dim;
     args.softmax_scale = shape_.softmax_scale;
     args.threshold = static_cast<float>(parameters_.threshold);
-    args.thresholds = thresholds;
-    args.windows = parameters_.windows.empty() ? nullptr : parameters_.windows.data() + first;
+    args.thresholds = settings.thresholds;
+    args.windows = settings.windows;
+    args.forced_density = settings.forced_density;
     args.sink_blocks = parameters_.sink_blocks;
     args.window_blocks = parameters_.window_blocks;
     args.dense_last_tokens = parameters_.dense_last_tokens;
@@ -67,7 +88,6 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
     return {};
   }
 
- private:
   struct Parts {
     float *k_mean, *v_mean;
     uint16_t *k_table, *v_table;
@@ -95,7 +115,7 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
       parts.v_mean = from.Take<float>(CudaStatsBlocks(num_tokens) * row);
       parts.v_table = from.Take<uint16_t>(CudaMeanTableRows(num_tokens) * row);
     }
-    parts.capacity = segments * std::min(kBlocksPerTile, blocks);
+    parts.capacity = segments * std::min(kHeadwaterBlocksPerTile, blocks);
     parts.counts = from.Take<int32_t>(segments);
     parts.offsets = from.Take<int64_t>(segments);
     parts.blocks = from.Take<int32_t>(parts.capacity);
@@ -121,7 +141,8 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
 
   const HeadwaterParameters parameters_;
   const CudaPolicyShape shape_;
-  int64_t num_tokens_ = 0;  // 0: no prompt
+  int64_t num_tokens_ = 0;    // 0: no prompt
+  int32_t means_layer_ = -1;  // whose means the memory holds
   Parts parts_{};
 };
 

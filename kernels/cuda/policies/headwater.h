@@ -3,15 +3,18 @@
 #ifndef HW_KERNELS_CUDA_POLICIES_HEADWATER_H_
 #define HW_KERNELS_CUDA_POLICIES_HEADWATER_H_
 
+#include <cstdint>
 #include <memory>
 
 #include "kernels/cuda/policy.h"
 
 namespace headwater::kernels {
 
-// The search is CudaSelectBlocks() over the whole prompt, the correction CudaMeanCorrection. Lists have room
-// for 128 blocks a tile on average; a tile that finds none goes dense and is counted. INVALID_ARGUMENT: a
-// parameter out of range, thresholds that are not one for each layer and KV head.
+// Room for so many blocks a tile on average; a tile that finds none goes dense and is counted.
+inline constexpr int64_t kHeadwaterBlocksPerTile = 128;
+
+// The search is CudaSelectBlocks() over the whole prompt, the correction CudaMeanCorrection.
+// INVALID_ARGUMENT: a parameter out of range, thresholds that are not one for each layer and KV head.
 Status MakeCudaHeadwater(const HeadwaterParameters& parameters, const CudaPolicyShape& shape,
                          std::unique_ptr<CudaPolicy>* made);
 

@@ -126,7 +126,43 @@ __global__ void __launch_bounds__(kWarps * 32) WriteKernel(const MaskParams p) {
   }
 }
 
+struct CountParams {
+  CudaCountListsArgs args;
+  int64_t tiles, tile_positions;
+};
+
+// A CTA a list.
+__global__ void __launch_bounds__(kScanThreads) CountListsKernel(const CountParams p) {
+  __shared__ uint64_t sums[kScanThreads / 32];
+  __shared__ uint32_t dense_tiles;
+  if (threadIdx.x == 0) dense_tiles = 0;
+  __syncthreads();
+  const int32_t* const counts = p.args.lists.counts + static_cast<int64_t>(blockIdx.x) * p.tiles;
+  uint64_t visited = 0;
+  for (int64_t tile = threadIdx.x; tile < p.tiles; tile += kScanThreads) {
+    const int32_t count = counts[tile];
+    const int64_t end = min((tile + 1) * p.tile_positions, p.args.num_tokens);
+    visited += static_cast<uint64_t>(count < 0 ? (end + 127) / 128 : count);
+    if (count < 0) atomicAdd(&dense_tiles, 1u);
+  }
+  visited = SumToLane(visited);
+  if ((threadIdx.x & 31) == 31) sums[threadIdx.x >> 5] = visited;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  visited = SumToLane(sums[threadIdx.x]);
+  if (threadIdx.x != 31) return;
+  p.args.visited[blockIdx.x] = visited;
+  p.args.dense_tiles[blockIdx.x] = dense_tiles;
+}
+
 }  // namespace
+
+cudaError_t LaunchCountLists(const CudaCountListsArgs& args, const CudaBlockMasks& masks,
+                             cudaStream_t stream) {
+  CountListsKernel<<<static_cast<unsigned>(masks.num_lists), kScanThreads, 0, stream>>>(
+      {args, masks.tiles(), masks.tile_positions});
+  return cudaGetLastError();
+}
 
 cudaError_t LaunchListsOfMasks(const CudaListsOfMasksArgs& args, cudaStream_t stream) {
   const MaskParams params{args, args.masks.tiles(), args.masks.tile_words(),

@@ -139,6 +139,43 @@ TEST_P(CudaBlockMasksGpuTest, ListsAreDenseByRequestAndForWantOfRoom) {
               SameBits(got.counts, again.counts));
 }
 
+TEST_P(CudaBlockMasksGpuTest, CountsOfListsAddUp) {
+  HW_REQUIRE_SM90();
+  const Case& c = GetParam();
+  const CudaBlockMasks shape = Shape(c);
+  const auto lists = static_cast<size_t>(c.num_lists);
+  std::mt19937 random(3);
+  std::vector<int32_t> counts(lists * static_cast<size_t>(shape.tiles()));
+  std::vector<uint64_t> visited(lists);
+  std::vector<uint32_t> dense_tiles(lists);
+  for (size_t i = 0; i < counts.size(); ++i) {
+    const size_t list = i / static_cast<size_t>(shape.tiles());
+    const int64_t tile = static_cast<int64_t>(i) % shape.tiles();
+    counts[i] = static_cast<int32_t>(random() % 100) - 1;
+    if (i % 5 == 2) counts[i] = -1;
+    dense_tiles[list] += counts[i] < 0;
+    visited[list] += static_cast<uint64_t>(
+        counts[i] < 0 ? (std::min(c.num_tokens, (tile + 1) * c.tile_positions) + 127) / 128 : counts[i]);
+  }
+  const DeviceArray<int32_t> device_counts(counts);
+  DeviceArray<uint64_t> got_visited(lists);
+  DeviceArray<uint32_t> got_dense(lists);
+  CudaCountListsArgs args;
+  args.lists = {c.num_lists, device_counts.data(), nullptr, nullptr};
+  args.num_tokens = c.num_tokens;
+  args.num_q_heads = c.num_lists * (128 / c.tile_positions);
+  args.visited = got_visited.data();
+  args.dense_tiles = got_dense.data();
+
+  const Status status = CudaCountLists(args, nullptr);
+
+  ASSERT_TRUE(status.ok()) << status.message();
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  EXPECT_EQ(got_visited.Host(), visited);
+  EXPECT_EQ(got_dense.Host(), dense_tiles);
+  EXPECT_TRUE(got_visited.Intact() && got_dense.Intact());
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Shapes, CudaBlockMasksGpuTest,
     ::testing::Values(Case{"one_token", 1, 1, 128, 8}, Case{"under_a_block", 127, 3, 128, 8},

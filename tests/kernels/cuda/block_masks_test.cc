@@ -55,6 +55,23 @@ INSTANTIATE_TEST_SUITE_P(
                 kBad, "num_lists * tiles"}),
     [](const auto& test) { return test.param.name; });
 
+TEST(CudaBlockMasksTest, CountingRefusesWhatIsNoLists) {
+  CudaCountListsArgs args;
+  args.lists = {2, static_cast<int32_t*>(kAligned), nullptr, nullptr};
+  args.num_tokens = 1000;
+  args.num_q_heads = 7;
+  args.visited = static_cast<uint64_t*>(kAligned);
+  args.dense_tiles = static_cast<uint32_t*>(kAligned);
+  EXPECT_EQ(CudaCountLists(args, nullptr).message(),
+            "2 lists of 7 query heads; 1 to 128 heads a list are wanted");
+  args.num_q_heads = 8;
+  args.lists.num_lists = 0;
+  EXPECT_EQ(CudaCountLists(args, nullptr).code(), kBad);
+  args.lists.num_lists = 2;
+  args.visited = nullptr;
+  EXPECT_EQ(CudaCountLists(args, nullptr).message(), "visited is null");
+}
+
 TEST(CudaBlockMasksTest, SizesFollowTheLists) {
   const CudaBlockMasks per_query_head = CudaBlockMasksOf(4225, 9, 3, true),
                        packed = CudaBlockMasksOf(4225, 9, 3, false);

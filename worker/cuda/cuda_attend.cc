@@ -1,0 +1,146 @@
+// The attention of a pass: dense, packed, searched some queries at a time, or by a policy over the whole
+// prompt.
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "base/log.h"
+#include "base/status_macros.h"
+#include "model/kernel_status.h"
+#include "worker/cuda/cuda_pass.h"
+
+namespace headwater {
+namespace {
+
+// Of one call of the attention kernel, about 18 ms of an H100 (its last tiles leave part of the device idle
+// for up to 1 ms).
+constexpr double kFlopPerCall = 12e12;
+constexpr double kLeastDensity = 0.002;
+
+// Queries from `begin` on whose causal attention takes kFlopPerCall.
+int64_t QueriesOfCall(double flop_per_pair, int64_t begin) {
+  const auto from = static_cast<double>(begin);
+  const double count = std::sqrt(from * from + 2 * kFlopPerCall / flop_per_pair) - from;
+  return std::max(kLeastQueries, static_cast<int64_t>(count) / 128 * 128);
+}
+
+// (query, key, head) of a whole prompt.
+uint64_t PairsOf(int64_t num_tokens, int32_t num_q_heads) {
+  const auto count = static_cast<uint64_t>(num_tokens);
+  return count * (count + 1) / 2 * static_cast<uint64_t>(num_q_heads);
+}
+
+}  // namespace
+
+kernels::CudaAttentionArgs CudaPass::AttentionArgs(const char* k, const char* v, int64_t begin,
+                                                   int64_t count) const {
+  kernels::CudaAttentionArgs args;
+  args.num_q_heads = config_.num_q_heads;
+  args.num_kv_heads = config_.num_kv_heads;
+  args.head_dim = config_.head_dim;
+  args.softmax_scale = CudaPolicyShapeOf(config_).softmax_scale;
+  args.q = args.out = Q(begin);
+  args.k = k;
+  args.v = v;
+  args.total_q = count;
+  args.total_k = begin + count;
+  return args;
+}
+
+absl::Status CudaPass::Launch(const kernels::CudaAttentionArgs& args) {
+  return FromKernels(kernels::CudaAttention(args, workspace_, workspace_bytes_, stream_), "attention");
+}
+
+absl::Status CudaPass::Attend(int32_t layer, const char* k, const char* v, int64_t first) {
+  const bool searched = pattern_.has_value() && first == 0;
+  if (searched) HW_RETURN_IF_ERROR(pattern_->StartLayer(stream_));
+  const double flop_per_pair = 4.0 * static_cast<double>(q_width_) * (searched ? density_ : 1);
+  PrefillProgress& progress = sequences_[0].result.progress;
+  for (int64_t begin = first; begin < num_tokens_;) {
+    int64_t count = std::min(num_tokens_ - begin, QueriesOfCall(flop_per_pair, begin));
+    if (searched) count = std::min(count, CudaPatternPlan::kMaxQueries);
+    kernels::CudaAttentionArgs args = AttentionArgs(k, v, begin, count);
+    if (searched) {
+      HW_RETURN_IF_ERROR(pattern_->Select(begin, &args, log_.AddSearch(layer, begin, count), stream_));
+    }
+    HW_RETURN_IF_ERROR(Launch(args));
+    const double pairs =
+        static_cast<double>(count) * (static_cast<double>(begin) + static_cast<double>(count) / 2);
+    if (!searched) {
+      const uint64_t all = static_cast<uint64_t>(pairs) * static_cast<uint64_t>(config_.num_q_heads);
+      progress.pairs_computed += all;
+      progress.pairs_possible += all;
+    }
+    begin += count;
+    HW_RETURN_IF_ERROR(pacer_.Enqueued(flop_per_pair * pairs));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaPass::AttendPacked(const char* k, const char* v) {
+  kernels::CudaAttentionArgs args = AttentionArgs(k, v, 0, num_tokens_);
+  args.num_sequences = static_cast<int32_t>(sequences_.size());
+  args.cu_seqlens_q = args.cu_seqlens_k = cu_seqlens_;
+  HW_RETURN_IF_ERROR(Launch(args));
+  double flop = 0;
+  for (CudaSequence& sequence : sequences_) {
+    const uint64_t pairs = PairsOf(sequence.num_tokens, config_.num_q_heads);
+    sequence.result.progress.pairs_computed += pairs;
+    sequence.result.progress.pairs_possible += pairs;
+    flop += 4.0 * config_.head_dim * static_cast<double>(pairs);
+  }
+  return pacer_.Enqueued(flop);
+}
+
+// One call over the whole prompt, which a cancelled job waits for; a layer that turns out dense goes in
+// pieces.
+absl::Status CudaPass::AttendPolicy(int32_t layer, const char* k, const char* v, char** out) {
+  const kernels::CudaPolicyLayer arrays{layer, Q(0), k, v};
+  HW_ASSIGN_OR_RETURN(const bool dense, policy_pass_->Select(arrays));
+  *out = Q(0);
+  if (dense) return Attend(layer, k, v, 0);
+  HW_RETURN_IF_ERROR(policy_pass_->Attend(arrays, out));
+  return pacer_.Enqueued(WorkOf(config_, num_tokens_).dense_attention * policy_pass_->density());
+}
+
+void CudaPass::LogOverflows(int32_t layer, uint32_t overflows) {
+  if (overflows == 0) return;
+  if (context_.metrics != nullptr) context_.metrics->search_overflows.Increment(overflows);
+  if (std::exchange(overflow_logged_, true)) return;
+  HW_LOG(WARNING).Field("request_id", sequences_[0].prompt->job->request_id)
+      << "layer " << layer << ": the lists of " << overflows
+      << " query tiles found no room; these tiles are computed densely";
+}
+
+void CudaPass::TakeDensity(int32_t layer) {
+  PrefillProgress& progress = sequences_[0].result.progress;
+  if (policy_pass_ != nullptr) {
+    if (FirstRow(layer) > 0) return;  // the policy was not told of it
+    const CudaPolicyLog::Read read = policy_pass_->Take(layer, &progress);
+    LogOverflows(layer, read.overflows);
+    density_ = std::max(kLeastDensity, read.density);
+    // What the loop attends to is counted as it is enqueued.
+    if (!read.by_policy) return;
+    const uint64_t pairs = PairsOf(num_tokens_, config_.num_q_heads);
+    progress.pairs_computed += static_cast<uint64_t>(read.density * static_cast<double>(pairs));
+    progress.pairs_possible += pairs;
+    return;
+  }
+  constexpr uint64_t kPairs = uint64_t{128} * kernels::kStatsBlockTokens;
+  const CudaLayerLog::Searches found = log_.CountSearches(layer, *pattern_);
+  LogOverflows(layer, found.overflows);
+  if (found.blocks.possible == 0) return;
+  progress.pairs_computed += found.blocks.computed * kPairs;
+  progress.pairs_possible += found.blocks.possible * kPairs;
+  density_ = std::max(
+      kLeastDensity, static_cast<double>(found.blocks.computed) / static_cast<double>(found.blocks.possible));
+}
+
+// Of a whole layer: the last one computes one row's attention.
+void CudaPass::LearnSpeed(int32_t layer, absl::Duration linear, absl::Duration attention) {
+  if (context_.speed == nullptr || packed() || layer + 1 == config_.num_layers) return;
+  const LayerWork work = WorkOf(config_, num_tokens_);
+  context_.speed->Add(work.linear, linear, work.dense_attention * density_, attention);
+}
+
+}  // namespace headwater

@@ -1,0 +1,121 @@
+// CudaPass: the prompts of one pass on their way through the layers; RunCudaPrefill()'s state. For
+// cuda_prefill.cc and cuda_attend.cc alone.
+#ifndef HW_WORKER_CUDA_CUDA_PASS_H_
+#define HW_WORKER_CUDA_CUDA_PASS_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+
+#include "base/status_macros.h"
+#include "kernels/cuda/attention.h"
+#include "model/cuda/device_buffer.h"
+#include "worker/cuda/cuda_layer_log.h"
+#include "worker/cuda/cuda_pattern.h"
+#include "worker/cuda/cuda_policy_pass.h"
+#include "worker/cuda/cuda_sequences.h"
+#include "worker/cuda/gpu_pacer.h"
+
+namespace headwater {
+
+// One call of the attention kernel takes at least so many.
+inline constexpr int64_t kLeastQueries = 1024;
+
+class CudaPass {
+ public:
+  CudaPass(absl::Span<const CudaPrefillPrompt> prompts, const CudaPrefillContext& context);
+  // Nothing may be running on the device when its memory goes.
+  ~CudaPass();
+  std::vector<absl::StatusOr<PrefillResult>> Run();
+
+ private:
+  absl::Status RunLayers();
+  absl::Status Step() { return StepSequences(egress_.get(), &sequences_); }
+  bool packed() const { return sequences_.size() > 1; }
+
+  absl::Status Prepare();
+  absl::Status BeginPattern(const CudaPrefillPlan& plan, char* memory);
+  absl::Status Upload();
+
+  // Calls work(begin, count) for rows [0, num_rows), a model chunk at a time, at the device's pace.
+  template <typename Work>
+  absl::Status ForChunks(int64_t num_rows, const Work& work, double flop_per_row = 0) {
+    for (int64_t begin = 0; begin < num_rows; begin += model_->chunk_tokens()) {
+      const int64_t count = std::min(model_->chunk_tokens(), num_rows - begin);
+      HW_RETURN_IF_ERROR(work(begin, count));
+      HW_RETURN_IF_ERROR(pacer_.Enqueued(flop_per_row * static_cast<double>(count)));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status RunLayer(int32_t layer);
+  // Of those whose attention is computed: in the last layer only the last token's result is used.
+  int64_t FirstRow(int32_t layer) const {
+    return layer + 1 == config_.num_layers && !packed() ? num_tokens_ - 1 : 0;
+  }
+  // attention: of row `first` on.
+  absl::Status FinishRows(int32_t layer, const char* attention, int64_t first);
+  absl::Status CheckFinishedLayers();
+  absl::Status ScoreLastTokens();
+  void FillReports();
+
+  // cuda_attend.cc. Each writes the layer's attention to Q's memory, AttendPolicy() to *out.
+  kernels::CudaAttentionArgs AttentionArgs(const char* k, const char* v, int64_t begin, int64_t count) const;
+  absl::Status Launch(const kernels::CudaAttentionArgs& args);
+  // Queries from `first` on, some at a time; each call's output takes the place of its queries.
+  absl::Status Attend(int32_t layer, const char* k, const char* v, int64_t first);
+  // All prompts at once.
+  absl::Status AttendPacked(const char* k, const char* v);
+  absl::Status AttendPolicy(int32_t layer, const char* k, const char* v, char** out);
+  // Of a layer that has run.
+  void TakeDensity(int32_t layer);
+  void LogOverflows(int32_t layer, uint32_t overflows);
+  void LearnSpeed(int32_t layer, absl::Duration linear, absl::Duration attention);
+
+  float* Hidden(int64_t row) const { return hidden_ + row * config_.hidden_size; }
+  char* Q(int64_t row) const { return q_ + row * q_width_ * 2; }
+
+  const CudaPrefillContext& context_;
+  CudaModel* const model_;
+  const ModelConfig& config_;
+  const int64_t q_width_;
+  const int64_t kv_width_;
+  std::vector<CudaSequence> sequences_;
+  int64_t num_tokens_ = 0;
+  int64_t chunks_ = 0;
+  absl::Time start_;
+  DeviceBuffer memory_;
+  int32_t* ids_ = nullptr;
+  int32_t* positions_ = nullptr;
+  int32_t* cu_seqlens_ = nullptr;
+  float* hidden_ = nullptr;
+  char* q_ = nullptr;
+  char* kv_[kCudaKvBuffers] = {};
+  float* logits_ = nullptr;
+  int64_t* bad_rows_ = nullptr;
+  char* workspace_ = nullptr;
+  uint64_t workspace_bytes_ = 0;
+  cudaStream_t stream_ = nullptr;
+  GpuPacer pacer_;
+  CudaLayerLog log_;
+  std::optional<CudaPattern> pattern_;           // of probe
+  std::unique_ptr<kernels::CudaPolicy> policy_;  // of others that search
+  std::unique_ptr<CudaPolicyPass> policy_pass_;
+  const ComputeSpeed first_guess_;
+  double density_ = 1;  // of the last layer that has run
+  bool overflow_logged_ = false;
+  int32_t layers_done_ = 0;
+  int32_t checked_ = 0;
+  std::unique_ptr<CudaEgress> egress_;
+};
+
+}  // namespace headwater
+
+#endif  // HW_WORKER_CUDA_CUDA_PASS_H_

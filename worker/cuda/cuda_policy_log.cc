@@ -1,0 +1,177 @@
+#include "worker/cuda/cuda_policy_log.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+#include "base/status_macros.h"
+#include "worker/cuda/cuda_plan.h"
+
+namespace headwater {
+namespace {
+
+constexpr int64_t kRows = CudaPolicyPlan::kSampledRows;
+constexpr int64_t kOwnOffset = kRows * static_cast<int64_t>(sizeof(int64_t));
+constexpr int64_t kCountersOffset = kOwnOffset + 16;
+
+const char* NoteOf(v1::AttentionFallback fallback) {
+  switch (fallback) {
+    case v1::ATTENTION_FALLBACK_DENSE_RECALL:
+      return "recall stayed under min_recall";
+    case v1::ATTENTION_FALLBACK_DENSE_BY_POLICY:
+      return "the policy reads everything here";
+    case v1::ATTENTION_FALLBACK_DENSITY_BOUND:
+      return "the policy asked for more than the bound";
+    case v1::ATTENTION_FALLBACK_DENSITY_FLOOR:
+      return "what is always read is over the bound";
+    default:
+      return "";
+  }
+}
+
+double Ratio(uint64_t part, uint64_t whole) {
+  return whole == 0 ? 1 : static_cast<double>(part) / static_cast<double>(whole);
+}
+
+}  // namespace
+
+absl::Status CudaPolicyLog::Init(const ModelConfig& config, std::string policy) {
+  num_q_heads_ = config.num_q_heads;
+  num_kv_heads_ = config.num_kv_heads;
+  const int64_t counters =
+      num_q_heads_ * static_cast<int64_t>(sizeof(uint64_t) + sizeof(uint32_t) + kRows * sizeof(float));
+  stride_ = (kCountersOffset + counters + 63) / 64 * 64;
+  layers_.resize(static_cast<size_t>(config.num_layers));
+  report_.set_policy(std::move(policy));
+  HW_ASSIGN_OR_RETURN(
+      pinned_, DeviceBuffer::AllocatePinned(static_cast<uint64_t>(config.num_layers * stride_), "a report"));
+  std::fill_n(pinned_.data(), pinned_.bytes(), 0);
+  return absl::OkStatus();
+}
+
+CudaPolicyLog::Own* CudaPolicyLog::OwnOf(int32_t layer) const { return Pinned<Own>(layer, kOwnOffset); }
+
+CudaPolicyCounters CudaPolicyLog::CountersOf(int32_t layer) const {
+  return {Pinned<char>(layer, kCountersOffset), num_q_heads_};
+}
+
+absl::Status CudaPolicyLog::Copy(int32_t layer, const CudaPolicyCounters& counters,
+                                 const kernels::CudaSelection& selection, cudaStream_t stream) {
+  const auto copy = [&](void* to, const void* from, size_t bytes) {
+    if (from == nullptr || bytes == 0) return absl::OkStatus();
+    return FromCuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream), "a report");
+  };
+  const Layer& of = layers_[static_cast<size_t>(layer)];
+  Own* const own = OwnOf(layer);
+  HW_RETURN_IF_ERROR(copy(&own->visited, selection.visited, sizeof(own->visited)));
+  HW_RETURN_IF_ERROR(copy(&own->overflows, selection.overflows, sizeof(own->overflows)));
+  if (of.kind != Layer::Kind::kLists) return absl::OkStatus();
+  const auto heads = static_cast<size_t>(num_q_heads_);
+  return copy(
+      CountersOf(layer).visited, counters.visited,
+      heads * (sizeof(uint64_t) + sizeof(uint32_t)) + static_cast<size_t>(of.rows) * heads * sizeof(float));
+}
+
+std::vector<GroupMeasure> CudaPolicyLog::Groups(int32_t layer) const {
+  const Layer& of = layers_[static_cast<size_t>(layer)];
+  const CudaPolicyCounters counters = CountersOf(layer);
+  const int32_t lists = of.num_lists / num_kv_heads_, pack = num_q_heads_ / num_kv_heads_;
+  const absl::Span<const float> recalls(counters.recall, static_cast<size_t>(of.rows * num_q_heads_));
+  std::vector<GroupMeasure> groups(static_cast<size_t>(num_kv_heads_));
+  for (int32_t head = 0; head < num_kv_heads_; ++head) {
+    uint64_t visited = 0;
+    for (int32_t list = head * lists; list < (head + 1) * lists; ++list) visited += counters.visited[list];
+    GroupMeasure& group = groups[static_cast<size_t>(head)];
+    group.density = Ratio(visited, of.possible * static_cast<uint64_t>(lists));
+    group.recall = EstimateRecall(recalls, num_q_heads_, head * pack, pack);
+  }
+  return groups;
+}
+
+void CudaPolicyLog::TakeGroups(int32_t layer, uint32_t overflows) {
+  const Layer& of = layers_[static_cast<size_t>(layer)];
+  const CudaPolicyCounters counters = CountersOf(layer);
+  const std::vector<GroupMeasure> measures = Groups(layer);
+  const int32_t lists = of.num_lists / num_kv_heads_;
+  for (int32_t head = 0; head < num_kv_heads_; ++head) {
+    const auto i = static_cast<size_t>(head);
+    v1::AttentionGroup* const group = report_.add_groups();
+    group->set_layer(static_cast<uint32_t>(layer));
+    group->set_kv_head(static_cast<uint32_t>(head));
+    group->set_density(measures[i].density);
+    if (of.rows > 0) {
+      group->set_recall(measures[i].recall.mean);
+      group->set_recall_p1(measures[i].recall.p1);
+    }
+    const bool known = i < of.outcomes.size();
+    if (known) {
+      group->set_threshold(static_cast<double>(of.outcomes[i].setting.threshold));
+      group->set_window_blocks(static_cast<uint32_t>(of.outcomes[i].setting.window_blocks));
+      group->set_rounds(of.outcomes[i].rounds);
+      group->set_fallback(of.outcomes[i].fallback);
+    }
+    uint32_t dense = 0;
+    for (int32_t list = head * lists; list < (head + 1) * lists; ++list) dense += counters.dense_tiles[list];
+    if (group->fallback() == v1::ATTENTION_FALLBACK_UNSPECIFIED && known &&
+        of.outcomes[i].setting.threshold == 0) {
+      group->set_fallback(v1::ATTENTION_FALLBACK_DENSE_BY_POLICY);
+    }
+    group->set_note(NoteOf(group->fallback()));
+    const bool no_room =
+        overflows > 0 && dense > 0 && (of.usual_dense_tiles == UINT32_MAX || dense > of.usual_dense_tiles);
+    if (group->fallback() == v1::ATTENTION_FALLBACK_UNSPECIFIED && no_room) {
+      group->set_fallback(v1::ATTENTION_FALLBACK_DENSE_NO_ROOM);
+      group->set_note(
+          absl::StrCat(dense, " dense tiles; lists of ", overflows, " tiles of the layer found no room"));
+    }
+  }
+}
+
+CudaPolicyLog::Read CudaPolicyLog::Take(int32_t layer) {
+  const Layer& of = layers_[static_cast<size_t>(layer)];
+  if (of.kind == Layer::Kind::kNone) return {};
+  Read read;
+  read.by_policy = !of.by_loop;
+  if (of.kind == Layer::Kind::kLists) {
+    const CudaPolicyCounters counters = CountersOf(layer);
+    uint64_t visited = 0;
+    for (int32_t list = 0; list < of.num_lists; ++list) visited += counters.visited[list];
+    read.density = Ratio(visited, of.possible * static_cast<uint64_t>(of.num_lists));
+    read.overflows = OwnOf(layer)->overflows;
+    const int64_t count = int64_t{of.rows} * num_q_heads_;
+    for (int64_t i = 0; i < count; ++i) {
+      recalls_.push_back(counters.recall[i]);
+      recall_sum_ += static_cast<double>(counters.recall[i]);
+    }
+    report_.set_sampled_queries(std::max(report_.sampled_queries(), static_cast<uint32_t>(of.rows)));
+    TakeGroups(layer, read.overflows);
+    return read;
+  }
+  v1::AttentionGroup* const whole = report_.add_groups();
+  whole->set_layer(static_cast<uint32_t>(layer));
+  if (of.kind == Layer::Kind::kRanges) {
+    read.density = Ratio(OwnOf(layer)->visited, of.possible);
+    read.overflows = OwnOf(layer)->overflows;
+    if (read.overflows > 0) {
+      whole->set_fallback(v1::ATTENTION_FALLBACK_DENSE_NO_ROOM);
+      whole->set_note(absl::StrCat("the ranges of ", read.overflows, " tiles found no room"));
+    }
+  } else {
+    whole->set_fallback(v1::ATTENTION_FALLBACK_DENSE_BY_POLICY);
+    whole->set_note(NoteOf(whole->fallback()));
+  }
+  whole->set_density(read.density);
+  return read;
+}
+
+v1::AttentionReport CudaPolicyLog::Report() const {
+  v1::AttentionReport report = report_;
+  if (!recalls_.empty()) {
+    report.set_recall_mean(recall_sum_ / static_cast<double>(recalls_.size()));
+    report.set_recall_p1(FirstPercentile(recalls_));
+  }
+  return report;
+}
+
+}  // namespace headwater

@@ -1,0 +1,102 @@
+// CudaPolicyLog: what the layers of a policy leave for the host, and the report that it becomes.
+#ifndef HW_WORKER_CUDA_CUDA_POLICY_LOG_H_
+#define HW_WORKER_CUDA_CUDA_POLICY_LOG_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include <cuda_runtime_api.h>
+
+#include "absl/status/status.h"
+#include "absl/types/span.h"
+
+#include "headwater/v1/types.pb.h"
+#include "kernels/cuda/policy.h"
+#include "model/config.h"
+#include "model/cuda/device_buffer.h"
+#include "worker/recall_contract.h"
+
+namespace headwater {
+
+// Where the device counts; of CudaPolicyPlan::counters bytes.
+struct CudaPolicyCounters {
+  uint64_t* visited = nullptr;      // [query heads], of each list
+  uint32_t* dense_tiles = nullptr;  // likewise
+  float* recall = nullptr;          // [sampled rows, query heads]
+
+  CudaPolicyCounters(char* memory, int64_t num_q_heads)
+      : visited(reinterpret_cast<uint64_t*>(memory)),
+        dense_tiles(reinterpret_cast<uint32_t*>(visited + num_q_heads)),
+        recall(reinterpret_cast<float*>(dense_tiles + num_q_heads)) {}
+};
+
+class CudaPolicyLog {
+ public:
+  // One layer, as far as the host knows it when it enqueues it.
+  struct Layer {
+    enum class Kind { kNone, kDense, kLists, kRanges } kind = Kind::kNone;
+    int32_t num_lists = 0;
+    int32_t rows = 0;       // whose recall was measured
+    uint64_t possible = 0;  // blocks of one list, or steps of the ranges
+    // Dense tiles of a list that is not dense: the prompt's end. Of policies that do not say: all there are.
+    uint32_t usual_dense_tiles = UINT32_MAX;
+    std::vector<GroupOutcome> outcomes;  // by KV head; empty: the policy has no settings
+    bool by_loop = false;                // the loop attends to it, densely, and counts its pairs
+  };
+  // What a layer that has run read.
+  struct Read {
+    bool by_policy = false;  // else the loop's own, and dense
+    double density = 1;
+    uint32_t overflows = 0;
+  };
+
+  absl::Status Init(const ModelConfig& config, std::string policy);
+
+  Layer& layer(int32_t layer) { return layers_[static_cast<size_t>(layer)]; }
+  // Pinned [CudaPolicyPlan::kSampledRows].
+  int64_t* positions(int32_t layer) { return Pinned<int64_t>(layer, 0); }
+
+  // Enqueues the copy of what the device has counted for the layer.
+  absl::Status Copy(int32_t layer, const CudaPolicyCounters& counters,
+                    const kernels::CudaSelection& selection, cudaStream_t stream);
+
+  // The rest: of a layer whose copies have arrived.
+
+  // By KV head.
+  std::vector<GroupMeasure> Groups(int32_t layer) const;
+  // Adds the layer to the report.
+  Read Take(int32_t layer);
+
+  double recall_sum() const { return recall_sum_; }
+  uint64_t num_recalls() const { return recalls_.size(); }
+  // Of the layers taken so far.
+  v1::AttentionReport Report() const;
+
+ private:
+  // Behind the positions: {visited, overflows} of the policy's own count, then CudaPolicyCounters.
+  struct Own {
+    uint64_t visited;
+    uint32_t overflows;
+    uint32_t reserved;
+  };
+  template <typename T>
+  T* Pinned(int32_t layer, int64_t offset) const {
+    return reinterpret_cast<T*>(pinned_.data() + layer * stride_ + offset);
+  }
+  Own* OwnOf(int32_t layer) const;
+  CudaPolicyCounters CountersOf(int32_t layer) const;
+  void TakeGroups(int32_t layer, uint32_t overflows);
+
+  int32_t num_q_heads_ = 0, num_kv_heads_ = 0;
+  int64_t stride_ = 0;
+  std::vector<Layer> layers_;
+  DeviceBuffer pinned_;
+  v1::AttentionReport report_;
+  std::vector<float> recalls_;
+  double recall_sum_ = 0;
+};
+
+}  // namespace headwater
+
+#endif  // HW_WORKER_CUDA_CUDA_POLICY_LOG_H_

@@ -1,0 +1,87 @@
+#include "worker/recall_contract.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace headwater {
+namespace {
+
+constexpr double kErrors = 2;
+constexpr float kTighter = 0.25f;
+constexpr int32_t kWider = 4, kMostWindow = 1 << 20;
+// Lists end where blocks do: a correction aims at this share of the bound.
+constexpr double kAim = 0.99;
+// The least density that can be forced: lists hold what is always listed.
+constexpr double kLeastForced = 1e-6;
+
+}  // namespace
+
+RecallContract::RecallContract(const ContractRules& rules, std::vector<GroupSetting> settings)
+    : rules_(rules) {
+  for (const GroupSetting& setting : settings) outcomes_.push_back({setting});
+}
+
+// False: it is dense, and can read no more.
+bool RecallContract::Tighten(GroupOutcome* group) const {
+  GroupSetting& setting = group->setting;
+  if (setting.threshold == 0) return false;
+  ++group->rounds;
+  if (group->rounds > kMostRounds) {
+    setting.threshold = 0;
+    group->fallback = v1::ATTENTION_FALLBACK_DENSE_RECALL;
+  } else if (group->rounds == 2) {
+    setting.window_blocks = std::min(kMostWindow / kWider, setting.window_blocks) * kWider;
+  } else if (setting.threshold > 1) {
+    setting.threshold = rules_.first_threshold;
+  } else {
+    setting.threshold *= kTighter;
+  }
+  return true;
+}
+
+bool RecallContract::JudgeDensity(double density) {
+  if (density <= rules_.max_density) return false;
+  const bool floor = forced_density_ > 0 && forced_density_ <= kLeastForced;
+  if (floor || density_rounds_ >= kMostRounds) {
+    for (GroupOutcome& group : outcomes_) group.fallback = v1::ATTENTION_FALLBACK_DENSITY_FLOOR;
+    return false;
+  }
+  ++density_rounds_;
+  // What was measured over what was forced is listed whatever the density.
+  forced_density_ =
+      forced_density_ == 0 ? rules_.max_density : forced_density_ - (density - kAim * rules_.max_density);
+  forced_density_ = std::clamp(forced_density_, kLeastForced, std::max(kLeastForced, rules_.most_forced));
+  for (GroupOutcome& group : outcomes_) {
+    ++group.rounds;
+    group.fallback = v1::ATTENTION_FALLBACK_DENSITY_BOUND;
+  }
+  return true;
+}
+
+bool RecallContract::Judge(absl::Span<const GroupMeasure> groups) {
+  bool again = false;
+  double density = 0;
+  for (size_t i = 0; i < outcomes_.size(); ++i) {
+    density += groups[i].density / static_cast<double>(outcomes_.size());
+    const RecallEstimate& recall = groups[i].recall;
+    if (recall.mean - kErrors * recall.error < rules_.min_recall) {
+      again = Tighten(&outcomes_[i]) || again;
+    }
+  }
+  if (rules_.max_density < 1) again = JudgeDensity(density) || again;
+  return again;
+}
+
+std::vector<float> RecallContract::thresholds() const {
+  std::vector<float> all;
+  for (const GroupOutcome& group : outcomes_) all.push_back(group.setting.threshold);
+  return all;
+}
+
+std::vector<int32_t> RecallContract::windows() const {
+  std::vector<int32_t> all;
+  for (const GroupOutcome& group : outcomes_) all.push_back(group.setting.window_blocks);
+  return all;
+}
+
+}  // namespace headwater
