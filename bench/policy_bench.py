@@ -34,6 +34,8 @@ SLOWER = 1.03  # than dense: what no policy may be
 def make(spec: str, a) -> ops.PatternPolicy:
     name, _, rest = spec.partition(":")
     values = {key: float(value) for key, value in (part.split("=") for part in filter(None, rest.split(",")))}
+    if a.no_crossover:
+        values.setdefault("dense_below_tokens", 0)
     return ops.PatternPolicy(name, values, layers=LAYERS, q_heads=a.q_heads, kv_heads=a.kv_heads, head_dim=a.head_dim)
 
 
@@ -73,6 +75,8 @@ def main() -> int:
     parser.add_argument("--kv_heads", type=int, default=8)
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no_crossover", action="store_true",
+                        help="short prompts are searched too: shows where dense_below_tokens of kernels/pattern/parameters.cc belongs")
     parser.add_argument("--commit", default="", help="recorded in the rows, where this is no git checkout")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "policies.jsonl")
     a = parser.parse_args()
@@ -84,7 +88,7 @@ def main() -> int:
             row = {"bench": "policies", "device": torch.cuda.get_device_name(), "commit": revision,
                    "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
                    "params": {"tokens": n, "q_heads": a.q_heads, "kv_heads": a.kv_heads, "head_dim": a.head_dim, "policy": name,
-                              "parameters": values, "set": "speed", "inputs": "structured", "run": run},
+                              "parameters": values, "set": "crossover" if a.no_crossover else "speed", "inputs": "structured", "run": run},
                    "metrics": {key: float(f"{value:.5g}") for key, value in metrics.items()},
                    "peers": {name: {key: float(f"{value:.5g}") for key, value in of.items()} for name, of in peers.items()}}
             with open(a.output, "a", encoding="utf-8") as output:

@@ -68,7 +68,8 @@ class Measured:
 
 
 def make_gpu(spec: Spec, shape: Shape, layers: int, device: str):
-    return ops.PatternPolicy(spec.name, spec.values, device=device, **spec.model(shape, layers))
+    # Dense where the reference is: no crossover.
+    return ops.PatternPolicy(spec.name, {"dense_below_tokens": 0, **spec.values}, device=device, **spec.model(shape, layers))
 
 
 class Comparison:

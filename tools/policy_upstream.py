@@ -47,7 +47,8 @@ class Ours:
         if arguments.ours == "reference":
             self._listed = References(pool, shape, [layer], arguments.limit_s).start(spec)[0]().listed.to(arguments.device)
             return
-        self._policy = ops.PatternPolicy(spec.name, spec.values, device=arguments.device, **spec.model(shape, 1))
+        values = {"dense_below_tokens": 0, **spec.values}  # no crossover: upstream has none
+        self._policy = ops.PatternPolicy(spec.name, values, device=arguments.device, **spec.model(shape, 1))
         self._policy.begin(self._tokens)
         _, found = self._policy.attention(layer.number, *layer.to(arguments.device))
         if found.ranges is not None:

@@ -1,9 +1,11 @@
 #include "kernels/cuda/policy.h"
 
 #include <algorithm>
+#include <utility>
 #include <variant>
 
 #include "kernels/cuda/policies/a_shape.h"
+#include "kernels/cuda/policies/dense_below.h"
 #include "kernels/cuda/policies/flash.h"
 #include "kernels/cuda/policies/flex.h"
 #include "kernels/cuda/policies/headwater.h"
@@ -86,7 +88,9 @@ Status OverRanges(const CudaPolicyShape& shape, int64_t num_tokens, const CudaPo
 Status MakeCudaPolicy(const PolicyParameters& parameters, const CudaPolicyShape& shape,
                       std::unique_ptr<CudaPolicy>* made) {
   HW_KERNELS_RETURN_IF_ERROR(CheckPolicyShape(shape));
-  return std::visit(Make{shape, made}, parameters);
+  HW_KERNELS_RETURN_IF_ERROR(std::visit(Make{shape, made}, parameters));
+  if (parameters.dense_below_tokens > 0) *made = DenseBelow(parameters.dense_below_tokens, std::move(*made));
+  return {};
 }
 
 size_t CudaPolicyAttentionWorkspaceBytes(const CudaPolicyShape& shape, int64_t num_tokens) {

@@ -1,6 +1,8 @@
 #include "kernels/pattern/parameters.h"
 
+#include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace headwater::kernels {
 namespace {
@@ -86,6 +88,7 @@ void TakeProbe(Taker* from, ProbeParameters* p) {
   }
   from->Share("threshold", &p->threshold);
   from->Share("density", &p->forced_density);
+  from->Whole("dense_below_tokens", 0, kMaxBudget, &p->dense_below_tokens);
 }
 
 void TakeHeadwater(Taker* from, HeadwaterParameters* p) {
@@ -164,33 +167,40 @@ void TakeXAttention(Taker* from, reference::XAttentionParameters* p) {
   from->Real("norm", 1e-9, 1e9, &p->norm);
 }
 
+using Given = std::map<std::string, double>;
+
 template <typename Parameters, void (*kTake)(Taker*, Parameters*)>
-Status Parse(const std::string& name, const std::map<std::string, double>& given, PolicyParameters* taken) {
+Status Parse(const std::string& name, const Given& given, int64_t crossover, PolicyParameters* taken) {
   Taker taker(name, given);
   Parameters parameters;
   kTake(&taker, &parameters);
+  PolicyParameters all;
+  all.dense_below_tokens = crossover;
+  if (crossover > 0) taker.Whole("dense_below_tokens", 0, kMaxBudget, &all.dense_below_tokens);
   HW_KERNELS_RETURN_IF_ERROR(taker.Finish());
-  *taken = std::move(parameters);
+  all = std::move(parameters);
+  *taken = std::move(all);
   return {};
 }
 
 struct Known {
   const char* name;
-  Status (*parse)(const std::string& name, const std::map<std::string, double>& given,
-                  PolicyParameters* taken);
+  Status (*parse)(const std::string& name, const Given& given, int64_t crossover, PolicyParameters* taken);
+  // PolicyParameters::dense_below_tokens where none is given; 0: the policy has its own, or none.
+  int64_t crossover;
 };
 constexpr Known kKnown[] = {
-    {"dense", Parse<DenseParameters, TakeDense>},
-    {"a_shape", Parse<AShapeParameters, TakeAShape>},
-    {"headwater", Parse<HeadwaterParameters, TakeHeadwater>},
-    {"probe", Parse<ProbeParameters, TakeProbe>},
-    {"flash", Parse<reference::FlashParameters, TakeFlash>},
-    {"flash2", Parse<reference::Flash2Parameters, TakeFlash2>},
-    {"flex", Parse<reference::FlexParameters, TakeFlex>},
-    {"share", Parse<ShareWithClusters, TakeShare>},
-    {"skeleton", Parse<reference::SkeletonParameters, TakeSkeleton>},
-    {"vertical_slash", Parse<reference::VerticalSlashParameters, TakeVerticalSlash>},
-    {"xattention", Parse<reference::XAttentionParameters, TakeXAttention>},
+    {"dense", Parse<DenseParameters, TakeDense>, 0},
+    {"a_shape", Parse<AShapeParameters, TakeAShape>, 16384},
+    {"headwater", Parse<HeadwaterParameters, TakeHeadwater>, 0},
+    {"probe", Parse<ProbeParameters, TakeProbe>, 0},
+    {"flash", Parse<reference::FlashParameters, TakeFlash>, 8192},
+    {"flash2", Parse<reference::Flash2Parameters, TakeFlash2>, 8192},
+    {"flex", Parse<reference::FlexParameters, TakeFlex>, 8192},
+    {"share", Parse<ShareWithClusters, TakeShare>, 8192},
+    {"skeleton", Parse<reference::SkeletonParameters, TakeSkeleton>, 16384},
+    {"vertical_slash", Parse<reference::VerticalSlashParameters, TakeVerticalSlash>, 16384},
+    {"xattention", Parse<reference::XAttentionParameters, TakeXAttention>, 16384},
 };
 
 }  // namespace
@@ -199,7 +209,7 @@ Status ParsePolicyParameters(const std::string& name, const std::map<std::string
                              PolicyParameters* parsed) {
   for (const Known& known : kKnown) {
     if (name == known.name || (name.empty() && &known == kKnown)) {
-      return known.parse(known.name, parameters, parsed);
+      return known.parse(known.name, parameters, known.crossover, parsed);
     }
   }
   std::string names;
@@ -214,9 +224,9 @@ int64_t DenseBelowTokens(const PolicyParameters& parameters) {
   }
   if (const auto* const own = std::get_if<HeadwaterParameters>(&parameters)) return own->dense_below_tokens;
   if (const auto* const flash2 = std::get_if<reference::Flash2Parameters>(&parameters)) {
-    return flash2->dense_tokens + 1;
+    return std::max(flash2->dense_tokens + 1, parameters.dense_below_tokens);
   }
-  return 0;
+  return parameters.dense_below_tokens;
 }
 
 std::vector<std::string> PolicyNames() {

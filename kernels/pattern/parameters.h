@@ -56,18 +56,27 @@ struct ShareWithClusters {
   reference::ShareClusters clusters;
 };
 
-using PolicyParameters =
-    std::variant<DenseParameters, AShapeParameters, ProbeParameters, HeadwaterParameters,
-                 reference::FlashParameters, reference::Flash2Parameters, reference::FlexParameters,
-                 ShareWithClusters, reference::SkeletonParameters, reference::VerticalSlashParameters,
-                 reference::XAttentionParameters>;
+struct PolicyParameters
+    : std::variant<DenseParameters, AShapeParameters, ProbeParameters, HeadwaterParameters,
+                   reference::FlashParameters, reference::Flash2Parameters, reference::FlexParameters,
+                   ShareWithClusters, reference::SkeletonParameters, reference::VerticalSlashParameters,
+                   reference::XAttentionParameters> {
+  using variant::variant;
+  using variant::operator=;
+
+  // Of policies that do not have one of their own: shorter prompts go dense on a GPU, which is faster. By
+  // ParsePolicyParameters() a crossover that was measured (bench/policy_bench.py); the methods have no such
+  // rule.
+  int64_t dense_below_tokens = 0;
+};
 
 // The parameters of the policy called `name`, "" being "dense", with `parameters` in place of their defaults.
 // INVALID_ARGUMENT: unknown name (the message lists the known ones), unknown parameter, or a value outside
 // its range (the message names value and range). Names are those of the structures' fields, with three
 // exceptions: probe's forced_density is "density"; vertical_slash's budgets are "n_vertical" and "n_slash",
-// xattention's thresholds "threshold", the same for all heads. What is not a number (clusters, frequencies,
-// budgets of single heads) keeps its default, and `compat` is off.
+// xattention's thresholds "threshold", the same for all heads. All but "dense" take "dense_below_tokens".
+// What is not a number (clusters, frequencies, budgets of single heads) keeps its default, and `compat` is
+// off.
 Status ParsePolicyParameters(const std::string& name, const std::map<std::string, double>& parameters,
                              PolicyParameters* parsed);
 

@@ -56,10 +56,10 @@ class DensePolicy final : public NamedPolicy {
 
 class AShapePolicy final : public NamedPolicy {
  public:
-  AShapePolicy(const std::string& name, const AShapeParameters& parameters)
+  AShapePolicy(const std::string& name, const PolicyParameters& parameters)
       : NamedPolicy(name, parameters),
-        sink_tokens_(parameters.sink_tokens),
-        window_tokens_(parameters.window_tokens) {}
+        sink_tokens_(std::get<AShapeParameters>(parameters).sink_tokens),
+        window_tokens_(std::get<AShapeParameters>(parameters).window_tokens) {}
 
   Status Select(const PatternInputs& inputs, BlockIndex* index) const override {
     HW_KERNELS_RETURN_IF_ERROR(CheckInputs(inputs));
@@ -128,8 +128,8 @@ std::unique_ptr<PatternPolicy> MakePolicy(const std::string& name, PolicyParamet
   if (std::holds_alternative<DenseParameters>(parameters)) {
     return std::make_unique<DensePolicy>("dense", std::move(parameters));
   }
-  if (const auto* const a_shape = std::get_if<AShapeParameters>(&parameters)) {
-    return std::make_unique<AShapePolicy>(name, *a_shape);
+  if (std::holds_alternative<AShapeParameters>(parameters)) {
+    return std::make_unique<AShapePolicy>(name, std::move(parameters));
   }
   return std::make_unique<SearchingPolicy>(name, std::move(parameters));
 }

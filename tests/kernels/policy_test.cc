@@ -49,7 +49,11 @@ TEST(Policy, KnowsBelowWhatLengthItIsDense) {
   EXPECT_EQ(DenseBelowTokens(Make("probe", {{"density", 0.5}})->parameters()), 0);
   EXPECT_EQ(DenseBelowTokens(Make("headwater", {{"dense_below_tokens", 100}})->parameters()), 100);
   EXPECT_EQ(DenseBelowTokens(Make("flash2", {{"dense_tokens", 16384}})->parameters()), 16385);
-  EXPECT_EQ(DenseBelowTokens(Make("a_shape", {})->parameters()), 0);
+  EXPECT_EQ(DenseBelowTokens(Make("flex", {{"dense_below_tokens", 77}})->parameters()), 77);
+  EXPECT_EQ(DenseBelowTokens(Make("flex", {{"dense_below_tokens", 0}})->parameters()), 0);
+  EXPECT_GT(DenseBelowTokens(Make("xattention", {})->parameters()), 0);
+  EXPECT_EQ(DenseBelowTokens(reference::FlexParameters{}), 0);
+  EXPECT_EQ(DenseBelowTokens(Make("a_shape", {{"dense_below_tokens", 0}})->parameters()), 0);
 }
 
 TEST(Policy, DenseSelectsEverything) {
@@ -123,6 +127,8 @@ TEST(Policy, RefusesNamesAndValues) {
   };
   const Row kRows[] = {
       {"minference", {}, "policy \"minference\" is not one of dense, a_shape, headwater, probe, flash, "},
+      {"dense", {{"dense_below_tokens", 1}}, "policy dense has no parameter \"dense_below_tokens\""},
+      {"flash", {{"dense_below_tokens", -1}}, "dense_below_tokens -1.000000 is not a whole number from 0"},
       {"dense", {{"window_tokens", 1}}, "policy dense has no parameter \"window_tokens\""},
       {"", {{"x", 1}}, "policy dense has no parameter \"x\""},
       {"probe", {{"threshold", 0}}, "threshold 0.000000 is not over 0 and at most 1"},

@@ -1,12 +1,14 @@
 """headwater.calibrate without a GPU: the descent on made-up losses, and the file."""
 
 import json
+import sys
 import tempfile
 import unittest
 from pathlib import Path
 
-from headwater.calibrate.file import Calibration, load, save
-from headwater.calibrate.search import LADDER, Measured, descend
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
+from headwater.calibrate.file import Calibration, load, save  # noqa: E402
+from headwater.calibrate.search import LADDER, Measured, descend  # noqa: E402
 
 
 def model(needs, costs=None, loss=1.0):

@@ -89,6 +89,7 @@ TEST_P(PolicyGpu, OutputIsAttentionOverItsLists) {
   PolicyParameters parameters;
   const Status parsed = ParsePolicyParameters(c.policy, c.parameters, &parameters);
   ASSERT_TRUE(parsed.ok()) << parsed.message();
+  parameters.dense_below_tokens = 0;
   Problem problem(ProblemOf(c), 7);
   DeviceProblem device(problem);
   Runner runner(parameters, ShapeOf(c), c.tokens);
@@ -204,6 +205,25 @@ TEST(HeadwaterGpu, HeadsHaveThresholdsAndWindowsOfTheirOwn) {
     }
     EXPECT_EQ(own[2 * tiles + tile], local) << "local head, tile " << tile;
   }
+}
+
+TEST(DenseBelowGpu, ShortPromptsAreDenseAndTakeNoMemory) {
+  HW_REQUIRE_SM90();
+  const PolicyCase c{"share", {{"pivots_per_layer", 1}, {"dense_below_tokens", 3001}}};
+  PolicyParameters parameters;
+  ASSERT_TRUE(ParsePolicyParameters(c.policy, c.parameters, &parameters).ok());
+  Problem problem(ProblemOf(c), 5);
+  DeviceProblem device(problem);
+  Runner runner(parameters, ShapeOf(c), c.tokens);
+  EXPECT_EQ(runner.policy->MemoryBytes(3000), 0u);
+  EXPECT_GT(runner.policy->MemoryBytes(3001), 0u);
+  EXPECT_FALSE(runner.policy->wants_lse());
+  CudaSelection selection;
+  ASSERT_TRUE(runner.Run(0, device, &selection).ok());
+  EXPECT_EQ(selection.lists.num_lists, 0);
+  std::vector<double> out, lse;
+  problem.Reference(&out, &lse);
+  EXPECT_LE(RelativeError(ToFloat(device.out.Host()), out), kRelativeError);
 }
 
 TEST(PolicyGpuRefusals, NamesWhatIsWrong) {

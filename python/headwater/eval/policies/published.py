@@ -15,6 +15,7 @@ from headwater.eval.blocks import BlockTable, table_of_index
 from headwater.eval.policies import of_model, register
 
 LAYERS = 4096  # more than any model has
+KERNELS = -1  # dense_below_tokens: the crossover that the GPU's kernels go by
 
 
 class Published:
@@ -71,6 +72,8 @@ def _make(policy: Published, q_heads: int, kv_heads: int, head_dim: int, cuda: b
     from headwater import ops
 
     values = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy) if not field.metadata}
+    if values.get("dense_below_tokens", 0) < 0:
+        del values["dense_below_tokens"]
     kind = ops.PatternPolicy if cuda else ops.Reference
     model = {"layers": LAYERS, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim, **policy.tables()}
     return kind(policy.name, values, **model)
@@ -89,6 +92,7 @@ class Flash(Published):
     window_blocks: int = 4
     dense_last_blocks: int = 2
     min_blocks: int = 0
+    dense_below_tokens: int = KERNELS
     name = "flash"
 
 
@@ -103,6 +107,7 @@ class Flash2(Published):
     dense_last_tiles: int = 8
     dense_layers: int = 4
     dense_tokens: int = 0
+    dense_below_tokens: int = KERNELS
     name = "flash2"
 
 
@@ -113,6 +118,7 @@ class Flex(Published):
     tau: float = 0.1
     min_budget_tokens: int = 1024
     max_budget_tokens: int = 0
+    dense_below_tokens: int = KERNELS
     name = "flex"
 
 
@@ -128,6 +134,7 @@ class Share(Published):
     min_budget_tokens: int = 1024
     max_budget_tokens: int = 0
     pivots_per_layer: int = 0
+    dense_below_tokens: int = KERNELS
     clusters: str = dataclasses.field(default="", metadata={"table": True})
     name = "share"
 
@@ -151,6 +158,7 @@ class Skeleton(Published):
     ridge: float = 1e-5
     epsilon: float = 0.8
     budget_blocks: float = 0.0
+    dense_below_tokens: int = KERNELS
     rope_frequencies: tuple = of_model()
     name = "skeleton"
 
@@ -173,6 +181,7 @@ class VerticalSlash(Published):
     last_q: int = 64
     forced_verticals: int = 30
     forced_locals: int = 100
+    dense_below_tokens: int = KERNELS
     name = "vertical_slash"
 
 
@@ -181,5 +190,6 @@ class VerticalSlash(Published):
 class XAttention(Published):
     stride: int = 16
     threshold: float = 0.9
+    dense_below_tokens: int = KERNELS
     name = "xattention"
 

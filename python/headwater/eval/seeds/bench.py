@@ -3,7 +3,7 @@
 import argparse
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
@@ -13,7 +13,7 @@ from headwater.eval import cli, policies
 from headwater.eval.attention import Stats, dense_attention, dense_stats
 from headwater.eval.model import EvalModel
 from headwater.eval.policies import Policy
-from headwater.eval.policies.published import release
+from headwater.eval.policies.published import KERNELS, release
 from headwater.eval.report import make_rows
 from headwater.eval.runner import Result, Runner, Settings, Window
 
@@ -89,7 +89,10 @@ class Bench:
 
     def policy(self, spec: str, model: Optional[Mapping[str, Any]] = None) -> Policy:
         """model: other values than this model's, of headwater.eval.policies.make()."""
-        return policies.make(spec, self.model.policy_values() if model is None else model)
+        made = policies.make(spec, self.model.policy_values() if model is None else model)
+        if getattr(made, "dense_below_tokens", 0) == KERNELS:  # the methods as published, at short lengths too
+            made = replace(made, dense_below_tokens=0)
+        return made
 
     def fitting(self, lengths: Sequence[int]) -> List[int]:
         """Those that the model is for, ascending; the others are noted."""
