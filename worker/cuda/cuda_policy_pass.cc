@@ -211,8 +211,8 @@ ContractRules CudaPolicyPass::RulesFor(int32_t layer) const {
   }
   // What is always listed comes on top of what is forced.
   const double blocks = static_cast<double>(num_tokens_) / 128 + 2;
-  const auto room =
-      static_cast<double>(kernels::kHeadwaterBlocksPerTile - own_->sink_blocks - own_->window_blocks - 2);
+  const auto room = static_cast<double>(kernels::HeadwaterBlocksPerTile(*own_, shape_, num_tokens_) -
+                                        own_->sink_blocks - own_->window_blocks - 2);
   rules.most_forced = std::clamp(2 * room / blocks, 0.0, 1.0);
   return rules;
 }

@@ -1,6 +1,8 @@
 #include "kernels/cuda/policies/headwater.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <numeric>
 
 #include "kernels/cuda/block_stats.h"
 #include "kernels/cuda/check.h"
@@ -9,6 +11,23 @@
 
 namespace headwater::kernels {
 namespace {
+
+constexpr int64_t kBlocksPerTile = 128, kEntries = int64_t{64} << 20;
+
+int64_t TilesOf(const CudaPolicyShape& shape, int64_t num_tokens) {
+  const int64_t positions = 128 / (shape.num_q_heads / shape.num_kv_heads);
+  return (num_tokens + positions - 1) / positions;
+}
+
+// Blocks that a tile lists whatever is found: the mean over the heads, of the layer where that is most.
+int64_t MeanWindow(const HeadwaterParameters& parameters, int64_t heads) {
+  int64_t most = parameters.windows.empty() ? parameters.window_blocks * heads : 0;
+  for (size_t first = 0; first < parameters.windows.size(); first += static_cast<size_t>(heads)) {
+    const auto begin = parameters.windows.begin() + static_cast<std::ptrdiff_t>(first);
+    most = std::max(most, std::accumulate(begin, begin + heads, int64_t{0}));
+  }
+  return (most + heads - 1) / heads;
+}
 
 class HeadwaterCudaPolicy final : public CudaPolicy {
  public:
@@ -105,9 +124,7 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
     PolicyMemory from(memory);
     Parts parts{};
     if (num_tokens < parameters_.dense_below_tokens) return parts;
-    const int64_t positions = 128 / (shape_.num_q_heads / shape_.num_kv_heads);
-    const int64_t tiles = (num_tokens + positions - 1) / positions, blocks = (num_tokens + 127) / 128;
-    const int64_t segments = tiles * shape_.num_kv_heads,
+    const int64_t segments = TilesOf(shape_, num_tokens) * shape_.num_kv_heads,
                   row = int64_t{shape_.num_kv_heads} * shape_.head_dim;
     parts.k_mean = from.Take<float>(CudaStatsBlocks(num_tokens) * row);
     parts.k_table = from.Take<uint16_t>(CudaMeanTableRows(num_tokens) * row);
@@ -115,7 +132,7 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
       parts.v_mean = from.Take<float>(CudaStatsBlocks(num_tokens) * row);
       parts.v_table = from.Take<uint16_t>(CudaMeanTableRows(num_tokens) * row);
     }
-    parts.capacity = segments * std::min(kHeadwaterBlocksPerTile, blocks);
+    parts.capacity = segments * HeadwaterBlocksPerTile(parameters_, shape_, num_tokens);
     parts.counts = from.Take<int32_t>(segments);
     parts.offsets = from.Take<int64_t>(segments);
     parts.blocks = from.Take<int32_t>(parts.capacity);
@@ -147,6 +164,15 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
 };
 
 }  // namespace
+
+int64_t HeadwaterBlocksPerTile(const HeadwaterParameters& parameters, const CudaPolicyShape& shape,
+                               int64_t num_tokens) {
+  // A tile sees at most a block more than half of the prompt's, on average.
+  const int64_t visible = ((num_tokens + 127) / 128 + 1) / 2 + 1;
+  const int64_t segments = TilesOf(shape, num_tokens) * shape.num_kv_heads;
+  return std::min(visible,
+                  std::max(kBlocksPerTile + MeanWindow(parameters, shape.num_kv_heads), kEntries / segments));
+}
 
 Status MakeCudaHeadwater(const HeadwaterParameters& p, const CudaPolicyShape& shape,
                          std::unique_ptr<CudaPolicy>* made) {

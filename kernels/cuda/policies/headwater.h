@@ -10,8 +10,10 @@
 
 namespace headwater::kernels {
 
-// Room for so many blocks a tile on average; a tile that finds none goes dense and is counted.
-inline constexpr int64_t kHeadwaterBlocksPerTile = 128;
+// Room of a tile's list, in blocks, on average over tiles and heads: for all that it may see while that takes
+// 256 MiB at most, else for 128 beside its window. A tile that finds none goes dense and is counted.
+int64_t HeadwaterBlocksPerTile(const HeadwaterParameters& parameters, const CudaPolicyShape& shape,
+                               int64_t num_tokens);
 
 // The search is CudaSelectBlocks() over the whole prompt, the correction CudaMeanCorrection.
 // INVALID_ARGUMENT: a parameter out of range, thresholds that are not one for each layer and KV head.

@@ -1,0 +1,57 @@
+// Policy headwater without a GPU: room of its lists, and what it refuses.
+#include "kernels/cuda/policies/headwater.h"
+
+#include <limits>
+
+#include "gtest/gtest.h"
+
+namespace headwater::kernels {
+namespace {
+
+constexpr CudaPolicyShape kShape{4, 32, 8, 128, 0.1f};
+
+TEST(Headwater, ListsHaveRoomForAllThatTilesSeeWhereThatIsLittle) {
+  for (const int64_t tokens : {1, 127, 129, 8192, 100000, 250000}) {
+    const int64_t tiles = (tokens + 31) / 32;
+    int64_t visible = 0;
+    for (int64_t tile = 0; tile < tiles; ++tile) visible += (std::min((tile + 1) * 32, tokens) + 127) / 128;
+    const int64_t room = HeadwaterBlocksPerTile({}, kShape, tokens);
+    EXPECT_GE(room * tiles, visible) << tokens;
+    EXPECT_LE(room * tiles * 8, int64_t{80} << 20) << tokens;
+  }
+}
+
+TEST(Headwater, LongPromptsHaveRoomForTheWindowAndAsManyAgain) {
+  const int64_t tokens = int64_t{4} << 20;
+  HeadwaterParameters parameters;
+  EXPECT_EQ(HeadwaterBlocksPerTile(parameters, kShape, tokens), 128 + parameters.window_blocks);
+  parameters.windows.assign(4 * 8, 10);
+  for (int head = 0; head < 8; ++head)
+    parameters.windows[8 + head] = 100 + head;  // layer 1: 103.5 on average
+  EXPECT_EQ(HeadwaterBlocksPerTile(parameters, kShape, tokens), 128 + 104);
+}
+
+TEST(Headwater, RefusesByNameAndValue) {
+  const auto said = [](const HeadwaterParameters& parameters) {
+    std::unique_ptr<CudaPolicy> policy;
+    const Status status = MakeCudaHeadwater(parameters, kShape, &policy);
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+    EXPECT_EQ(policy, nullptr);
+    return status.message();
+  };
+  HeadwaterParameters p;
+  p.threshold = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_NE(said(p).find("threshold is nan"), std::string::npos);
+  p = {};
+  p.window_blocks = 0;
+  EXPECT_NE(said(p).find("window_blocks is 0"), std::string::npos);
+  p = {};
+  p.thresholds.assign(31, 0.1f);
+  EXPECT_NE(said(p).find("31 thresholds or windows; 32"), std::string::npos);
+  p = {};
+  p.windows.assign(33, 4);
+  EXPECT_NE(said(p).find("33 thresholds or windows; 32"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace headwater::kernels
