@@ -65,10 +65,10 @@ def _blocks(tokens: int) -> int:
 
 
 def _check(name: str, tensor: torch.Tensor, shape, dtype: torch.dtype, like: torch.Tensor) -> None:
-    if tensor.shape != tuple(shape) or tensor.dtype != dtype or tensor.device != like.device or not tensor.is_cuda or \
-            not tensor.is_contiguous():
-        raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; contiguous {tuple(shape)} {dtype} "
-                         f"on a CUDA device is wanted")
+    here = tensor.is_cuda and tensor.device == like.device
+    if tensor.shape != tuple(shape) or tensor.dtype != dtype or not here or not tensor.is_contiguous():
+        raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; contiguous {tuple(shape)} "
+                         f"{dtype} on a CUDA device is wanted")
 
 
 def _problem(q: torch.Tensor, k: torch.Tensor, softmax_scale: Optional[float]) -> dict:
