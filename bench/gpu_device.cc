@@ -169,7 +169,7 @@ class GpuDevice final : public PrefillDevice {
   absl::Status Reserve(const PrefillJob& /*job*/) override { return absl::OkStatus(); }
   absl::StatusOr<PrefillResult> Run(const PrefillJob& job, KvSender* sender, JobControl* control) override {
     const CudaPrefillPrompt prompt{&job, sender, control, {}};
-    return std::move(RunCudaPrefill({&prompt, 1}, {model_.get(), egress_.get(), nullptr})[0]);
+    return std::move(RunCudaPrefill({&prompt, 1}, {model_.get(), egress_.get(), nullptr, false, &speed_})[0]);
   }
 
   absl::StatusOr<std::optional<LinearRate>> MeasureLinear() override {
@@ -200,6 +200,7 @@ class GpuDevice final : public PrefillDevice {
   const std::unique_ptr<CudaModel> model_;
   const std::unique_ptr<CudaEgressMemory> egress_;
   const std::string name_;
+  ComputeSpeed speed_;  // of the runs so far, as a worker keeps it
   MemoryWatch watch_;
 };
 

@@ -19,6 +19,7 @@
 #include "kvtransfer/sender.h"
 #include "model/config.h"
 #include "model/kernel_status.h"
+#include "worker/policy_tables.h"
 #include "worker/prefill.h"
 
 namespace headwater {
@@ -38,18 +39,21 @@ class DiscardingSender final : public KvSender {
 
 struct BenchPolicy {
   std::string name = "dense";
-  double density = 0;  // forced; 0: what the policy finds
+  double density = 0;                        // forced; 0: what the policy finds
+  std::map<std::string, double> parameters;  // others, by name
 };
 
 // The only place where a benchmark's flags become a policy's parameters. INVALID_ARGUMENT names --policy.
 inline absl::StatusOr<std::shared_ptr<const kernels::PatternPolicy>> MakeBenchPolicy(
-    const BenchPolicy& wanted) {
-  std::map<std::string, double> parameters;
-  if (wanted.density > 0) parameters["density"] = wanted.density;
-  std::unique_ptr<kernels::PatternPolicy> policy;
-  HW_RETURN_IF_ERROR(FromKernels(kernels::MakePolicy(wanted.name, parameters, &policy),
+    const BenchPolicy& wanted, const PolicyTables& tables = {}) {
+  std::map<std::string, double> given = wanted.parameters;
+  if (wanted.density > 0) given["density"] = wanted.density;
+  kernels::PolicyParameters parameters;
+  HW_RETURN_IF_ERROR(FromKernels(kernels::ParsePolicyParameters(wanted.name, given, &parameters),
                                  absl::StrCat("--policy=", wanted.name)));
-  return std::shared_ptr<const kernels::PatternPolicy>(std::move(policy));
+  AddPolicyTables(tables, given, &parameters);
+  return std::shared_ptr<const kernels::PatternPolicy>(
+      kernels::MakePolicy(wanted.name, std::move(parameters)));
 }
 
 // The same ones every time.
@@ -64,7 +68,8 @@ inline std::vector<int32_t> RandomPrompt(const ModelConfig& config, int64_t num_
 
 // One rank, blocks of 256 tokens; without a memory plan.
 inline absl::StatusOr<PrefillJob> MakeBenchJob(const ModelConfig& config, std::vector<int32_t> tokens,
-                                               v1::KvDtype dtype, const BenchPolicy& policy) {
+                                               v1::KvDtype dtype, const BenchPolicy& policy,
+                                               const PolicyTables& tables = {}) {
   constexpr uint32_t kBlockTokens = 256;
   const auto num_tokens = static_cast<int64_t>(tokens.size());
   PrefillJob job;
@@ -81,7 +86,7 @@ inline absl::StatusOr<PrefillJob> MakeBenchJob(const ModelConfig& config, std::v
   HW_ASSIGN_OR_RETURN(job.partition, PartitionTokens(num_tokens, 1, v1::PARTITION_CONTIGUOUS, kBlockTokens));
   HW_ASSIGN_OR_RETURN(KvGeometry geometry, KvGeometry::Create(layout));
   job.geometry = std::make_shared<const KvGeometry>(std::move(geometry));
-  HW_ASSIGN_OR_RETURN(job.policy, MakeBenchPolicy(policy));
+  HW_ASSIGN_OR_RETURN(job.policy, MakeBenchPolicy(policy, tables));
   return job;
 }
 

@@ -18,12 +18,14 @@
 #include "bench/prefill_device.h"
 #include "bench/prefill_job.h"
 #include "bench/prefill_options.h"
+#include "bench/prefill_prompts.h"
 #include "bench/prefill_report.h"
 #include "kvtransfer/receiver.h"
 #include "kvtransfer/sender.h"
 #include "kvtransfer/store.h"
 #include "tools/cli/console.h"
 #include "tools/cli/exit_code.h"
+#include "worker/policy_tables.h"
 
 namespace headwater {
 namespace {
@@ -84,27 +86,57 @@ class Bench {
         return absl::InvalidArgumentError(absl::StrCat("--output=", options_.output, ": cannot be written"));
       }
     }
-    HW_ASSIGN_OR_RETURN(device_, Open());
-    const int64_t most = device_->config().max_position;
-    if (options_.longest() > most) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("--tokens: ", options_.longest(), " is over the model's maximum of ", most));
+    std::vector<BenchPrompt> prompts;
+    if (!options_.prompts.empty()) {
+      HW_ASSIGN_OR_RETURN(prompts, ReadBenchPrompts(options_.prompts));
     }
+    HW_ASSIGN_OR_RETURN(device_, Open());
+    HW_RETURN_IF_ERROR(CheckFits(prompts));
+    HW_ASSIGN_OR_RETURN(tables_, ReadPolicyTables(options_.share_clusters, options_.headwater_calibration,
+                                                  device_->config()));
     if (options_.sink == "verify") {
       HW_ASSIGN_OR_RETURN(receiver_, StartReceiver());
     }
     HW_ASSIGN_OR_RETURN(linear_rate_, device_->MeasureLinear());
+    for (const BenchPrompt& prompt : prompts) HW_RETURN_IF_ERROR(Named(prompt, RunPrompt(prompt)));
+    if (!prompts.empty()) return absl::OkStatus();
     for (const int64_t length : options_.tokens) {
-      const absl::Status status = RunLength(length);
-      if (!status.ok()) {
-        return absl::Status(status.code(), absl::StrCat(options_.device, " (", device_->name(), "), ", length,
-                                                        " tokens: ", status.message()));
-      }
+      const BenchPrompt prompt{"", RandomPrompt(device_->config(), length)};
+      HW_RETURN_IF_ERROR(Named(prompt, RunPrompt(prompt)));
     }
     return absl::OkStatus();
   }
 
  private:
+  absl::Status CheckFits(const std::vector<BenchPrompt>& prompts) const {
+    const ModelConfig& config = device_->config();
+    const auto too_long = [&](const std::string& what, int64_t tokens) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(what, ": ", tokens, " is over the model's maximum of ", config.max_position));
+    };
+    for (const BenchPrompt& prompt : prompts) {
+      const std::string what = absl::StrCat("--prompts=", options_.prompts, ": ", prompt.name);
+      const auto tokens = static_cast<int64_t>(prompt.tokens.size());
+      if (tokens > config.max_position) return too_long(what, tokens);
+      const int32_t largest = *std::max_element(prompt.tokens.begin(), prompt.tokens.end());
+      if (largest >= config.vocab_size) {
+        return absl::InvalidArgumentError(
+            absl::StrCat(what, ": token ", largest, " is not below the vocabulary's ", config.vocab_size));
+      }
+    }
+    if (prompts.empty() && options_.longest() > config.max_position) {
+      return too_long("--tokens", options_.longest());
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Named(const BenchPrompt& prompt, const absl::Status& status) const {
+    if (status.ok()) return status;
+    return absl::Status(status.code(), absl::StrCat(options_.device, " (", device_->name(), "), ",
+                                                    prompt.name.empty() ? "" : prompt.name + ", ",
+                                                    prompt.tokens.size(), " tokens: ", status.message()));
+  }
+
   absl::StatusOr<std::unique_ptr<PrefillDevice>> Open() const {
     if (options_.gpu == PrefillBenchOptions::kCpu) return OpenCpu(options_);
 #ifdef HW_WITH_CUDA
@@ -145,10 +177,11 @@ class Bench {
     return sample;
   }
 
-  absl::Status RunLength(int64_t num_tokens) {
-    const ModelConfig& config = device_->config();
-    HW_ASSIGN_OR_RETURN(PrefillJob job, MakeBenchJob(config, RandomPrompt(config, num_tokens),
-                                                     device_->kv_dtype(), options_.policy));
+  absl::Status RunPrompt(const BenchPrompt& prompt) {
+    HW_ASSIGN_OR_RETURN(PrefillJob job, MakeBenchJob(device_->config(), prompt.tokens, device_->kv_dtype(),
+                                                     options_.policy, tables_));
+    if (!prompt.name.empty()) job.request_id = prompt.name;  // by which queries are sampled
+    job.quality = options_.quality;
     PrefillReport report;
     HW_ASSIGN_OR_RETURN(report.planned_bytes, device_->Plan(&job));
     HW_RETURN_IF_ERROR(device_->TakePeakBytes().status());
@@ -160,7 +193,8 @@ class Bench {
     HW_ASSIGN_OR_RETURN(report.peak_bytes, device_->TakePeakBytes());
     std::sort(samples.begin(), samples.end(),
               [](const Sample& a, const Sample& b) { return a.ttft_s < b.ttft_s; });
-    report.tokens = num_tokens;
+    report.prompt = prompt.name;
+    report.tokens = static_cast<int64_t>(prompt.tokens.size());
     Fill(samples[samples.size() / 2], &report);
     Show(report);
     return absl::OkStatus();
@@ -181,6 +215,7 @@ class Bench {
                       {"egress_stall", absl::ToDoubleSeconds(sample.result.egress_stall)}};
     const PrefillProgress& done = sample.result.progress;
     report->density = static_cast<double>(done.pairs_computed) / static_cast<double>(done.pairs_possible);
+    report->attention = sample.result.attention_report;
     report->linear_flop = LinearFlop(config, report->tokens);
     report->attention_flop = report->density * DenseAttentionFlop(config, report->tokens);
     if (linear_rate_.has_value()) {
@@ -210,6 +245,7 @@ class Bench {
   std::unique_ptr<PrefillDevice> device_;
   std::unique_ptr<Receiver> receiver_;
   std::optional<LinearRate> linear_rate_;
+  PolicyTables tables_;
   bool headed_ = false;
 };
 

@@ -45,6 +45,42 @@ absl::StatusOr<int64_t> ParseLength(absl::string_view text) {
   return length * factor;
 }
 
+constexpr const char* kBounds[] = {"min_recall", "max_density", "time_budget"};
+
+// One bound; ranges are those of requests.
+void DeclareQuality(FlagSet* flags, PrefillBenchOptions* o) {
+  const auto take = [o](const v1::Quality& quality) -> absl::Status {
+    HW_ASSIGN_OR_RETURN(o->quality, ReadQuality(quality));
+    return absl::OkStatus();
+  };
+  const auto number = [take](void (v1::Quality::*set)(double)) {
+    return [take, set](absl::string_view text) {
+      double value = 0;
+      if (!absl::SimpleAtod(text, &value)) {
+        return absl::InvalidArgumentError(absl::StrCat("'", text, "' is not a number"));
+      }
+      v1::Quality quality;
+      (quality.*set)(value);
+      return take(quality);
+    };
+  };
+  flags->Custom(kBounds[0], "", "quality contract of policy headwater, on a GPU: least recall",
+                number(&v1::Quality::set_min_recall));
+  flags->Custom(kBounds[1], "", "the same: most density", number(&v1::Quality::set_max_density));
+  flags->Custom(
+      kBounds[2], "", "the same: time for the computation, such as 1.5s", [take](absl::string_view text) {
+        absl::Duration budget;
+        if (!absl::ParseDuration(text, &budget)) {
+          return absl::InvalidArgumentError(absl::StrCat("'", text, "' is not a duration such as 1.5s"));
+        }
+        v1::Quality quality;
+        const int64_t seconds = absl::IDivDuration(budget, absl::Seconds(1), &budget);
+        quality.mutable_time_budget()->set_seconds(seconds);
+        quality.mutable_time_budget()->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(budget)));
+        return take(quality);
+      });
+}
+
 FlagSet Declare(PrefillBenchOptions* o) {
   constexpr int64_t kMostChunk = 1 << 20;
   FlagSet flags(kUsage);
@@ -55,6 +91,10 @@ FlagSet Declare(PrefillBenchOptions* o) {
                  HW_ASSIGN_OR_RETURN(o->tokens, ParseLengths(text));
                  return absl::OkStatus();
                });
+  flags.String(
+      "prompts", &o->prompts,
+      "file of prompts, a JSON object a line: {\"name\", \"tokens\": [ids]}, or \"tokens_u16_b64\", base64 "
+      "of little-endian uint16; in place of --tokens, with --model");
   flags.String("device", &o->device, "what computes: cuda:N for GPU N, or cpu (with --model)");
   flags.Choice("linear", &o->linear, {"auto", "bf16", "fp8", "f32"},
                "type of linear layers; auto: bf16, or f32 on a CPU without bf16");
@@ -67,6 +107,13 @@ FlagSet Declare(PrefillBenchOptions* o) {
                             : absl::InvalidArgumentError(
                                   absl::StrCat("'", text, "' is not a number over 0, at most 1"));
                });
+  flags.Custom("policy_parameters", "", "parameters of the policy: name=value,...",
+               [o](absl::string_view text) { return ParseParameters(text, &o->policy.parameters); });
+  flags.String("headwater_calibration", &o->headwater_calibration,
+               "thresholds of policy headwater: a file of python -m headwater.calibrate");
+  flags.String("share_clusters", &o->share_clusters,
+               "clusters of policy share: a file of python -m headwater.cluster");
+  DeclareQuality(&flags, o);
   flags.Choice("sink", &o->sink, {"none", "verify"},
                "none: KV blocks are dropped once they are off the device; verify: they go over loopback to a "
                "receiver that checks each");
@@ -92,6 +139,35 @@ FlagSet Declare(PrefillBenchOptions* o) {
   return flags;
 }
 
+absl::Status CheckPrompts(const FlagSet& flags, const PrefillBenchOptions& o) {
+  if (o.prompts.empty()) return absl::OkStatus();
+  if (flags.IsSet("tokens")) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--prompts=", o.prompts, " and --tokens: give one of them"));
+  }
+  if (!o.model.empty()) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("--prompts=", o.prompts, ": random weights have no vocabulary; --model=DIR is wanted"));
+}
+
+absl::Status CheckQuality(const FlagSet& flags, const PrefillBenchOptions& o) {
+  const char* first = nullptr;
+  for (const char* const bound : kBounds) {
+    if (!flags.IsSet(bound)) continue;
+    if (first != nullptr) {
+      return absl::InvalidArgumentError(absl::StrCat("--", first, " and --", bound, ": give one of them"));
+    }
+    first = bound;
+  }
+  if (first == nullptr) return absl::OkStatus();
+  if (o.policy.name != "headwater") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--", first, " with --policy=", o.policy.name, "; only headwater keeps a quality"));
+  }
+  if (o.gpu != PrefillBenchOptions::kCpu) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("--", first, " with --device=cpu; a quality needs a GPU"));
+}
+
 absl::Status Check(const FlagSet& flags, PrefillBenchOptions* o) {
   if (!flags.positional().empty()) {
     return absl::InvalidArgumentError(absl::StrCat("'", flags.positional()[0], "' is not a flag"));
@@ -115,6 +191,11 @@ absl::Status Check(const FlagSet& flags, PrefillBenchOptions* o) {
   if (o->chunk_tokens % 128 != 0) {
     return Bad("chunk_tokens", absl::StrCat(o->chunk_tokens), "a multiple of 128");
   }
+  if (o->policy.density > 0 && o->policy.parameters.count("density") > 0) {
+    return absl::InvalidArgumentError("--density and --policy_parameters with density: give one of them");
+  }
+  HW_RETURN_IF_ERROR(CheckPrompts(flags, *o));
+  HW_RETURN_IF_ERROR(CheckQuality(flags, *o));
   return MakeBenchPolicy(o->policy).status();
 }
 
@@ -136,6 +217,22 @@ absl::Status ParseDevice(const std::string& text, int* gpu) {
     return absl::OkStatus();
   }
   return Bad("device", text, "cpu or cuda:N");
+}
+
+absl::Status ParseParameters(absl::string_view text, std::map<std::string, double>* parameters) {
+  parameters->clear();
+  for (const absl::string_view part : absl::StrSplit(text, ',')) {
+    const std::pair<absl::string_view, absl::string_view> pair =
+        absl::StrSplit(part, absl::MaxSplits('=', 1));
+    double value = 0;
+    if (pair.first.empty() || !absl::SimpleAtod(pair.second, &value)) {
+      return absl::InvalidArgumentError(absl::StrCat("'", part, "' is not a name and a number, name=value"));
+    }
+    if (!parameters->emplace(pair.first, value).second) {
+      return absl::InvalidArgumentError(absl::StrCat("'", pair.first, "' is there twice"));
+    }
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<std::vector<int64_t>> ParseLengths(absl::string_view text) {

@@ -3,6 +3,7 @@
 #define HW_BENCH_PREFILL_OPTIONS_H_
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,7 @@
 #include "absl/types/span.h"
 
 #include "bench/prefill_job.h"
+#include "worker/quality.h"
 
 namespace headwater {
 
@@ -22,10 +24,14 @@ struct PrefillBenchOptions {
   std::string preset = "llama-3-8b";
   std::string model;  // empty: the preset's shape
   std::vector<int64_t> tokens = {8192};
+  std::string prompts;  // file (bench/prefill_prompts.h), in place of random tokens; empty: none
   std::string device = "cuda:0";
   int gpu = 0;  // --device's number, or kCpu
   std::string linear = "auto";
   BenchPolicy policy;
+  QualityBound quality;  // no bound: none
+  std::string share_clusters;
+  std::string headwater_calibration;
   std::string sink = "none";
   int64_t kv_channels = 8;
   int64_t chunk_tokens = 8192;
@@ -49,6 +55,10 @@ absl::Status ParsePrefillBenchOptions(absl::Span<const std::string> arguments, P
 
 // "cpu" (then *gpu is kCpu) or "cuda:N". INVALID_ARGUMENT names --device.
 absl::Status ParseDevice(const std::string& text, int* gpu);
+
+// "key=value,key=value" into *parameters. INVALID_ARGUMENT names the part that is wrong, or a key that is
+// there twice.
+absl::Status ParseParameters(absl::string_view text, std::map<std::string, double>* parameters);
 
 // Prompt lengths: "8192,64K,1M" in that order, K and M counting 1024 and 1024^2; "8K..1M" doubles from the
 // first to the last. INVALID_ARGUMENT names the part that is wrong.

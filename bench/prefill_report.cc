@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_replace.h"
+#include "absl/strings/strip.h"
 
 namespace headwater {
 namespace {
@@ -62,7 +64,43 @@ std::vector<Cell> Cells(const PrefillReport& r) {
       {"peak GiB", absl::StrFormat("%.2f", static_cast<double>(r.peak_bytes) / kGiB)},
       {"planned GiB", absl::StrFormat("%.2f", static_cast<double>(r.planned_bytes) / kGiB)}};
   cells.insert(cells.end(), rest.begin(), rest.end());
+  if (r.attention.has_value() && r.attention->has_recall_mean()) {
+    cells.push_back({"recall", absl::StrFormat("%.4f", r.attention->recall_mean())});
+  }
+  if (!r.prompt.empty()) cells.push_back({"prompt", r.prompt});
   return cells;
+}
+
+std::string NameOf(v1::AttentionFallback fallback) {
+  return absl::AsciiStrToLower(
+      absl::StripPrefix(v1::AttentionFallback_Name(fallback), "ATTENTION_FALLBACK_"));
+}
+
+Json ToJson(const v1::AttentionGroup& group) {
+  Json json = {{"layer", group.layer()}};
+  if (group.has_kv_head()) json["kv_head"] = group.kv_head();
+  json["density"] = group.density();
+  if (group.has_recall()) json["recall"] = group.recall();
+  if (group.has_recall_p1()) json["recall_p1"] = group.recall_p1();
+  if (group.has_threshold()) json["threshold"] = group.threshold();  // all digits: lists are made with it
+  if (group.has_window_blocks()) json["window_blocks"] = group.window_blocks();
+  json["rounds"] = group.rounds();
+  if (group.fallback() != v1::ATTENTION_FALLBACK_UNSPECIFIED) json["fallback"] = NameOf(group.fallback());
+  if (!group.note().empty()) json["note"] = group.note();
+  return json;
+}
+
+Json ToJson(const v1::AttentionReport& report) {
+  Json json = {{"density", report.density()}};
+  if (report.has_recall_mean()) json["recall_mean"] = report.recall_mean();
+  if (report.has_recall_p1()) json["recall_p1"] = report.recall_p1();
+  json["sampled_queries"] = report.sampled_queries();
+  if (report.fallback() != v1::ATTENTION_FALLBACK_UNSPECIFIED) json["fallback"] = NameOf(report.fallback());
+  json["wait_s"] =
+      static_cast<double>(report.wait().seconds()) + 1e-9 * static_cast<double>(report.wait().nanos());
+  json["groups"] = Json::array();
+  for (const v1::AttentionGroup& group : report.groups()) json["groups"].push_back(ToJson(group));
+  return json;
 }
 
 // Cells to the right, as wide as their titles and as what usually stands below.
@@ -107,6 +145,14 @@ Json ToJson(const PrefillReport& r, const PrefillBenchOptions& options) {
                  {"linear", r.linear},
                  {"sink", options.sink},
                  {"repeat", options.repeat}};
+  if (!r.prompt.empty()) params["prompt"] = r.prompt;
+  if (!options.policy.parameters.empty()) params["policy_parameters"] = options.policy.parameters;
+  const QualityBound& quality = options.quality;
+  if (quality.min_recall > 0) params["min_recall"] = quality.min_recall;
+  if (quality.max_density > 0) params["max_density"] = quality.max_density;
+  if (quality.time_budget > absl::ZeroDuration()) {
+    params["time_budget_s"] = absl::ToDoubleSeconds(quality.time_budget);
+  }
   Json metrics = {{"ttft_s", Rounded(r.ttft_s)},
                   {"density", Rounded(r.density)},
                   {"tokens_per_s", Rounded(static_cast<double>(r.tokens) / r.ttft_s)},
@@ -123,13 +169,15 @@ Json ToJson(const PrefillReport& r, const PrefillBenchOptions& options) {
   metrics["attention_flop"] = Rounded(r.attention_flop);
   metrics["planned_device_bytes"] = r.planned_bytes;
   metrics["peak_device_bytes"] = r.peak_bytes;
-  return {{"bench", "prefill"},
-          {"device", r.device},
-          {"commit", options.commit},
-          {"date", absl::FormatTime("%Y-%m-%dT%H:%M:%SZ", r.date, absl::UTCTimeZone())},
-          {"params", std::move(params)},
-          {"metrics", std::move(metrics)},
-          {"peers", Json::object()}};
+  Json row = {{"bench", "prefill"},
+              {"device", r.device},
+              {"commit", options.commit},
+              {"date", absl::FormatTime("%Y-%m-%dT%H:%M:%SZ", r.date, absl::UTCTimeZone())},
+              {"params", std::move(params)},
+              {"metrics", std::move(metrics)},
+              {"peers", Json::object()}};
+  if (r.attention.has_value()) row["attention"] = ToJson(*r.attention);
+  return row;
 }
 
 std::string TableTitle(const PrefillReport& r, const PrefillBenchOptions& o) {

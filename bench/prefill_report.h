@@ -13,6 +13,7 @@
 #include "nlohmann/json.hpp"
 
 #include "bench/prefill_options.h"
+#include "headwater/v1/types.pb.h"
 #include "model/config.h"
 
 namespace headwater {
@@ -27,6 +28,7 @@ struct PrefillReport {
   std::string device;  // the hardware's name
   std::string linear;  // bf16, ...: what auto came to
   absl::Time date;
+  std::string prompt;  // its name, or empty
   int64_t tokens = 0;
   double ttft_s = 0;  // until the first token is known and every block is with the sender
   std::vector<std::pair<std::string, double>> stages;  // seconds of each, by name
@@ -40,6 +42,7 @@ struct PrefillReport {
   std::optional<double> attention_floor_s;
   uint64_t planned_bytes = 0;  // weights, scratch and the prompt
   uint64_t peak_bytes = 0;     // measured
+  std::optional<v1::AttentionReport> attention;
 
   // Sums of the parts that are known; none without linear_floor_s.
   std::optional<double> floor_s() const;
@@ -52,7 +55,10 @@ double LinearFlop(const ModelConfig& config, int64_t tokens);
 double DenseAttentionFlop(const ModelConfig& config, int64_t tokens);
 double LinearSeconds(const LinearRate& rate, const ModelConfig& config, int64_t tokens);
 
-// {"bench": "prefill", "device", "commit", "date", "params": {}, "metrics": {}, "peers": {}}
+// {"bench": "prefill", "device", "commit", "date", "params": {}, "metrics": {}, "peers": {}}, and where there
+// is a report of the attention, "attention": {density, recall_mean, recall_p1, sampled_queries, fallback,
+// wait_s, groups: [{layer, kv_head, density, recall, recall_p1, threshold, window_blocks, rounds, fallback,
+// note}]}. What is not known is absent; fallbacks are the enum's names in lower case, without its prefix.
 nlohmann::ordered_json ToJson(const PrefillReport& report, const PrefillBenchOptions& options);
 
 // Lines of a human table: what is said above it, its head, one length. All end in a newline.

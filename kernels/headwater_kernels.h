@@ -5,7 +5,7 @@
  * take a stream (a cudaStream_t) enqueue on it and return; arrays and workspace must live until the stream
  * has passed. Structures begin with their size as the caller knows it: fields added later read as 0. What
  * fields mean, shapes, errors and cost: the headers of the same names in kernels/cuda/ (attention.h,
- * pattern.h, merge.h, block_stats.h, layer_ops.h, quantize.h, linear.h).
+ * pattern.h, merge.h, block_stats.h, block_mass.h, layer_ops.h, quantize.h, linear.h).
  */
 #ifndef HEADWATER_KERNELS_H_
 #define HEADWATER_KERNELS_H_
@@ -139,6 +139,45 @@ typedef struct {
 HW_EXPORT hw_status hw_mean_tables(const hw_mean_tables_args* args, void* stream);
 HW_EXPORT int64_t hw_mean_table_rows(int64_t total_k);
 HW_EXPORT int64_t hw_mean_table_coarse_row(int64_t total_k); /* the first one */
+
+/* --- Attention masses (block_mass.h) --- */
+
+typedef struct {
+  uint32_t struct_size;
+  const void *q, *k;    /* bf16 [num_tokens, heads, head_dim] */
+  const float* lse_ln;  /* [num_tokens, num_q_heads], of hw_attention() without lists */
+  const int32_t* heads; /* [num_heads], or null */
+  const uint8_t* flags; /* [num_q_heads], or null */
+  float* average;       /* [num_heads, blocks, blocks] */
+  int64_t num_tokens;
+  int32_t num_q_heads, num_kv_heads, head_dim;
+  float softmax_scale;
+  int32_t num_heads;
+} hw_block_mass_args;
+HW_EXPORT hw_status hw_block_mass(const hw_block_mass_args* args, void* stream);
+
+typedef struct {
+  uint32_t struct_size;
+  const void *q, *k;        /* as above */
+  const int64_t* positions; /* [num_rows], device memory */
+  float* mass;              /* [num_rows, num_q_heads, blocks] */
+  int64_t num_tokens;
+  int32_t num_q_heads, num_kv_heads, head_dim;
+  float softmax_scale;
+  int32_t num_rows;
+} hw_row_mass_args;
+HW_EXPORT hw_status hw_row_mass(const hw_row_mass_args* args, void* stream);
+
+typedef struct {
+  uint32_t struct_size;
+  const float* mass;        /* of hw_row_mass() */
+  const int64_t* positions; /* [num_rows], device memory */
+  float* recall;            /* [num_rows, num_q_heads] */
+  int64_t num_tokens;
+  int32_t num_q_heads, num_rows;
+  hw_block_lists lists;
+} hw_recall_of_rows_args;
+HW_EXPORT hw_status hw_recall_of_rows(const hw_recall_of_rows_args* args, void* stream);
 
 /* --- Layer operations (layer_ops.h) --- */
 

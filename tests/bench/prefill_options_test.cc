@@ -1,5 +1,6 @@
 #include "bench/prefill_options.h"
 
+#include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -9,6 +10,7 @@ namespace {
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::Pair;
 
 std::string ErrorOf(const std::vector<std::string>& arguments) {
   PrefillBenchOptions options;
@@ -59,6 +61,68 @@ TEST(PrefillBenchOptionsTest, DefaultsAndSpellings) {
   ASSERT_TRUE(ParsePrefillBenchOptions({"--device=cpu", "--model=/a/b/"}, &options, &help).ok());
   EXPECT_EQ(options.gpu, PrefillBenchOptions::kCpu);
   EXPECT_EQ(options.model_name(), "b");
+}
+
+TEST(PrefillBenchOptionsTest, QualityParametersAndPrompts) {
+  const std::vector<std::string> arguments = {"--policy=headwater", "--model=m",
+                                              "--policy_parameters=threshold=0.2,window_blocks=8",
+                                              "--prompts=p.jsonl", "--headwater_calibration=c.json"};
+  const auto parse = [&](const std::string& bound) {
+    PrefillBenchOptions options;
+    std::string help;
+    std::vector<std::string> all = arguments;
+    all.push_back(bound);
+    EXPECT_TRUE(ParsePrefillBenchOptions(all, &options, &help).ok()) << bound;
+    return options;
+  };
+  const PrefillBenchOptions options = parse("--min_recall=0.95");
+  EXPECT_EQ(options.quality.min_recall, 0.95);
+  EXPECT_EQ(options.prompts, "p.jsonl");
+  EXPECT_EQ(options.headwater_calibration, "c.json");
+  EXPECT_THAT(options.policy.parameters, ElementsAre(Pair("threshold", 0.2), Pair("window_blocks", 8)));
+  EXPECT_EQ(parse("--max_density=1").quality.max_density, 1);
+  EXPECT_EQ(parse("--time_budget=1500ms").quality.time_budget, absl::Milliseconds(1500));
+  EXPECT_FALSE(parse("--share_clusters=s.json").quality.any());
+}
+
+TEST(PrefillBenchOptionsTest, WrongQualitiesAreNamed) {
+  const auto error = [](std::vector<std::string> arguments) {
+    arguments.push_back("--policy=headwater");
+    return ErrorOf(arguments);
+  };
+  for (const char* const value : {"0", "1", "-1", "nan", "2"}) {
+    EXPECT_THAT(error({absl::StrCat("--min_recall=", value)}),
+                AllOf(HasSubstr("--min_recall"), HasSubstr("over 0 and below 1")));
+  }
+  EXPECT_THAT(error({"--min_recall=x"}), AllOf(HasSubstr("--min_recall"), HasSubstr("'x'")));
+  EXPECT_THAT(error({"--max_density=1.01"}), AllOf(HasSubstr("--max_density"), HasSubstr("at most 1")));
+  for (const char* const value : {"0s", "-1s", "721h", "inf"}) {
+    EXPECT_THAT(error({absl::StrCat("--time_budget=", value)}),
+                AllOf(HasSubstr("--time_budget"), HasSubstr("30 days")));
+  }
+  EXPECT_THAT(error({"--time_budget=soon"}), HasSubstr("'soon'"));
+  EXPECT_THAT(error({"--min_recall=0.9", "--max_density=0.1"}),
+              AllOf(HasSubstr("--min_recall"), HasSubstr("--max_density")));
+  EXPECT_THAT(ErrorOf({"--min_recall=0.9", "--policy=flex"}),
+              AllOf(HasSubstr("--min_recall"), HasSubstr("--policy=flex")));
+  EXPECT_THAT(error({"--time_budget=1s", "--device=cpu", "--model=x"}),
+              AllOf(HasSubstr("--time_budget"), HasSubstr("GPU")));
+}
+
+TEST(PrefillBenchOptionsTest, WrongParametersAndPromptsAreNamed) {
+  EXPECT_THAT(ErrorOf({"--policy=headwater", "--policy_parameters=threshold"}), HasSubstr("'threshold'"));
+  EXPECT_THAT(ErrorOf({"--policy=headwater", "--policy_parameters=threshold=0.1,"}), HasSubstr("''"));
+  EXPECT_THAT(ErrorOf({"--policy=headwater", "--policy_parameters=threshold=x"}),
+              AllOf(HasSubstr("--policy_parameters"), HasSubstr("'threshold=x'")));
+  EXPECT_THAT(ErrorOf({"--policy=headwater", "--policy_parameters=threshold=0.1,threshold=0.2"}),
+              HasSubstr("twice"));
+  EXPECT_THAT(ErrorOf({"--policy=headwater", "--policy_parameters=threshold=2"}),
+              AllOf(HasSubstr("--policy=headwater"), HasSubstr("threshold 2.0")));
+  EXPECT_THAT(ErrorOf({"--policy=probe", "--density=0.1", "--policy_parameters=density=0.2"}),
+              HasSubstr("give one of them"));
+  EXPECT_THAT(ErrorOf({"--prompts=p", "--model=m", "--tokens=8K"}),
+              AllOf(HasSubstr("--prompts=p"), HasSubstr("--tokens")));
+  EXPECT_THAT(ErrorOf({"--prompts=p"}), AllOf(HasSubstr("--prompts=p"), HasSubstr("--model")));
 }
 
 TEST(PrefillBenchOptionsTest, WrongFlagsAreNamed) {

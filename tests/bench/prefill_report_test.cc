@@ -80,7 +80,7 @@ TEST(PrefillReportTest, RowHasTheHouseFormat) {
   PrefillBenchOptions options;
   options.commit = "abc";
   options.sink = "verify";
-  options.policy = {"probe", 0.01};
+  options.policy = {"probe", 0.01, {}};
   PrefillReport report = Report();
   report.kv_acked_s = 4.5;
   report.kv_acked_share = 0.875;
@@ -97,6 +97,43 @@ TEST(PrefillReportTest, RowHasTheHouseFormat) {
             R"("planned_device_bytes":3221225472,"peak_device_bytes":3758096384},"peers":{}})");
 }
 
+TEST(PrefillReportTest, RowHasTheAttentionReport) {
+  PrefillBenchOptions options;
+  options.policy = {"headwater", 0, {{"threshold", 0.25}}};
+  options.quality.min_recall = 0.95;
+  PrefillReport report = Report();
+  report.prompt = "text:1";
+  v1::AttentionReport& attention = report.attention.emplace();
+  attention.set_density(0.25);
+  attention.set_recall_mean(0.96);
+  attention.set_sampled_queries(32);
+  attention.mutable_wait()->set_nanos(500'000'000);
+  v1::AttentionGroup* const group = attention.add_groups();
+  group->set_kv_head(0);
+  group->set_density(0.5);
+  group->set_recall(0.96875);
+  group->set_threshold(static_cast<double>(0.1f));
+  group->set_window_blocks(16);
+  group->set_rounds(4);
+  group->set_fallback(v1::ATTENTION_FALLBACK_DENSE_RECALL);
+  attention.add_groups()->set_layer(1);
+
+  const auto row = ToJson(report, options);
+
+  EXPECT_EQ(row["params"]["prompt"], "text:1");
+  EXPECT_EQ(row["params"]["min_recall"], 0.95);
+  EXPECT_EQ(row["params"]["policy_parameters"].dump(), R"({"threshold":0.25})");
+  EXPECT_EQ(row["attention"].dump(),
+            R"({"density":0.25,"recall_mean":0.96,"sampled_queries":32,"wait_s":0.5,"groups":[)"
+            R"({"layer":0,"kv_head":0,"density":0.5,"recall":0.96875,"threshold":0.10000000149011612,)"
+            R"("window_blocks":16,"rounds":4,"fallback":"dense_recall"},)"
+            R"({"layer":1,"density":0.0,"rounds":0}]})");
+  EXPECT_EQ(row["attention"]["groups"][0]["threshold"].get<float>(), 0.1f);
+  auto columns = Columns(report);
+  EXPECT_EQ(columns["recall"], "0.9600");
+  EXPECT_EQ(columns["prompt"], "text:1");
+}
+
 TEST(PrefillReportTest, WhatIsNotKnownIsNotInTheRow) {
   PrefillReport report = Report();
   report.linear_floor_s.reset();
@@ -106,6 +143,7 @@ TEST(PrefillReportTest, WhatIsNotKnownIsNotInTheRow) {
     EXPECT_FALSE(row["metrics"].contains(key)) << key;
   }
   EXPECT_EQ(row["params"]["density_mode"], "natural");
+  EXPECT_FALSE(row.contains("attention"));
 }
 
 TEST(PrefillReportTest, TableShowsEveryColumnInLine) {

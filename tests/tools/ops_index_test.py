@@ -67,5 +67,21 @@ class PrefillAttentionTest(unittest.TestCase):
             ops.prefill_attention(q, q, q)
 
 
+class MassTest(unittest.TestCase):
+    def refused(self, says, function, *args, **more):
+        with self.assertRaisesRegex(ValueError, says):
+            function(*args, **more)
+
+    def test_what_is_not_on_a_gpu_or_of_another_shape_is_refused(self):
+        q, k = torch.zeros(256, 8, 128, dtype=torch.bfloat16), torch.zeros(256, 2, 128, dtype=torch.bfloat16)
+        rows = torch.arange(4)
+        self.refused("q is .* on cpu; .* on a CUDA device", ops.block_mass, q, k, torch.zeros(256, 8))
+        self.refused("q has 2 dimensions", ops.row_mass, q[0], k, rows)
+        self.refused("k has 2 dimensions", ops.row_mass, q, k[0], rows)
+        self.refused(r"mass is \(4, 8, 3\); .* 2\] is wanted for 256 tokens", ops.recall_of_rows, torch.zeros(4, 8, 3), rows,
+                     index([[0]]), 256)
+        self.refused("mass is .* on cpu", ops.recall_of_rows, torch.zeros(4, 8, 2), rows, index([[0]]), 256)
+
+
 if __name__ == "__main__":
     unittest.main()

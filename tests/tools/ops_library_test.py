@@ -98,6 +98,28 @@ class LibraryTest(unittest.TestCase):
         self.refused(lambda options, _: lib.linear_create(options), library.LinearOptions(max_plans=-1), "max_plans is -1")
         self.refused(lib.rms_norm, library.RmsNormArgs(x_dtype=3, num_tokens=1, width=8), "x_dtype is 3")
 
+    def test_masses_read_their_last_fields(self):
+        lib = self.lib
+        problem = dict(q=ADDRESS, k=ADDRESS, num_tokens=100, num_q_heads=8, num_kv_heads=2, head_dim=128, softmax_scale=0.1)
+        maps = dict(problem, lse_ln=ADDRESS, average=ADDRESS, num_heads=8)
+        self.refused(lib.block_mass, library.BlockMassArgs(**{**maps, "num_heads": 9}), "num_heads is 9")
+        self.refused(lib.block_mass, library.BlockMassArgs(**{**maps, "average": ADDRESS + 2}), "average is not 4-byte")
+        self.refused(lib.block_mass, library.BlockMassArgs(**{**maps, "lse_ln": None}), "lse_ln is null")
+        self.refused(lib.block_mass, library.BlockMassArgs(**maps, heads=ADDRESS + 1), "heads is not 4-byte")
+        self.refused(lib.block_mass, library.BlockMassArgs(**{**maps, "head_dim": 96}), "head_dim 96", NotImplementedError)
+        self.refused(lib.block_mass, library.BlockMassArgs(**{**maps, "softmax_scale": 0}), "softmax_scale is 0")
+        lib.block_mass(library.BlockMassArgs(**{**maps, "num_heads": 0}), 0)
+        rows = dict(problem, positions=ADDRESS, mass=ADDRESS, num_rows=4)
+        self.refused(lib.row_mass, library.RowMassArgs(**{**rows, "num_rows": 65537}), "num_rows is 65537")
+        self.refused(lib.row_mass, library.RowMassArgs(**{**rows, "positions": None}), "positions")
+        self.refused(lib.row_mass, library.RowMassArgs(**{**rows, "mass": ADDRESS + 1}), "mass is not 4-byte")
+        held = dict(mass=ADDRESS, positions=ADDRESS, recall=ADDRESS, num_tokens=100, num_q_heads=8, num_rows=4)
+        three = library.RecallOfRowsArgs(**held, lists=library.BlockLists(num_lists=3))
+        self.refused(lib.recall_of_rows, three, "3 lists for 8")
+        self.refused(lib.recall_of_rows, library.RecallOfRowsArgs(**{**held, "recall": None}), "recall is null")
+        odd = library.BlockLists(2, ADDRESS, ADDRESS, ADDRESS + 2)
+        self.refused(lib.recall_of_rows, library.RecallOfRowsArgs(**held, lists=odd), "blocks is not 4-byte")
+
     def test_mean_table_rows(self):
         self.assertEqual(self.lib.mean_table_rows(8193), 72 + 16)
         self.assertEqual(self.lib.mean_table_coarse_row(8193), 72)

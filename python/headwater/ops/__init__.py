@@ -15,6 +15,8 @@ Every policy by name, layer by layer, and its reference: PatternPolicy and Refer
 The other operations (headwater.ops.layers): embed_tokens, rms_norm, rope_table, split_qkv, silu_mul, first_nonfinite_row,
 block_statistics, mean_tables, mean_table_coarse_row, pack_kv, quantize_rows, and the classes BlockStats and Linear.
 
+What dense attention reads where (headwater.ops.mass): block_mass, row_mass, recall_of_rows.
+
 Tensors are bf16, CUDA, contiguous: q [tokens, query heads, head_dim], k and v [tokens, KV heads, head_dim], rotated. Work
 is enqueued on torch's current stream; nothing synchronises but what says so. Needs torch and a GPU of compute capability
 9.0; formulas, tolerances and costs: kernels/README.md.
@@ -30,6 +32,7 @@ from headwater.ops import library
 from headwater.ops.layers import (BlockStats, Linear, block_statistics, embed_tokens, first_nonfinite_row,  # noqa: F401
                                   mean_table_coarse_row, mean_tables, pack_kv, quantize_rows, rms_norm, rope_table,
                                   silu_mul, split_qkv)
+from headwater.ops.mass import block_mass, recall_of_rows, row_mass  # noqa: F401
 from headwater.ops.policies import PatternPolicy, Reference  # noqa: F401
 
 BLOCK_KEYS = 128

@@ -96,13 +96,22 @@ PackKvArgs = _sized("PackKvArgs", [
     *_pointers("k_destination", "v_destination"), *_longs("destination_bytes"), *_ints("wire_dtype"), *_pointers("runs"),
     *_ints("num_runs"), *_pointers("problems")])
 
+_MASS = [*_longs("num_tokens"), *_ints("num_q_heads", "num_kv_heads", "head_dim"), ("softmax_scale", ctypes.c_float)]
+
+BlockMassArgs = _sized("BlockMassArgs", [
+    *_pointers("q", "k", "lse_ln", "heads", "flags", "average"), *_MASS, *_ints("num_heads")])
+
+RowMassArgs = _sized("RowMassArgs", [*_pointers("q", "k", "positions", "mass"), *_MASS, *_ints("num_rows")])
+
+RecallOfRowsArgs = _sized("RecallOfRowsArgs", [
+    *_pointers("mass", "positions", "recall"), *_longs("num_tokens"), *_ints("num_q_heads", "num_rows"),
+    ("lists", BlockLists)])
+
 LinearOptions = _sized("LinearOptions", [*_pointers("workspace"), ("workspace_bytes", ctypes.c_uint64), *_ints("max_plans")])
 
 LinearArgs = _sized("LinearArgs", [
     *_pointers("x", "weight", "bias", "y"), *_ints("y_dtype", "accumulate"),
     *_longs("num_tokens", "in_features", "out_features"), *_pointers("x_scale", "weight_scale")])
-
-
 
 
 class HeadCluster(ctypes.Structure):
@@ -222,6 +231,15 @@ class Library:
 
     def pack_kv(self, args, stream: int) -> None:
         self._call(self._lib.hw_pack_kv, args, stream)
+
+    def block_mass(self, args, stream: int) -> None:
+        self._call(self._lib.hw_block_mass, args, stream)
+
+    def row_mass(self, args, stream: int) -> None:
+        self._call(self._lib.hw_row_mass, args, stream)
+
+    def recall_of_rows(self, args, stream: int) -> None:
+        self._call(self._lib.hw_recall_of_rows, args, stream)
 
     def linear_create(self, options) -> int:
         """A handle for linear_run(); linear_destroy() ends it."""

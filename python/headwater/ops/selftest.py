@@ -3,6 +3,7 @@
 The table is bench/attention_bench.py's and needs a checkout; arguments are passed on to it. Exit status 1: a check failed.
 """
 
+import itertools
 import math
 import runpy
 import sys
@@ -66,13 +67,39 @@ def checks():
                            float((out - wanted).norm() / wanted.norm()))
 
 
+def mass_checks():
+    """The same of masses, and of recall by masses and by lse."""
+    for tokens, q_heads, kv_heads, d in ((1000, 8, 2, 128), (1024, 4, 4, 64)):
+        name = f"d{d} {q_heads}/{kv_heads} {tokens}"
+        q, k, v = random_inputs(tokens, tokens, q_heads, kv_heads, d)
+        lse = ops.prefill_attention(q, k, v, return_lse=True)[1].lse_ln
+        keys = k.double().repeat_interleave(q_heads // kv_heads, 1)
+        scores = torch.einsum("qhd,khd->qhk", q.double(), keys) / math.sqrt(d)
+        rows = torch.arange(tokens, device=q.device)
+        weights = torch.softmax(scores.masked_fill(rows[None, None] > rows[:, None, None], -math.inf), -1)
+        blocks = -(-tokens // ops.BLOCK_KEYS)
+        wanted = torch.nn.functional.pad(weights, (0, blocks * ops.BLOCK_KEYS - tokens)).unflatten(2, (blocks, -1)).sum(-1)
+        mass = ops.row_mass(q, k, rows)
+        yield f"row_mass {name}", float((mass - wanted).norm() / wanted.norm())
+        means = torch.stack([part.mean(0) for part in wanted.split(ops.BLOCK_KEYS)], 1)
+        heads = [q_heads - 1, 0]
+        averages = ops.block_mass(q, k, lse, heads)
+        yield f"block_mass {name}", float((averages - means[heads]).norm() / means[heads].norm())
+        index = ops.select_blocks(q, k, threshold=0.9, sink_blocks=0, window_blocks=1, dense_last_tokens=0)
+        held = (weights * mask_of(index, q_heads, tokens, tokens).transpose(0, 1)).sum(-1)
+        by_mass = ops.recall_of_rows(mass, rows, index, tokens)
+        by_lse = (ops.prefill_attention(q, k, v, index=index, return_lse=True)[1].lse_ln - lse).exp()
+        for way, found in (("masses", by_mass), ("lse", by_lse)):
+            yield f"recall by {way} {name}", float((found - held).norm() / held.norm())
+
+
 def main() -> int:
     if not torch.cuda.is_available():
         print("selftest: no GPU", file=sys.stderr)
         return 1
     failed = total = 0
     worst = 0.0
-    for name, error in checks():
+    for name, error in itertools.chain(checks(), mass_checks()):
         total += 1
         worst = max(worst, error)
         if not error <= TOLERANCE:
