@@ -48,7 +48,7 @@ TEST(CudaCancelGpuTest, AtRandomTimesLeavesTheDeviceSoonAndNothingBehind) {
   ASSERT_TRUE(egress.ok()) << egress.status();
   const auto dense = MakeBenchJob(*config, RandomPrompt(*config, kTokens), v1::KV_DTYPE_BF16, {});
   const auto searched =
-      MakeBenchJob(*config, RandomPrompt(*config, kTokens), v1::KV_DTYPE_BF16, {"probe", 0.05});
+      MakeBenchJob(*config, RandomPrompt(*config, kTokens), v1::KV_DTYPE_BF16, {"probe", 0.05, {}});
   ASSERT_TRUE(dense.ok() && searched.ok());
 
   const auto run = [&](const PrefillJob& job, JobControl* control) {
