@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <string>
 
-#include "kernels/cuda/block_stats.h"
 #include "kernels/cuda/flash.h"
+#include "kernels/cuda/policies/layer_means.h"
 #include "kernels/cuda/policies/memory.h"
 
 namespace headwater::kernels {
@@ -48,19 +48,18 @@ class FlashPolicy final : public CudaPolicy {
     HW_KERNELS_RETURN_IF_ERROR(CheckArray("k", layer.k));
     if (rule_.corrects) HW_KERNELS_RETURN_IF_ERROR(CheckArray("v", layer.v));
     if (layer.layer < rule_.dense_layers || num_tokens_ <= rule_.dense_tokens) return {};
-    HW_KERNELS_RETURN_IF_ERROR(Means(layer, stream));
+    HW_KERNELS_RETURN_IF_ERROR(memory_.means.Make(shape_, num_tokens_, layer, stream));
     HW_KERNELS_RETURN_IF_ERROR(CudaFlashSelect(FlashArgs(layer.q), stream));
     HW_KERNELS_RETURN_IF_ERROR(CudaListsOfMasks(memory_.lists, stream));
     *selection = SelectionOf(memory_.lists);
-    if (rule_.corrects) selection->correction = {memory_.k_means, memory_.v_means};
+    selection->correction = memory_.means.correction();
     return {};
   }
 
  private:
   struct Memory {
     CudaListsOfMasksArgs lists;
-    void *k_means = nullptr, *v_means = nullptr;   // bf16 tables; of V with a correction
-    float *k_stats = nullptr, *v_stats = nullptr;  // the means that they are made of
+    LayerMeans means;
     size_t bytes = 0;
   };
 
@@ -69,33 +68,15 @@ class FlashPolicy final : public CudaPolicy {
     Memory m;
     m.lists = TakeLists(
         CudaBlockMasksOf(num_tokens, shape_.num_q_heads, shape_.num_kv_heads, rule_.per_query_head), &from);
-    const int64_t row = int64_t{shape_.num_kv_heads} * shape_.head_dim;
-    const int64_t means = CudaMeanTableRows(num_tokens) * row, stats = CudaStatsBlocks(num_tokens) * row;
-    m.k_means = from.Take<uint16_t>(means);
-    m.k_stats = from.Take<float>(stats);
-    if (rule_.corrects) {
-      m.v_means = from.Take<uint16_t>(means);
-      m.v_stats = from.Take<float>(stats);
-    }
+    m.means = LayerMeans::Take(shape_, num_tokens, rule_.corrects, &from);
     m.bytes = from.bytes();
     return m;
-  }
-
-  Status Means(const CudaPolicyLayer& layer, cudaStream_t stream) const {
-    CudaBlockStats stats;
-    stats.k_mean = memory_.k_stats;
-    stats.v_mean = memory_.v_stats;
-    HW_KERNELS_RETURN_IF_ERROR(CudaBlockStatistics(
-        {layer.k, layer.v, num_tokens_, shape_.num_kv_heads, shape_.head_dim, 0, stats}, stream));
-    return CudaMeanTables({stats.k_mean, stats.v_mean, memory_.k_means, memory_.v_means, num_tokens_,
-                           shape_.num_kv_heads, shape_.head_dim},
-                          stream);
   }
 
   CudaFlashArgs FlashArgs(const void* q) const {
     CudaFlashArgs args;
     args.q = q;
-    args.k_means = memory_.k_means;
+    args.k_means = memory_.means.k_table;
     args.mean_rows = CudaMeanTableRows(num_tokens_);
     args.num_tokens = num_tokens_;
     args.num_q_heads = shape_.num_q_heads;

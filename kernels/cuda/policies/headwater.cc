@@ -4,9 +4,9 @@
 #include <cstddef>
 #include <numeric>
 
-#include "kernels/cuda/block_stats.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/pattern.h"
+#include "kernels/cuda/policies/layer_means.h"
 #include "kernels/cuda/policies/memory.h"
 
 namespace headwater::kernels {
@@ -77,11 +77,12 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
  private:
   Status Search(const CudaPolicyLayer& layer, const CudaSearchSettings& settings, cudaStream_t stream,
                 CudaSelection* selection) {
-    if (means_layer_ != layer.layer) HW_KERNELS_RETURN_IF_ERROR(Means(layer, stream));
+    if (means_layer_ != layer.layer)
+      HW_KERNELS_RETURN_IF_ERROR(parts_.means.Make(shape_, num_tokens_, layer, stream));
     means_layer_ = layer.layer;
     CudaSearchArgs args;
     args.q = layer.q;
-    args.k_means = parts_.k_table;
+    args.k_means = parts_.means.k_table;
     args.total_q = args.total_k = num_tokens_;
     args.num_q_heads = shape_.num_q_heads;
     args.num_kv_heads = shape_.num_kv_heads;
@@ -102,14 +103,13 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
     args.overflows = parts_.overflows;
     HW_KERNELS_RETURN_IF_ERROR(CudaSelectBlocks(args, parts_.workspace, parts_.workspace_bytes, stream));
     selection->lists = {shape_.num_kv_heads, parts_.counts, parts_.offsets, parts_.blocks};
-    if (parameters_.correction) selection->correction = {parts_.k_table, parts_.v_table};
+    selection->correction = parts_.means.correction();
     selection->overflows = parts_.overflows;
     return {};
   }
 
   struct Parts {
-    float *k_mean, *v_mean;
-    uint16_t *k_table, *v_table;
+    LayerMeans means;
     int32_t* counts;
     int64_t* offsets;
     int32_t* blocks;
@@ -124,14 +124,8 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
     PolicyMemory from(memory);
     Parts parts{};
     if (num_tokens < parameters_.dense_below_tokens) return parts;
-    const int64_t segments = TilesOf(shape_, num_tokens) * shape_.num_kv_heads,
-                  row = int64_t{shape_.num_kv_heads} * shape_.head_dim;
-    parts.k_mean = from.Take<float>(CudaStatsBlocks(num_tokens) * row);
-    parts.k_table = from.Take<uint16_t>(CudaMeanTableRows(num_tokens) * row);
-    if (parameters_.correction) {
-      parts.v_mean = from.Take<float>(CudaStatsBlocks(num_tokens) * row);
-      parts.v_table = from.Take<uint16_t>(CudaMeanTableRows(num_tokens) * row);
-    }
+    const int64_t segments = TilesOf(shape_, num_tokens) * shape_.num_kv_heads;
+    parts.means = LayerMeans::Take(shape_, num_tokens, parameters_.correction, &from);
     parts.capacity = segments * HeadwaterBlocksPerTile(parameters_, shape_, num_tokens);
     parts.counts = from.Take<int32_t>(segments);
     parts.offsets = from.Take<int64_t>(segments);
@@ -143,17 +137,6 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
     parts.workspace = from.Take<char>(static_cast<int64_t>(parts.workspace_bytes));
     parts.bytes = from.bytes();
     return parts;
-  }
-
-  Status Means(const CudaPolicyLayer& layer, cudaStream_t stream) const {
-    CudaBlockStats stats;
-    stats.k_mean = parts_.k_mean;
-    stats.v_mean = parts_.v_mean;
-    HW_KERNELS_RETURN_IF_ERROR(CudaBlockStatistics(
-        {layer.k, layer.v, num_tokens_, shape_.num_kv_heads, shape_.head_dim, 0, stats}, stream));
-    return CudaMeanTables({parts_.k_mean, parts_.v_mean, parts_.k_table, parts_.v_table, num_tokens_,
-                           shape_.num_kv_heads, shape_.head_dim},
-                          stream);
   }
 
   const HeadwaterParameters parameters_;
