@@ -64,7 +64,7 @@ bool RecallContract::Judge(absl::Span<const GroupMeasure> groups) {
   for (size_t i = 0; i < outcomes_.size(); ++i) {
     density += groups[i].density / static_cast<double>(outcomes_.size());
     const RecallEstimate& recall = groups[i].recall;
-    if (recall.mean - kErrors * recall.error < rules_.min_recall) {
+    if (rules_.min_recall > 0 && recall.mean - kErrors * recall.error < rules_.min_recall) {
       again = Tighten(&outcomes_[i]) || again;
     }
   }

@@ -87,6 +87,12 @@ TEST(RecallContractTest, ADensityOverTheBoundIsForcedAndCorrected) {
   EXPECT_EQ(contract.outcomes()[1].rounds, 2u);
 }
 
+TEST(RecallContractTest, ABoundOnDensityAsksForNoRecall) {
+  RecallContract contract = Density(0.5, 1);
+  EXPECT_FALSE(contract.Judge({Measured(0.2, 0.2, 0.4)}));
+  EXPECT_EQ(contract.outcomes()[0].rounds, 0u);
+}
+
 TEST(RecallContractTest, ADensityUnderTheBoundStays) {
   RecallContract contract = Density(0.375, 2);
   EXPECT_FALSE(contract.Judge({Measured(1, 0, 0.25), Measured(1, 0, 0.5)}));
