@@ -84,6 +84,7 @@ hw_status hw_policy_attention(hw_policy* policy, int32_t layer, const void* q, c
   if (policy == nullptr || policy->num_tokens == 0) {
     return Report(InvalidArgument("policy is null, or no prompt has begun"));
   }
+  if (selection != nullptr && selection->struct_size != sizeof *selection) return Report(BadStructure());
   if (layer < 0 || layer >= policy->shape.num_layers) {
     return Report(InvalidArgument("layer is " + std::to_string(layer) + "; 0 to " +
                                   std::to_string(policy->shape.num_layers - 1) + " is wanted"));
@@ -108,7 +109,6 @@ hw_status hw_policy_attention(hw_policy* policy, int32_t layer, const void* q, c
     c.visited = found.visited;
     c.overflows = found.overflows;
     c.possible = found.possible;
-    if (selection->struct_size != sizeof c) return Report(BadStructure());
     *selection = c;
   }
   return Report(status);

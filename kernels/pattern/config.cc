@@ -11,6 +11,9 @@ namespace {
 Status AddTables(const hw_policy_config& c, PolicyParameters* parameters) {
   if (auto* const skeleton = std::get_if<reference::SkeletonParameters>(parameters)) {
     if (c.rope_frequencies != nullptr) {
+      if (c.head_dim < 2 || c.head_dim > 1 << 16) {
+        return InvalidArgument("head_dim is " + std::to_string(c.head_dim) + "; 2 to 65536 is wanted");
+      }
       skeleton->frequencies.assign(c.rope_frequencies, c.rope_frequencies + c.head_dim / 2);
     }
   } else if (c.rope_frequencies != nullptr) {

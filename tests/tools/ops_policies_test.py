@@ -91,6 +91,16 @@ class PolicyTest(unittest.TestCase):
         self.assertEqual(self.lib.policy_memory_bytes(handle, 0), 0)
         self.lib.policy_destroy(None)
 
+    def test_a_selection_of_another_size_is_refused_before_anything_runs(self):
+        handle = self.made("dense")
+        self.lib.policy_begin(handle, 100, None, 0, 0)
+        found = library.Selection()
+        found.struct_size = 8
+        status = self.lib._lib.hw_policy_attention(ctypes.c_void_p(handle), 0, *[ctypes.c_void_p(ADDRESS)] * 6, ctypes.c_size_t(1),
+                                                   None, ctypes.byref(found))
+        self.assertEqual(status, 3)
+        self.assertIn("argument structure", self.lib._lib.hw_last_error().decode())
+
     def test_share_wants_lse_where_a_cluster_is_shared(self):
         heads, shared = (library.HeadCluster * 2)(library.HeadCluster(0, 0, 3), library.HeadCluster(1, 2, 3)), array(ctypes.c_int32, 3)
         clusters = dict(clusters=ctypes.cast(heads, ctypes.c_void_p), num_clusters=2)
