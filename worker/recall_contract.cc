@@ -42,10 +42,10 @@ bool RecallContract::Tighten(GroupOutcome* group) const {
 bool RecallContract::JudgeDensity(double density) {
   if (density <= rules_.max_density) return false;
   const bool floor = forced_density_ > 0 && forced_density_ <= kLeastForced;
-  if (floor || density_rounds_ >= kMostRounds) {
+  if (floor) {
     for (GroupOutcome& group : outcomes_) group.fallback = v1::ATTENTION_FALLBACK_DENSITY_FLOOR;
-    return false;
   }
+  if (floor || density_rounds_ >= kMostRounds) return false;
   ++density_rounds_;
   // What was measured over what was forced is listed whatever the density.
   forced_density_ =

@@ -16,6 +16,7 @@ namespace {
 // for up to 1 ms).
 constexpr double kFlopPerCall = 12e12;
 constexpr double kLeastDensity = 0.002;
+constexpr int64_t kLeastLearnt = 8192;
 
 // Queries from `begin` on whose causal attention takes kFlopPerCall.
 int64_t QueriesOfCall(double flop_per_pair, int64_t begin) {
@@ -64,15 +65,13 @@ absl::Status CudaPass::Attend(int32_t layer, const char* k, const char* v, int64
       HW_RETURN_IF_ERROR(pattern_->Select(begin, &args, log_.AddSearch(layer, begin, count), stream_));
     }
     HW_RETURN_IF_ERROR(Launch(args));
-    const double pairs =
-        static_cast<double>(count) * (static_cast<double>(begin) + static_cast<double>(count) / 2);
+    const uint64_t pairs = PairsOf(begin + count, config_.num_q_heads) - PairsOf(begin, config_.num_q_heads);
     if (!searched) {
-      const uint64_t all = static_cast<uint64_t>(pairs) * static_cast<uint64_t>(config_.num_q_heads);
-      progress.pairs_computed += all;
-      progress.pairs_possible += all;
+      progress.pairs_computed += pairs;
+      progress.pairs_possible += pairs;
     }
     begin += count;
-    HW_RETURN_IF_ERROR(pacer_.Enqueued(flop_per_pair * pairs));
+    HW_RETURN_IF_ERROR(pacer_.Enqueued(flop_per_pair * static_cast<double>(pairs) / config_.num_q_heads));
   }
   return absl::OkStatus();
 }
@@ -136,9 +135,10 @@ void CudaPass::TakeDensity(int32_t layer) {
       kLeastDensity, static_cast<double>(found.blocks.computed) / static_cast<double>(found.blocks.possible));
 }
 
-// Of a whole layer: the last one computes one row's attention.
+// Of a whole layer: the last one computes one row's attention. Short prompts' kernels do not fill the device.
 void CudaPass::LearnSpeed(int32_t layer, absl::Duration linear, absl::Duration attention) {
-  if (context_.speed == nullptr || packed() || layer + 1 == config_.num_layers) return;
+  if (context_.speed == nullptr || num_tokens_ < kLeastLearnt || packed() || layer + 1 == config_.num_layers)
+    return;
   const LayerWork work = WorkOf(config_, num_tokens_);
   context_.speed->Add(work.linear, linear, work.dense_attention * density_, attention);
 }

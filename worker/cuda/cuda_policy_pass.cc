@@ -1,6 +1,7 @@
 #include "worker/cuda/cuda_policy_pass.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 #include <variant>
 
@@ -26,10 +27,17 @@ constexpr double kFirstDensity = 0.1;
 // A wait covers what is enqueued ahead: up to the attention of the layer before.
 constexpr absl::Duration kLongestWait = absl::Minutes(2), kPoll = absl::Microseconds(20);
 
+// Blocks of a tile's window, of all layers and KV heads on average.
+double MeanWindow(const kernels::HeadwaterParameters& parameters) {
+  if (parameters.windows.empty()) return parameters.window_blocks;
+  const double sum = std::accumulate(parameters.windows.begin(), parameters.windows.end(), 0.0);
+  return sum / static_cast<double>(parameters.windows.size());
+}
+
 // The least share of the blocks that policy headwater can read.
 double LeastDensity(const kernels::HeadwaterParameters& parameters, int64_t num_tokens) {
   const double blocks = static_cast<double>(num_tokens) / 128 + 1;
-  const double listed = 2 * (parameters.sink_blocks + parameters.window_blocks + 1) / blocks;
+  const double listed = 2 * (parameters.sink_blocks + MeanWindow(parameters) + 1) / blocks;
   return std::min(1.0, listed + 2.0 * parameters.dense_last_tokens / static_cast<double>(num_tokens));
 }
 
@@ -211,8 +219,11 @@ ContractRules CudaPolicyPass::RulesFor(int32_t layer) const {
   }
   // What is always listed comes on top of what is forced.
   const double blocks = static_cast<double>(num_tokens_) / 128 + 2;
-  const auto room = static_cast<double>(kernels::HeadwaterBlocksPerTile(*own_, shape_, num_tokens_) -
-                                        own_->sink_blocks - own_->window_blocks - 2);
+  double window = 0;
+  for (const GroupSetting& setting : SettingsOf(layer)) window += setting.window_blocks;
+  window /= config_.num_kv_heads;
+  const double room = static_cast<double>(kernels::HeadwaterBlocksPerTile(*own_, shape_, num_tokens_)) -
+                      own_->sink_blocks - window - 2;
   rules.most_forced = std::clamp(2 * room / blocks, 0.0, 1.0);
   return rules;
 }
