@@ -11,14 +11,14 @@
 namespace headwater::kernels {
 namespace {
 
-sm90::ShareParams Plan(const CudaCoverArgs& a, PolicyMemory* memory) {
-  sm90::ShareParams p = sm90::ShareOf(a.share, a.most_sum);
+sm90::CoverParams Plan(const CudaCoverArgs& a, PolicyMemory* memory) {
+  sm90::CoverParams p = sm90::CoverOf(a.share, a.most_sum);
   p.x = a.x;
   p.length = a.length;
   p.rows = a.num_rows;
   p.counts = a.counts;
-  p.bins = memory->Take<sm90::ShareBin>(int64_t{sm90::kShareBins} * a.num_rows);
-  p.states = memory->Take<sm90::ShareState>(a.num_rows);
+  p.bins = memory->Take<sm90::CoverBin>(int64_t{sm90::kCoverBins} * a.num_rows);
+  p.states = memory->Take<sm90::CoverState>(a.num_rows);
   return p;
 }
 
@@ -40,8 +40,8 @@ Status Validate(const CudaCoverArgs& a) {
 
 namespace sm90 {
 
-ShareParams ShareOf(double share, double most_sum) {
-  ShareParams p{};
+CoverParams CoverOf(double share, double most_sum) {
+  CoverParams p{};
   p.fraction_bits = 60 - static_cast<int>(std::ceil(std::log2(most_sum)));
   p.share = static_cast<uint64_t>(std::ldexp(share, p.fraction_bits));
   return p;
@@ -60,10 +60,10 @@ Status CudaCover(const CudaCoverArgs& args, void* workspace, size_t workspace_by
   HW_KERNELS_RETURN_IF_ERROR(
       CheckMemory("the workspace", workspace, workspace_bytes, CudaCoverWorkspaceBytes(args)));
   PolicyMemory memory(workspace);
-  const sm90::ShareParams params = Plan(args, &memory);
+  const sm90::CoverParams params = Plan(args, &memory);
   int num_sms = 0;
   HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
-  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchShare(params, stream));
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchCover(params, stream));
   return {};
 }
 

@@ -1,5 +1,6 @@
 #include "kernels/cuda/policies/dense_below.h"
 
+#include <string>
 #include <utility>
 
 #include "kernels/cuda/policies/memory.h"
@@ -32,7 +33,8 @@ class DenseBelowPolicy final : public CudaPolicy {
                   CudaSelection* selection) override {
     if (!dense_) return policy_->Reselect(layer, settings, stream, selection);
     *selection = {};
-    return {};
+    return InvalidArgument("Reselect() for a prompt of fewer tokens than dense_below_tokens " +
+                           std::to_string(limit_));
   }
 
   bool wants_lse() const override { return !dense_ && policy_->wants_lse(); }

@@ -59,13 +59,13 @@ sm90::FlexPooledParams Plan(const CudaFlexPooledArgs& a, PolicyMemory* memory) {
   p.q_mean = memory->Take<float>(p.slots * p.blocks * a.head_dim);
   p.maps = memory->Take<float>(p.slots * p.map);
   p.ties = memory->Take<uint64_t>(p.slots * p.blocks);
-  p.share = sm90::ShareOf(a.gamma * static_cast<double>(p.blocks), static_cast<double>(p.blocks));
+  p.share = sm90::CoverOf(a.gamma * static_cast<double>(p.blocks), static_cast<double>(p.blocks));
   p.share.x = p.maps;
   p.share.length = p.map;
   p.share.rows = p.slots;
   p.share.num_active = p.num_heads;
-  p.share.bins = memory->Take<sm90::ShareBin>(int64_t{sm90::kShareBins} * p.slots);
-  p.share.states = memory->Take<sm90::ShareState>(p.slots);
+  p.share.bins = memory->Take<sm90::CoverBin>(int64_t{sm90::kCoverBins} * p.slots);
+  p.share.states = memory->Take<sm90::CoverState>(p.slots);
   return p;
 }
 

@@ -51,14 +51,12 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
     if (num_tokens_ == 0) return InvalidArgument("Select() before Begin()");
     HW_KERNELS_RETURN_IF_ERROR(CheckRange("layer", layer.layer, 0, shape_.num_layers - 1));
     if (num_tokens_ < parameters_.dense_below_tokens) return {};
-    const int64_t first = int64_t{layer.layer} * shape_.num_kv_heads;
-    const float* const thresholds =
-        parameters_.thresholds.empty() ? nullptr : parameters_.thresholds.data() + first;
-    const bool dense = thresholds != nullptr && std::all_of(thresholds, thresholds + shape_.num_kv_heads,
-                                                            [](float t) { return t == 0; });
+    const CudaSearchSettings own = OwnSettings(layer.layer);
+    const bool dense =
+        own.thresholds != nullptr &&
+        std::all_of(own.thresholds, own.thresholds + shape_.num_kv_heads, [](float t) { return t == 0; });
     if (dense) return {};
-    const int32_t* const windows = parameters_.windows.empty() ? nullptr : parameters_.windows.data() + first;
-    return Search(layer, {thresholds, windows, 0}, stream, selection);
+    return Search(layer, own, stream, selection);
   }
 
   Status Reselect(const CudaPolicyLayer& layer, const CudaSearchSettings& settings, cudaStream_t stream,
@@ -71,10 +69,23 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
                              " tokens, fewer than dense_below_tokens " +
                              std::to_string(parameters_.dense_below_tokens));
     }
-    return Search(layer, settings, stream, selection);
+    CudaSearchSettings all = OwnSettings(layer.layer);
+    if (settings.thresholds != nullptr) all.thresholds = settings.thresholds;
+    if (settings.windows != nullptr) all.windows = settings.windows;
+    all.forced_density = settings.forced_density;
+    return Search(layer, all, stream, selection);
   }
 
  private:
+  // The layer's part of the tables; null where there is none.
+  CudaSearchSettings OwnSettings(int32_t layer) const {
+    const int64_t first = int64_t{layer} * shape_.num_kv_heads;
+    CudaSearchSettings own;
+    if (!parameters_.thresholds.empty()) own.thresholds = parameters_.thresholds.data() + first;
+    if (!parameters_.windows.empty()) own.windows = parameters_.windows.data() + first;
+    return own;
+  }
+
   Status Search(const CudaPolicyLayer& layer, const CudaSearchSettings& settings, cudaStream_t stream,
                 CudaSelection* selection) {
     if (means_layer_ != layer.layer)
@@ -164,6 +175,16 @@ Status MakeCudaHeadwater(const HeadwaterParameters& p, const CudaPolicyShape& sh
     if (given == 0 || given == wanted) continue;
     return InvalidArgument(std::to_string(given) + " thresholds or windows; " + std::to_string(wanted) +
                            ", one for each layer and KV head, are wanted");
+  }
+  for (size_t i = 0; i < p.thresholds.size(); ++i) {
+    if (p.thresholds[i] >= 0) continue;
+    return InvalidArgument("threshold " + std::to_string(i) + " is " + std::to_string(p.thresholds[i]) +
+                           "; 0 or more is wanted");
+  }
+  for (size_t i = 0; i < p.windows.size(); ++i) {
+    if (p.windows[i] >= 1 && p.windows[i] <= 1 << 20) continue;
+    return InvalidArgument("window " + std::to_string(i) + " is " + std::to_string(p.windows[i]) +
+                           " blocks; 1 to 1048576 is wanted");
   }
   if (!(p.threshold > 0 && p.threshold <= 1)) {
     return InvalidArgument("threshold is " + std::to_string(p.threshold) +

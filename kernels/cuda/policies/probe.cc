@@ -30,6 +30,7 @@ class ProbeCudaPolicy final : public CudaPolicy {
   size_t MemoryBytes(int64_t num_tokens) const override { return Lay(num_tokens, nullptr).bytes; }
 
   Status Begin(int64_t num_tokens, void* memory, size_t memory_bytes, cudaStream_t) override {
+    num_tokens_ = 0;
     HW_KERNELS_RETURN_IF_ERROR(
         CheckPolicyMemory(num_tokens, memory, memory_bytes, MemoryBytes(std::max<int64_t>(1, num_tokens))));
     num_tokens_ = num_tokens;
@@ -39,6 +40,7 @@ class ProbeCudaPolicy final : public CudaPolicy {
 
   Status Select(const CudaPolicyLayer& layer, cudaStream_t stream, CudaSelection* selection) override {
     *selection = {};
+    if (num_tokens_ == 0) return InvalidArgument("Select() before Begin()");
     if (Dense(num_tokens_)) return {};
     CudaSearchArgs args = Args(num_tokens_, parts_);
     args.q = layer.q;
@@ -113,7 +115,7 @@ class ProbeCudaPolicy final : public CudaPolicy {
 
   const ProbeParameters probe_;
   const CudaPolicyShape shape_;
-  int64_t num_tokens_ = 0;
+  int64_t num_tokens_ = 0;  // 0: no prompt
   Parts parts_{};
 };
 

@@ -16,13 +16,13 @@ __device__ __forceinline__ uint32_t Mantissa(uint32_t key) {
   return (key & 0x7FFFFFu) | (key >> 23 != 0 ? 0x800000u : 0u);
 }
 
-__device__ __forceinline__ bool Active(const ShareParams& p, int row) {
+__device__ __forceinline__ bool Active(const CoverParams& p, int row) {
   return p.num_active == nullptr || p.first_active + row < *p.num_active;
 }
 
 // The bins of a slice: mantissas are summed in two halves, for want of 64-bit atomics on shared memory.
 template <int kPass>
-__global__ void __launch_bounds__(kThreads) ShareBinsKernel(const __grid_constant__ ShareParams p) {
+__global__ void __launch_bounds__(kThreads) ShareBinsKernel(const __grid_constant__ CoverParams p) {
   using Digit = RadixDigit<kPass>;
   __shared__ uint32_t entries[Digit::kBins], low[Digit::kBins], high[Digit::kBins];
   const int row = static_cast<int>(blockIdx.y);
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) ShareBinsKernel(const __grid_constan
   __syncthreads();
   for (int i = static_cast<int>(threadIdx.x); i < Digit::kBins; i += kThreads) {
     if (entries[i] == 0) continue;
-    ShareBin* const bin = p.bins + int64_t{row} * kShareBins + i;
+    CoverBin* const bin = p.bins + int64_t{row} * kCoverBins + i;
     const uint64_t sum = (static_cast<uint64_t>(high[i]) << kHalfBits) + low[i];
     atomicAdd(reinterpret_cast<unsigned long long*>(&bin->mantissas), sum);
     atomicAdd(reinterpret_cast<unsigned long long*>(&bin->entries), static_cast<uint64_t>(entries[i]));
@@ -76,12 +76,12 @@ __device__ __forceinline__ uint64_t Units(uint64_t fixed, int exponent, int frac
 // Walks the bins from the largest numbers down to the one in which the running sum passes the share; later
 // passes look at that bin only, in units of its numbers' last place, in which all is exact.
 template <int kPass>
-__global__ void __launch_bounds__(kRadixThreads) ShareScanKernel(const __grid_constant__ ShareParams p) {
+__global__ void __launch_bounds__(kRadixThreads) ShareScanKernel(const __grid_constant__ CoverParams p) {
   using Digit = RadixDigit<kPass>;
   constexpr int kEach = Digit::kBins / kRadixThreads;
   __shared__ uint64_t shared[33];
   const int row = static_cast<int>(blockIdx.x);
-  ShareState* const state = p.states + row;
+  CoverState* const state = p.states + row;
   if (!Active(p, row) || (kPass > 0 && state->done != 0)) {
     if (kPass == 2 && p.counts != nullptr && threadIdx.x == 0 && Active(p, row)) {
       p.counts[row] = static_cast<int64_t>(state->count) + 1;
@@ -95,10 +95,10 @@ __global__ void __launch_bounds__(kRadixThreads) ShareScanKernel(const __grid_co
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int bin = Digit::kBins - 1 - (static_cast<int>(threadIdx.x) * kEach + i);
-    ShareBin* const from = p.bins + int64_t{row} * kShareBins + bin;
+    CoverBin* const from = p.bins + int64_t{row} * kCoverBins + bin;
     mantissas[i] = from->mantissas;
     entries[i] = from->entries;
-    *from = ShareBin{0, 0};
+    *from = CoverBin{0, 0};
     weights[i] = kPass == 0 ? Fixed(mantissas[i], BinExponent(bin), p.fraction_bits) : mantissas[i];
     weight = add(weight, weights[i]);
     entry = add(entry, entries[i]);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kRadixThreads) ShareScanKernel(const __grid_co
     if (before <= limit && after > limit) {
       const int bin = Digit::kBins - 1 - (static_cast<int>(threadIdx.x) * kEach + i);
       const uint32_t key = above << Digit::kBits | static_cast<uint32_t>(bin);
-      ShareState next{limit - before, counted + entries_before, 0, 0, key, 0};
+      CoverState next{limit - before, counted + entries_before, 0, 0, key, 0};
       if (kPass == 0) next.rest = Units(next.rest, BinExponent(bin), p.fraction_bits);
       if (kPass == 2) {
         next.take = next.rest / Mantissa(key);
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kRadixThreads) ShareScanKernel(const __grid_co
 }
 
 template <int kPass>
-void LaunchPass(const ShareParams& p, cudaStream_t stream) {
+void LaunchPass(const CoverParams& p, cudaStream_t stream) {
   const auto slices = static_cast<unsigned>((p.length + kSlice - 1) / kSlice);
   const auto rows = static_cast<unsigned>(p.rows);
   ShareBinsKernel<kPass><<<dim3(slices, rows), kThreads, 0, stream>>>(p);
@@ -142,8 +142,8 @@ void LaunchPass(const ShareParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t LaunchShare(const ShareParams& params, cudaStream_t stream) {
-  const size_t bytes = sizeof(ShareBin) * kShareBins * static_cast<size_t>(params.rows);
+cudaError_t LaunchCover(const CoverParams& params, cudaStream_t stream) {
+  const size_t bytes = sizeof(CoverBin) * kCoverBins * static_cast<size_t>(params.rows);
   if (const cudaError_t error = cudaMemsetAsync(params.bins, 0, bytes, stream); error != cudaSuccess) {
     return error;
   }

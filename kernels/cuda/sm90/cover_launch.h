@@ -8,16 +8,16 @@
 
 namespace headwater::kernels::sm90 {
 
-inline constexpr int kShareBins = 2048;
+inline constexpr int kCoverBins = 2048;
 
-struct ShareBin {
+struct CoverBin {
   uint64_t mantissas;  // the sum of entries, in units of their last place
   uint64_t entries;
 };
 
 // What was selected: entries with a key (RadixKey() of radix.cuh) above `key`, and `take` of the `ties` that
 // have that key. ties <= take: all of them.
-struct ShareState {
+struct CoverState {
   uint64_t rest;   // of the share; while selecting
   uint64_t count;  // of entries above `key`; in the end of all
   uint64_t take;
@@ -26,7 +26,7 @@ struct ShareState {
   uint32_t done;
 };
 
-struct ShareParams {
+struct CoverParams {
   const float* x;  // [rows, length]
   int64_t length;
   int32_t rows;
@@ -34,15 +34,15 @@ struct ShareParams {
   int32_t first_active;
   uint64_t share;  // times 2^fraction_bits
   int32_t fraction_bits;
-  ShareBin* bins;      // [rows, kShareBins]
-  ShareState* states;  // [rows], written
+  CoverBin* bins;      // [rows, kCoverBins]
+  CoverState* states;  // [rows], written
   int64_t* counts;     // [rows], written: count + 1; or null
 };
 
 // share and fraction_bits for rows with a sum under twice most_sum.
-ShareParams ShareOf(double share, double most_sum);
+CoverParams CoverOf(double share, double most_sum);
 
-cudaError_t LaunchShare(const ShareParams& params, cudaStream_t stream);
+cudaError_t LaunchCover(const CoverParams& params, cudaStream_t stream);
 
 }  // namespace headwater::kernels::sm90
 

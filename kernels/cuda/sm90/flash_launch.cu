@@ -1,6 +1,7 @@
 // FlashPrefill's selection: one CTA per tile, long ones first. The product is block means times query rows,
 // so that a block's row of it, all queries of the tile, lies in four neighbouring threads: its energy is
 // whole after one product, and the log2 of it, one float a block, is all that is kept.
+#include "kernels/cuda/flash.h"
 #include "kernels/cuda/sm90/flash_launch.h"
 #include "kernels/cuda/sm90/flash_tile.cuh"
 
@@ -47,7 +48,10 @@ cudaError_t Launch(const CUtensorMap& q, const CUtensorMap& means, const FlashPa
                    cudaStream_t stream) {
   const auto bytes = static_cast<int>(sizeof(FlashShared<kHeadDim>) + static_cast<size_t>(p.blocks) * 4);
   auto* const kernel = FlashKernel<kHeadDim>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  // The attribute is the function's, not the call's: one size for all, since other threads may launch too.
+  constexpr int kMost = sizeof(FlashShared<kHeadDim>) + (kCudaFlashMostTokens / 128) * 4;
+  static_assert(kMost <= 227 * 1024);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMost);
   if (error != cudaSuccess) return error;
   kernel<<<static_cast<unsigned>(int64_t{p.num_lists} * p.tiles), kFlashThreads, bytes, stream>>>(q, means,
                                                                                                   p);

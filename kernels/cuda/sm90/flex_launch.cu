@@ -169,7 +169,7 @@ __device__ void StoreChosen(const float* scores, int64_t blocks, bool from_end, 
 }
 
 __global__ void __launch_bounds__(kRadixThreads) FlexTopKernel(const __grid_constant__ CudaFlexTopArgs p) {
-  __shared__ uint32_t bins[kShareBins];
+  __shared__ uint32_t bins[kCoverBins];
   __shared__ uint64_t scratch[33];
   __shared__ uint32_t counts[kWarps];
   __shared__ Threshold threshold;

@@ -27,7 +27,7 @@ struct FlexPooledParams {
   float* q_mean;       // [slots, blocks, head_dim]
   float* maps;         // [slots, map]
   uint64_t* ties;      // [slots, blocks]
-  ShareParams share;   // over maps; first_active is set for each launch
+  CoverParams share;   // over maps; first_active is set for each launch
 };
 
 cudaError_t LaunchFlexPooled(const FlexPooledParams& params, cudaStream_t stream);

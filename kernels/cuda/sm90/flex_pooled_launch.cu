@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Whether only some of the entries at the threshold are taken, so that their order matters.
-__device__ __forceinline__ bool SomeTies(const ShareState& state) {
+__device__ __forceinline__ bool SomeTies(const CoverState& state) {
   return state.done == 0 && state.take > 0;
 }
 
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads)
   const MapRow at(p);
   const int slot = static_cast<int>(blockIdx.y);
   if (HeadOf(p, first, slot) < 0 || at.row >= p.blocks) return;
-  const ShareState state = p.share.states[slot];
+  const CoverState state = p.share.states[slot];
   if (!SomeTies(state)) return;
   uint32_t ties = 0;
   for (int64_t i = threadIdx.x & 31; i <= at.row; i += 32) ties += RadixKey(at.map[i]) == state.key ? 1 : 0;
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads)
   const int slot = static_cast<int>(blockIdx.y), head = HeadOf(p, first, slot);
   if (head < 0 || at.row >= p.blocks) return;
   const int lane = static_cast<int>(threadIdx.x & 31);
-  const ShareState state = p.share.states[slot];
+  const CoverState state = p.share.states[slot];
   uint64_t rank = SomeTies(state) ? p.ties[slot * p.blocks + at.row] : 0;
   uint32_t* const words = p.args.masks.words + (head * p.blocks + at.row) * ((p.blocks + 31) / 32);
   for (int64_t word = 0; word <= at.row / 32; ++word) {
@@ -210,7 +210,7 @@ cudaError_t Launch(FlexPooledParams p, cudaStream_t stream) {
         <<<dim3(blocks < kMostCtas ? blocks : kMostCtas, slots), kThreads, 0, stream>>>(p, first);
     PooledProductsKernel<kDim><<<dim3(tiles, tiles, slots), kThreads, 0, stream>>>(p, first);
     PooledSoftmaxKernel<<<dim3(rows, slots), kThreads, 0, stream>>>(p, first);
-    if (const cudaError_t error = LaunchShare(p.share, stream); error != cudaSuccess) return error;
+    if (const cudaError_t error = LaunchCover(p.share, stream); error != cudaSuccess) return error;
     CountTiesKernel<<<dim3(rows, slots), kThreads, 0, stream>>>(p, first);
     ScanTiesKernel<<<slots, kRadixThreads, 0, stream>>>(p, first);
     AddPooledKernel<<<dim3(rows, slots), kThreads, 0, stream>>>(p, first);

@@ -49,6 +49,14 @@ TEST(Headwater, RefusesByNameAndValue) {
   p.thresholds.assign(31, 0.1f);
   EXPECT_NE(said(p).find("31 thresholds or windows; 32"), std::string::npos);
   p = {};
+  p.windows.assign(32, 4);
+  p.windows[7] = 0;
+  EXPECT_NE(said(p).find("window 7 is 0 blocks"), std::string::npos);
+  p = {};
+  p.thresholds.assign(32, 0.5f);
+  p.thresholds[3] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_NE(said(p).find("threshold 3 is nan"), std::string::npos);
+  p = {};
   p.windows.assign(33, 4);
   EXPECT_NE(said(p).find("33 thresholds or windows; 32"), std::string::npos);
 }
