@@ -4,8 +4,8 @@ appends rows to bench/results/policies.jsonl (set "speed"), and names the polici
 
     PYTHONPATH=python python3 bench/policy_bench.py [--tokens 1024 2048 ...] [--policy flash:alpha=0.1 ...]
 
-Inputs: bench/structured_qkv.py. A layer is timed as it runs in a prefill: begin() once, then search, lists and attention of
-layer 5 (flash2's first four layers are dense). `search_ms` is that less attention over the same lists alone. Times are
+Inputs: bench/structured_qkv.py. A layer is timed as it runs in a prefill: search, lists and attention of layer 5 (flash2's first
+four layers are dense) of a prompt that begins with it, so that `share` has no pivots of earlier layers. `search_ms` is that less attention over the same lists alone. Times are
 medians by CUDA events after warm-up, engines in turn, twice, the lower counts.
 """
 
@@ -39,17 +39,25 @@ def make(spec: str, a) -> ops.PatternPolicy:
     return ops.PatternPolicy(name, values, layers=LAYERS, q_heads=a.q_heads, kv_heads=a.kv_heads, head_dim=a.head_dim)
 
 
-def measure(n: int, specs: list, a) -> list:
-    """(spec, metrics, peers) of one length."""
+def measure(n: int, specs: list, a, failed: list):
+    """Yields (spec, metrics, peers) of one length; what did not run joins `failed`."""
     q, k, v = gen(n, a.q_heads, a.kv_heads, a.head_dim, seed=a.seed)
     out = torch.empty_like(q)
     dense = {"headwater": lambda: ops.prefill_attention(q, k, v, out=out), "cudnn": lambda: cudnn(q, k, v)}
-    rows = []
     for spec in specs:
         policy = make(spec, a)
-        policy.begin(n)
-        found = policy.attention(LAYER, q, k, v, out=out)[1]
-        engines = {"policy": lambda: policy.attention(LAYER, q, k, v, out=out), **dense}
+
+        def run(policy=policy):
+            policy.begin(n)  # a prompt's state goes; copies nothing
+            return policy.attention(LAYER, q, k, v, out=out)
+
+        try:
+            found = run()[1]
+        except (ValueError, NotImplementedError, RuntimeError, MemoryError) as error:
+            print(f"{n:8d} {spec}: {type(error).__name__}: {error}", flush=True)
+            failed.append(f"{spec} at {n} tokens did not run")
+            continue
+        engines = {"policy": run, **dense}
         if found.index is not None:
             index = found.index
             engines["lists"] = lambda: ops.prefill_attention(q, k, v, index=index, out=out)
@@ -59,12 +67,11 @@ def measure(n: int, specs: list, a) -> list:
         if "lists" in times:
             metrics["search_ms"] = times["policy"] - times["lists"]
         peers = {"headwater_dense": {"ms": times["headwater"]}, "cudnn": {"ms": times["cudnn"]}}
-        rows.append((spec, metrics, peers))
         print(f"{n:8d} {spec:26s} {metrics['ms']:9.3f} ms  search {metrics.get('search_ms', 0):8.3f}  density "
               f"{metrics['density']:.4f}  dense {times['headwater']:9.3f} ms ({metrics['speedup']:.2f}x)  cudnn "
               f"{times['cudnn']:9.3f} ms", flush=True)
-        del policy, found, engines
-    return rows
+        yield spec, metrics, peers
+        del policy, found, engines, run
 
 
 def main() -> int:
@@ -83,7 +90,7 @@ def main() -> int:
     run, revision, slow = uuid.uuid4().hex[:12], a.commit or commit(), []
     a.output.parent.mkdir(parents=True, exist_ok=True)
     for n in a.tokens:
-        for spec, metrics, peers in measure(n, a.policy, a):
+        for spec, metrics, peers in measure(n, a.policy, a, slow):
             name, _, values = spec.partition(":")
             row = {"bench": "policies", "device": torch.cuda.get_device_name(), "commit": revision,
                    "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -215,6 +215,9 @@ def main(words=None) -> int:
         print(f"policy_parity: {failure}", file=sys.stderr)
         return 1
     report(found)
+    if not found:
+        print("policy_parity: nothing was compared", file=sys.stderr)
+        return 1
     return 1 if any(wrong for *_, wrong in found) else 0
 
 

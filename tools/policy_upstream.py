@@ -199,6 +199,8 @@ def main(words: Optional[List[str]] = None) -> int:
     if bool(arguments.model) == bool(arguments.structured) or (arguments.model and (arguments.prompt_ids is None)
                                                               == (not arguments.kv)):
         parser.error("--structured, or --model with one of --prompt_ids and --kv, is wanted")
+    if not any(getattr(arguments, kind.name) for kind in PEERS):
+        parser.error(f"nothing to compare with: give one of {', '.join('--' + kind.name for kind in PEERS)}")
     failed, peers, pool = {}, [], ThreadPoolExecutor(os.cpu_count())
     for kind in PEERS:
         if folder := getattr(arguments, kind.name):

@@ -7,8 +7,19 @@
 namespace headwater::kernels {
 namespace {
 
+// A table of the caller's: no array where there is a count is a mistake, not a default.
+Status CheckTable(const char* name, const void* array, int32_t count) {
+  if (count >= 0 && (count == 0 || array != nullptr)) return {};
+  return InvalidArgument(std::string(name) + ": a count of " + std::to_string(count) +
+                         (array == nullptr ? " and no array" : ""));
+}
+
 // What requests do not carry as numbers.
 Status AddTables(const hw_policy_config& c, PolicyParameters* parameters) {
+  HW_KERNELS_RETURN_IF_ERROR(CheckTable("clusters", c.clusters, c.num_clusters));
+  HW_KERNELS_RETURN_IF_ERROR(CheckTable("shared_clusters", c.shared_clusters, c.num_shared_clusters));
+  HW_KERNELS_RETURN_IF_ERROR(CheckTable("thresholds", c.thresholds, c.num_thresholds));
+  HW_KERNELS_RETURN_IF_ERROR(CheckTable("windows", c.windows, c.num_windows));
   if (auto* const skeleton = std::get_if<reference::SkeletonParameters>(parameters)) {
     if (c.rope_frequencies != nullptr) {
       if (c.head_dim < 2 || c.head_dim > 1 << 16) {
@@ -34,7 +45,9 @@ Status AddTables(const hw_policy_config& c, PolicyParameters* parameters) {
     headwater->windows.push_back(c.windows[i]);
   auto* const share = std::get_if<ShareWithClusters>(parameters);
   if (share == nullptr) {
-    return c.clusters == nullptr ? Status() : InvalidArgument("clusters are for policy share");
+    return c.clusters == nullptr && c.shared_clusters == nullptr
+               ? Status()
+               : InvalidArgument("clusters are for policy share");
   }
   for (int32_t i = 0; c.clusters != nullptr && i < c.num_clusters; ++i) {
     const hw_head_cluster& head = c.clusters[i];

@@ -1,6 +1,7 @@
 """headwater.calibrate without a GPU: the descent on made-up losses, and the file."""
 
 import json
+import math
 import sys
 import tempfile
 import unittest
@@ -61,6 +62,11 @@ class DescentTest(unittest.TestCase):
         self.assertFalse(out.whole)
         self.assertEqual(out.passes, len(calls))
         self.assertLessEqual(len(calls), 40)
+
+    def test_a_loss_that_is_no_number_does_not_hold(self):
+        self.assertEqual(Measured({"text": math.nan, "words": 0.0}, 0.1).excess({"text": 1.0, "words": 1.0}), math.inf)
+        out = descend(1, lambda rungs: Measured({"text": math.nan if rungs[0] < 3 else 0.0}, float(rungs[0])), {"text": 1.0})
+        self.assertEqual(out.rungs, [3])
 
     def test_the_ladder_ends_dense(self):
         self.assertEqual(LADDER[-1][0], 0)

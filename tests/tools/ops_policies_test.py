@@ -76,6 +76,8 @@ class PolicyTest(unittest.TestCase):
         self.refused("3 thresholds or windows; 8", thresholds=ctypes.cast(thresholds, ctypes.c_void_p), num_thresholds=3)
         self.refused("thresholds and windows are for policy headwater", "probe",
                      windows=ctypes.cast(windows, ctypes.c_void_p), num_windows=8)
+        self.refused("thresholds: a count of 8 and no array", num_thresholds=8)
+        self.refused("windows: a count of -1", windows=ctypes.cast(windows, ctypes.c_void_p), num_windows=-1)
         negative = array(ctypes.c_float, *[-1.0] * 8)
         self.refused("threshold 0 is -1", thresholds=ctypes.cast(negative, ctypes.c_void_p), num_thresholds=8)
         self.made(windows=ctypes.cast(windows, ctypes.c_void_p), num_windows=8)

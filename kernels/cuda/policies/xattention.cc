@@ -67,6 +67,7 @@ size_t XAttentionPolicy::MemoryBytes(int64_t num_tokens) const {
 
 Status XAttentionPolicy::Begin(int64_t num_tokens, void* memory, size_t memory_bytes,
                                cudaStream_t /*stream*/) {
+  num_tokens_ = 0;
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_tokens", num_tokens, 1, INT32_MAX));
   if (CudaXAttentionWorkspaceBytes(ArgsFor(num_tokens)) == 0) {
     return {StatusCode::kUnimplemented, "xattention of " + std::to_string(num_tokens) + " tokens"};

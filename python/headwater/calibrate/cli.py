@@ -1,6 +1,7 @@
 """Flags of python -m headwater.calibrate, and what they ask for."""
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class Trial:
     def __init__(self, thresholds: Sequence[float], windows: Sequence[int], model: dict):
         from headwater import ops
 
-        self._run = ops.PatternPolicy("headwater", thresholds=thresholds, windows=windows, **model)
+        self._run = ops.PatternPolicy("headwater", {"dense_below_tokens": 0}, thresholds=thresholds, windows=windows, **model)
 
     def attend(self, layer, q, k, v):
         if layer == 0:
@@ -120,6 +121,9 @@ class Meter:
                        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads}
         self._model, self._prompts, self._per_unit = model, found, per_unit
         self.dense = self._losses(policies.make("dense"))[0]
+        for name, loss in self.dense.items():
+            if not math.isfinite(loss):
+                raise ValueError(f"dense attention's loss on {name} is {loss}")
 
     def tables(self, rungs: Sequence[int]) -> tuple:
         """(thresholds, windows), [layers * kv_heads] each."""

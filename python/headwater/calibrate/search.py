@@ -1,5 +1,6 @@
 """The descent: which rung of the ladder each unit (a KV head, or a layer) stands on. Knows nothing of models."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Callable, Dict, List, Sequence, Tuple
 
@@ -15,7 +16,9 @@ class Measured:
     density: float  # mean over layers and heads
 
     def excess(self, budgets: Dict[str, float]) -> float:
-        """How far the sets are over their budgets, in budgets; 0: all hold."""
+        """How far the sets are over their budgets, in budgets; 0: all hold. Infinite where a loss is no number."""
+        if not all(math.isfinite(loss) for loss in self.loss.values()):
+            return math.inf
         return sum(max(0.0, loss / budgets[name] - 1) for name, loss in self.loss.items())
 
     def spent(self, budgets: Dict[str, float]) -> float:

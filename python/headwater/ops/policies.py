@@ -11,6 +11,7 @@ Names and parameters: kernels/pattern/parameters.h. Rules: kernels/reference/pol
 """
 
 import ctypes
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
@@ -110,12 +111,15 @@ class PatternPolicy:
                   out: Optional[torch.Tensor] = None, return_lse: bool = False) -> Tuple[torch.Tensor, "Selection"]:
         """Search and attention of one layer of the prompt that has begun."""
         c = self._config
-        for name, tensor, heads in (("q", q, c.q_heads), ("k", k, c.kv_heads), ("v", v, c.kv_heads)):
-            shape = (self._tokens, heads, c.head_dim)
-            if tensor.shape != shape or tensor.dtype != torch.bfloat16 or not tensor.is_cuda or not tensor.is_contiguous():
-                raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; a contiguous bf16 CUDA "
-                                 f"tensor {shape} is wanted")
+        if self._memory is None:
+            raise ValueError("no prompt has begun")
         out = torch.empty_like(q) if out is None else out
+        for name, tensor, heads in (("q", q, c.q_heads), ("k", k, c.kv_heads), ("v", v, c.kv_heads), ("out", out, c.q_heads)):
+            shape = (self._tokens, heads, c.head_dim)
+            if tensor.shape != shape or tensor.dtype != torch.bfloat16 or not tensor.is_contiguous() or (
+                    tensor.device != self._memory.device):
+                raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; a contiguous bf16 tensor "
+                                 f"{shape} on {self._memory.device} is wanted")
         wants_lse = return_lse or self._lib.policy_wants_lse(self._handle)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if wants_lse else None
         with torch.cuda.device(self._device):
@@ -144,14 +148,17 @@ class Selection:
         self._tokens, self._heads, self._possible = tokens, c.q_heads, found.possible
         self._visited = policy._part(found.visited, 1, torch.int64).clone() if found.visited else None
         self._overflows = policy._part(found.overflows, 1, torch.int32).clone() if found.overflows else None
-        if self.index is not None and self._visited is None:
-            self._visited = self.index.listed(tokens, tokens).sum()[None]
-            self._possible = int(self.index.visible_blocks(tokens, tokens).sum()) * self.index.num_lists
+        # Summed by density() where the policy does not: here it would cost, and count as the policy's time.
+        self._counts = self.index.counts.clone() if self.index is not None and self._visited is None else None
 
     def density(self) -> float:
         """Computed over causally possible blocks. Synchronises; may be called at any time."""
         if self.dense:
             return 1.0
+        if self._counts is not None:
+            index = dataclasses.replace(self.index, counts=self._counts)
+            visible = index.visible_blocks(self._tokens, self._tokens).sum() * index.num_lists
+            return float(index.listed(self._tokens, self._tokens).sum() / visible)
         return float(self._visited[0]) / self._possible
 
     def overflows(self) -> int:

@@ -99,6 +99,8 @@ TEST_P(PolicyGpu, OutputIsAttentionOverItsLists) {
     ASSERT_TRUE(status.ok()) << status.message();
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     ASSERT_EQ(selection.ranges, nullptr);
+    const bool dense = c.policy == "dense" || (c.policy == "headwater" && c.parameters.empty());
+    ASSERT_EQ(selection.lists.num_lists == 0, dense) << "what selects nothing would pass below";
     Problem under = problem;
     TakeLists(selection, &under);
     std::vector<double> out, lse;
