@@ -191,16 +191,16 @@ struct Known {
 };
 constexpr Known kKnown[] = {
     {"dense", Parse<DenseParameters, TakeDense>, 0},
-    {"a_shape", Parse<AShapeParameters, TakeAShape>, 16384},
+    {"a_shape", Parse<AShapeParameters, TakeAShape>, 20480},
     {"headwater", Parse<HeadwaterParameters, TakeHeadwater>, 0},
     {"probe", Parse<ProbeParameters, TakeProbe>, 0},
     {"flash", Parse<reference::FlashParameters, TakeFlash>, 8192},
     {"flash2", Parse<reference::Flash2Parameters, TakeFlash2>, 8192},
     {"flex", Parse<reference::FlexParameters, TakeFlex>, 8192},
-    {"share", Parse<ShareWithClusters, TakeShare>, 8192},
-    {"skeleton", Parse<reference::SkeletonParameters, TakeSkeleton>, 16384},
-    {"vertical_slash", Parse<reference::VerticalSlashParameters, TakeVerticalSlash>, 16384},
-    {"xattention", Parse<reference::XAttentionParameters, TakeXAttention>, 16384},
+    {"share", Parse<ShareWithClusters, TakeShare>, 12288},
+    {"skeleton", Parse<reference::SkeletonParameters, TakeSkeleton>, 20480},
+    {"vertical_slash", Parse<reference::VerticalSlashParameters, TakeVerticalSlash>, 32768},
+    {"xattention", Parse<reference::XAttentionParameters, TakeXAttention>, 8192},
 };
 
 }  // namespace

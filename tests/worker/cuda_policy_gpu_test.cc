@@ -91,14 +91,11 @@ class CudaPolicyGpuTest : public ::testing::Test {
 };
 
 TEST_F(CudaPolicyGpuTest, EveryPolicyRunsAndSaysWhatItRead) {
-  int ran = 0;
   for (const std::string& name : kernels::PolicyNames()) {
-    kernels::PolicyParameters parameters;
-    ASSERT_TRUE(kernels::ParsePolicyParameters(name, {}, &parameters).ok());
-    const auto made = MakePolicyFor(host_->config(), parameters, 9000);
-    if (!made.ok() || *made == nullptr) continue;
+    if (name == "dense" || name == "probe") continue;
     SCOPED_TRACE(name);
-    const auto got = Run(9000, name, {}), again = Run(9000, name, {});
+    const std::map<std::string, double> searched = {{"dense_below_tokens", 0}};
+    const auto got = Run(9000, name, searched), again = Run(9000, name, searched);
     ASSERT_TRUE(got->result.ok()) << got->result.status();
     EXPECT_EQ(got->digest.Bytes(), again->digest.Bytes());
     EXPECT_EQ(got->report().policy(), name);
@@ -109,9 +106,7 @@ TEST_F(CudaPolicyGpuTest, EveryPolicyRunsAndSaysWhatItRead) {
       EXPECT_GT(group.density(), 0);
       EXPECT_LE(group.density(), 1);
     }
-    ++ran;
   }
-  EXPECT_GE(ran, 6);
 }
 
 // Where everything is read, attention is exact.
@@ -125,9 +120,9 @@ TEST_F(CudaPolicyGpuTest, PoliciesThatReadEverythingEqualTheCpu) {
   const std::vector<std::pair<std::string, std::map<std::string, double>>> rows = {
       {"headwater", {{"window_blocks", 1000}, {"dense_below_tokens", 0}}},
       {"headwater", {}},
-      {"flash2", {{"window_blocks", 1000}}},
-      {"flash", {{"window_blocks", 1000}}},
-      {"a_shape", {{"window_tokens", 4000}}}};
+      {"flash2", {{"window_blocks", 1000}, {"dense_below_tokens", 0}}},
+      {"flash", {{"window_blocks", 1000}, {"dense_below_tokens", 0}}},
+      {"a_shape", {{"window_tokens", 4000}, {"dense_below_tokens", 0}}}};
   for (const auto& [name, parameters] : rows) {
     SCOPED_TRACE(name);
     const auto got = Run(1500, name, parameters);

@@ -315,7 +315,7 @@ TEST_F(CudaPrefillGpuTest, RefusesWhatItCannotDo) {
   Load({});
   GroupRun run;
   run.policy = "xattention";
-  run.parameters = {{"stride", 2}};
+  run.parameters = {{"stride", 2}, {"dense_below_tokens", 0}};
   const absl::Status status = Run(RandomTokens(300, 512), run)->result.status();
   EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented) << status;
   EXPECT_THAT(std::string(status.message()), ::testing::HasSubstr("stride 2"));
