@@ -30,8 +30,9 @@ const char* NoteOf(v1::AttentionFallback fallback) {
   }
 }
 
+// At most 1: lists of single keys are read in steps of 64, which may be more than all that there is.
 double Ratio(uint64_t part, uint64_t whole) {
-  return whole == 0 ? 1 : static_cast<double>(part) / static_cast<double>(whole);
+  return part >= whole ? 1 : static_cast<double>(part) / static_cast<double>(whole);
 }
 
 }  // namespace

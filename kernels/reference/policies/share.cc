@@ -1,8 +1,10 @@
 #include "kernels/reference/policies/share.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <numeric>
+#include <thread>
 
 #include "kernels/reference/dot.h"
 
@@ -33,23 +35,48 @@ Status Check(const PolicyProblem& problem, const ShareParameters& p, int32_t lay
   return {};
 }
 
-// Abar, by one query after the other.
-std::vector<double> AverageAttention(const PolicyProblem& problem, int64_t block, int32_t head) {
-  const int64_t tokens = problem.num_tokens, blocks = (tokens + block - 1) / block;
-  std::vector<double> average(blocks * blocks);
-  for (int64_t i = 0; i < tokens; ++i) {
-    std::vector<double> row(i + 1);
-    for (int64_t j = 0; j <= i; ++j) {
-      row[j] = Dot(problem.Q(i, head), problem.K(j, head), problem.head_dim) * problem.softmax_scale;
+constexpr int64_t kQueriesAtOnce = 8;  // a key is fetched once for so many
+
+// A row of Abar; kept[kQueriesAtOnce * num_tokens] is scratch.
+void AverageRow(const PolicyProblem& problem, int64_t block, int32_t head, int64_t row, double* kept,
+                double* average) {
+  const int64_t tokens = problem.num_tokens, begin = row * block, end = std::min(begin + block, tokens);
+  for (int64_t first = begin; first < end; first += kQueriesAtOnce) {
+    const int64_t last = std::min(first + kQueriesAtOnce, end);
+    for (int64_t j = 0; j < last; ++j) {
+      for (int64_t i = std::max(first, j); i < last; ++i) {
+        kept[(i - first) * tokens + j] =
+            Dot(problem.Q(i, head), problem.K(j, head), problem.head_dim) * problem.softmax_scale;
+      }
     }
-    const double top = *std::max_element(row.begin(), row.end());
-    double sum = 0;
-    for (double& x : row) sum += x = std::exp(x - top);
-    const int64_t rows = std::min(block, tokens - i / block * block);
-    for (int64_t j = 0; j <= i; ++j) {
-      average[i / block * blocks + j / block] += row[j] / sum / static_cast<double>(rows);
+    for (int64_t i = first; i < last; ++i) {
+      double* const scores = kept + (i - first) * tokens;
+      const double top = *std::max_element(scores, scores + i + 1);
+      double sum = 0;
+      for (int64_t j = 0; j <= i; ++j) sum += scores[j] = std::exp(scores[j] - top);
+      for (int64_t j = 0; j <= i; ++j) {
+        average[j / block] += scores[j] / sum / static_cast<double>(end - begin);
+      }
     }
   }
+}
+
+// Abar. Its rows are shared among all cores, which changes no value.
+std::vector<double> AverageAttention(const PolicyProblem& problem, int64_t block, int32_t head) {
+  const int64_t blocks = (problem.num_tokens + block - 1) / block;
+  std::vector<double> average(blocks * blocks);
+  std::atomic<int64_t> next{blocks - 1};  // the longest first
+  const auto work = [&] {
+    std::vector<double> kept(kQueriesAtOnce * problem.num_tokens);
+    for (int64_t row; (row = next--) >= 0;) {
+      AverageRow(problem, block, head, row, kept.data(), average.data() + row * blocks);
+    }
+  };
+  std::vector<std::thread> others;
+  const int64_t cores = std::min<int64_t>(std::thread::hardware_concurrency(), blocks);
+  for (int64_t i = 1; i < cores; ++i) others.emplace_back(work);
+  work();
+  for (std::thread& other : others) other.join();
   return average;
 }
 
