@@ -4,6 +4,8 @@
 #include <string>
 #include <variant>
 
+#include "kernels/number_text.h"
+
 namespace headwater::kernels {
 namespace {
 
@@ -36,7 +38,7 @@ Status AddTables(const hw_policy_config& c, PolicyParameters* parameters) {
   }
   for (int32_t i = 0; c.thresholds != nullptr && i < c.num_thresholds; ++i) {
     if (!(c.thresholds[i] >= 0)) {
-      return InvalidArgument("threshold " + std::to_string(i) + " is " + std::to_string(c.thresholds[i]) +
+      return InvalidArgument("threshold " + std::to_string(i) + " is " + NumberText(c.thresholds[i]) +
                              "; 0 or more is wanted");
     }
     headwater->thresholds.push_back(c.thresholds[i]);
