@@ -181,6 +181,10 @@ Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t work
     const float threshold = args.thresholds == nullptr ? args.threshold : args.thresholds[head];
     p.thresholds_log2[head] = threshold > 1 ? INFINITY : std::log2(threshold);
   }
+  // Where no head is, the kernel reads no probe.
+  const bool searched =
+      args.forced_density > 0 || std::any_of(p.thresholds_log2, p.thresholds_log2 + args.num_kv_heads,
+                                             [](float t) { return std::isfinite(t); });
   p.forced_density = args.forced_density;
   p.sink_blocks = args.sink_blocks;
   for (int32_t head = 0; head < args.num_kv_heads; ++head) {
@@ -215,10 +219,12 @@ Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t work
     const int64_t first = int64_t{p.begin_tile} * plan.tile_positions;
     const int64_t tokens = std::min<int64_t>(args.total_q, int64_t{end} * plan.tile_positions) - first;
     const int64_t row_bytes = int64_t{args.num_q_heads} * args.head_dim * 2;
-    HW_KERNELS_RETURN_IF_CUDA_ERROR(
-        sm90::LaunchWindowMeans({static_cast<const char*>(args.q) + first * row_bytes, probes, tokens,
-                                 args.num_q_heads, args.head_dim, plan.tile_positions, plan.pack},
-                                stream));
+    if (searched) {
+      HW_KERNELS_RETURN_IF_CUDA_ERROR(
+          sm90::LaunchWindowMeans({static_cast<const char*>(args.q) + first * row_bytes, probes, tokens,
+                                   args.num_q_heads, args.head_dim, plan.tile_positions, plan.pack},
+                                  stream));
+    }
     CUtensorMap probe_map;
     HW_KERNELS_RETURN_IF_ERROR(
         ProbeMap(probes, plan, end - p.begin_tile, args.num_kv_heads, args.head_dim, &probe_map));
