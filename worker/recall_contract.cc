@@ -6,9 +6,7 @@
 namespace headwater {
 namespace {
 
-constexpr double kErrors = 2;
 constexpr float kTighter = 0.25f;
-constexpr int32_t kWider = 4, kMostWindow = 1 << 20;
 // Lists end where blocks do: a correction aims at this share of the bound.
 constexpr double kAim = 0.99;
 // The least density that can be forced: lists hold what is always listed.
@@ -22,19 +20,15 @@ RecallContract::RecallContract(const ContractRules& rules, std::vector<GroupSett
 }
 
 // False: it is dense, and can read no more.
-bool RecallContract::Tighten(GroupOutcome* group) const {
-  GroupSetting& setting = group->setting;
-  if (setting.threshold == 0) return false;
+bool RecallContract::Tighten(float enough, GroupOutcome* group) {
+  float& threshold = group->setting.threshold;
+  if (threshold == 0) return false;
   ++group->rounds;
-  if (group->rounds > kMostRounds) {
-    setting.threshold = 0;
+  if (enough == 0 || group->rounds >= kMostRounds) {
+    threshold = 0;
     group->fallback = v1::ATTENTION_FALLBACK_DENSE_RECALL;
-  } else if (group->rounds == 2) {
-    setting.window_blocks = std::min(kMostWindow / kWider, setting.window_blocks) * kWider;
-  } else if (setting.threshold > 1) {
-    setting.threshold = rules_.first_threshold;
   } else {
-    setting.threshold *= kTighter;
+    threshold = enough < threshold ? enough : threshold * kTighter;
   }
   return true;
 }
@@ -69,7 +63,7 @@ bool RecallContract::Judge(absl::Span<const GroupMeasure> groups) {
     density += groups[i].density / static_cast<double>(outcomes_.size());
     const RecallEstimate& recall = groups[i].recall;
     if (rules_.min_recall > 0 && recall.mean - kErrors * recall.error < rules_.min_recall) {
-      again = Tighten(&outcomes_[i]) || again;
+      again = Tighten(groups[i].enough, &outcomes_[i]) || again;
     }
   }
   if (rules_.max_density < 1) again = JudgeDensity(density) || again;
@@ -79,12 +73,6 @@ bool RecallContract::Judge(absl::Span<const GroupMeasure> groups) {
 std::vector<float> RecallContract::thresholds() const {
   std::vector<float> all;
   for (const GroupOutcome& group : outcomes_) all.push_back(group.setting.threshold);
-  return all;
-}
-
-std::vector<int32_t> RecallContract::windows() const {
-  std::vector<int32_t> all;
-  for (const GroupOutcome& group : outcomes_) all.push_back(group.setting.window_blocks);
   return all;
 }
 

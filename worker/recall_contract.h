@@ -24,6 +24,7 @@ struct GroupSetting {
 struct GroupMeasure {
   double density = 1;
   RecallEstimate recall;
+  float enough = 0;  // the threshold under which lists hold min_recall, by the same queries; 0: none does
 };
 
 // What became of a group.
@@ -36,22 +37,22 @@ struct GroupOutcome {
 };
 
 struct ContractRules {
-  double min_recall = 0;      // 0: none
-  double max_density = 1;     // 1: none
-  double most_forced = 1;     // density for which lists have room
-  float first_threshold = 0;  // of a head that was not searched so far
+  double min_recall = 0;   // 0: none
+  double max_density = 1;  // 1: none
+  double most_forced = 1;  // density for which lists have room
 };
 
 // One per layer: Judge() after each selection, until it says that the lists stay.
 //
-// min_recall: a group is short whose estimate less two standard errors is under it. A short group's threshold
-// goes to a quarter, then its window to four times what it was, then its threshold to a quarter once more;
-// after that it goes dense. Groups that are not short keep their lists.
+// min_recall: a group is short whose estimate less kErrors standard errors is under it. A short group's
+// threshold goes to the one that is enough, to a quarter of that if it should not be, and then the group
+// goes dense; it does so at once where no threshold is enough. Groups that are not short keep their lists.
 // max_density: where the mean over the groups is over it, the whole layer's density is forced, and corrected
 // by what else is always listed, up to three times.
 class RecallContract {
  public:
   static constexpr uint32_t kMostRounds = 3;
+  static constexpr double kErrors = 2;
 
   RecallContract(const ContractRules& rules, std::vector<GroupSetting> settings);
 
@@ -59,12 +60,11 @@ class RecallContract {
   bool Judge(absl::Span<const GroupMeasure> groups);
 
   std::vector<float> thresholds() const;
-  std::vector<int32_t> windows() const;
   double forced_density() const { return forced_density_; }
   const std::vector<GroupOutcome>& outcomes() const { return outcomes_; }
 
  private:
-  bool Tighten(GroupOutcome* group) const;
+  static bool Tighten(float enough, GroupOutcome* group);
   bool JudgeDensity(double density);
 
   const ContractRules rules_;

@@ -10,12 +10,6 @@
 namespace headwater::kernels {
 namespace {
 
-Status CheckAligned(const char* name, const void* pointer, size_t bytes) {
-  if (pointer == nullptr) return InvalidArgument(std::string(name) + " is null");
-  if (reinterpret_cast<uintptr_t>(pointer) % bytes == 0) return {};
-  return InvalidArgument(std::string(name) + " is not " + std::to_string(bytes) + "-byte aligned");
-}
-
 Status CheckProblem(const CudaMassProblem& p) {
   HW_KERNELS_RETURN_IF_ERROR(
       CheckSizes(p.num_tokens, p.num_tokens, p.num_q_heads, p.num_kv_heads, p.head_dim));
@@ -24,14 +18,6 @@ Status CheckProblem(const CudaMassProblem& p) {
   }
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("q", p.q));
   return CheckArray("k", p.k);
-}
-
-Status CheckRows(const CudaSampledRows& rows) {
-  if ((rows.positions == nullptr) == (rows.positions_i32 == nullptr)) {
-    return InvalidArgument("positions and positions_i32 are both null or both given; one is wanted");
-  }
-  if (rows.positions != nullptr) return CheckAligned("positions", rows.positions, 8);
-  return CheckAligned("positions_i32", rows.positions_i32, 4);
 }
 
 Status CheckHeads(const CudaMassProblem& p, const int32_t* heads, int32_t num_heads) {
@@ -43,6 +29,14 @@ Status CheckHeads(const CudaMassProblem& p, const int32_t* heads, int32_t num_he
 Status CheckRowCount(int32_t num_rows) { return CheckRange("num_rows", num_rows, 0, 65536); }
 
 }  // namespace
+
+Status CheckSampledRows(const CudaSampledRows& rows) {
+  if ((rows.positions == nullptr) == (rows.positions_i32 == nullptr)) {
+    return InvalidArgument("positions and positions_i32 are both null or both given; one is wanted");
+  }
+  if (rows.positions != nullptr) return CheckAligned("positions", rows.positions, 8);
+  return CheckAligned("positions_i32", rows.positions_i32, 4);
+}
 
 Status CudaBlockMass(const CudaBlockMassArgs& a, cudaStream_t stream) {
   HW_KERNELS_RETURN_IF_ERROR(CheckProblem(a.problem));
@@ -72,7 +66,7 @@ Status CudaRowMass(const CudaRowMassArgs& a, cudaStream_t stream) {
   HW_KERNELS_RETURN_IF_ERROR(CheckRowCount(a.rows.num_rows));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_q_heads", a.problem.num_q_heads, 1, 65535));
   if (a.rows.num_rows == 0) return {};
-  HW_KERNELS_RETURN_IF_ERROR(CheckRows(a.rows));
+  HW_KERNELS_RETURN_IF_ERROR(CheckSampledRows(a.rows));
   HW_KERNELS_RETURN_IF_ERROR(CheckAligned("mass", a.mass, 4));
   int num_sms = 0;
   HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
@@ -91,7 +85,7 @@ Status CudaRecallOfRows(const CudaRecallArgs& a, cudaStream_t stream) {
                            " query heads; 1 to 8 heads a list are wanted");
   }
   if (a.rows.num_rows == 0) return {};
-  HW_KERNELS_RETURN_IF_ERROR(CheckRows(a.rows));
+  HW_KERNELS_RETURN_IF_ERROR(CheckSampledRows(a.rows));
   HW_KERNELS_RETURN_IF_ERROR(CheckAligned("mass", a.mass, 4));
   HW_KERNELS_RETURN_IF_ERROR(CheckAligned("recall", a.recall, 4));
   if (lists.num_lists > 0) {

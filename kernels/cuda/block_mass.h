@@ -63,6 +63,8 @@ struct CudaSampledRows {
   const int32_t* positions_i32 = nullptr;  // the same
   int32_t num_rows = 0;                    // 0 to 65536
 };
+// INVALID_ARGUMENT: not one of both arrays, or misaligned.
+Status CheckSampledRows(const CudaSampledRows& rows);
 
 struct CudaRowMassArgs {
   CudaMassProblem problem;

@@ -2,6 +2,7 @@
 #ifndef HW_KERNELS_CUDA_CHECK_H_
 #define HW_KERNELS_CUDA_CHECK_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -21,6 +22,12 @@ inline Status CheckOptionalArray(const char* name, const void* pointer) {
 inline Status CheckArray(const char* name, const void* pointer) {
   if (pointer == nullptr) return InvalidArgument(std::string(name) + " is null");
   return CheckOptionalArray(name, pointer);
+}
+
+inline Status CheckAligned(const char* name, const void* pointer, size_t bytes) {
+  if (pointer == nullptr) return InvalidArgument(std::string(name) + " is null");
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes == 0) return {};
+  return InvalidArgument(std::string(name) + " is not " + std::to_string(bytes) + "-byte aligned");
 }
 
 inline Status CheckRange(const char* name, int64_t value, int64_t least, int64_t most) {

@@ -12,6 +12,7 @@
 
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/block_masks.h"
+#include "kernels/cuda/recall_threshold.h"
 #include "kernels/pattern/parameters.h"
 #include "kernels/status.h"
 
@@ -56,6 +57,16 @@ struct CudaSearchSettings {
   double forced_density = 0;  // as CudaSearchArgs has it
 };
 
+// What a layer's lists are to hold, and where thresholds for that go; as CudaRecallThresholdArgs has them.
+struct CudaRecallGoal {
+  CudaSampledRows rows;
+  const float* mass = nullptr;
+  float min_recall = 0;
+  float errors = 0;
+  float* curve = nullptr;
+  float* thresholds = nullptr;
+};
+
 // Not thread-safe; one prompt at a time. Calls enqueue on the stream that they are given, which is the same
 // for a whole prompt, and return without waiting for it.
 class CudaPolicy {
@@ -79,6 +90,13 @@ class CudaPolicy {
   virtual Status Reselect(const CudaPolicyLayer& /*layer*/, const CudaSearchSettings& /*settings*/,
                           cudaStream_t /*stream*/, CudaSelection* /*selection*/) {
     return {StatusCode::kUnimplemented, "this policy has no settings of a single layer"};
+  }
+
+  // Thresholds for Reselect() under which the layer's lists hold the goal, of a layer that Select() has
+  // searched, with the policy's windows. UNIMPLEMENTED: a policy without thresholds.
+  virtual Status ThresholdsForRecall(const CudaPolicyLayer& /*layer*/, const CudaRecallGoal& /*goal*/,
+                                     cudaStream_t /*stream*/) {
+    return {StatusCode::kUnimplemented, "this policy has no thresholds"};
   }
 
   // Whether Finish() wants the layer's lse_ln [num_tokens, num_q_heads], f32.

@@ -46,6 +46,18 @@ class DescentTest(unittest.TestCase):
         self.assertEqual(sum(out.rungs), 3)
         self.assertEqual(out.measured.excess({"text": 0.5}), 0)
 
+    def test_units_that_could_not_be_chosen_are_not_tried_anew(self):
+        costs, calls = [2.0 ** unit for unit in range(8)], []
+
+        def measure(rungs):  # what a rung saves is another for each unit, and the same all the way down
+            calls.append(list(rungs))
+            saved = sum(cost * rung for cost, rung in zip(costs, rungs))
+            return Measured({"text": 0.0 if len(calls) > 7 else 1.0}, saved)
+        out = descend(8, measure, {"text": 1e9}, top=7, share=0.125)
+        self.assertEqual(out.rungs, [0] * 8)
+        # Seven rungs for all together, a try of each unit's first step, then one a step: not eight.
+        self.assertLessEqual(len(calls), 7 + 8 + 8 * 7)
+
     def test_dense_where_nothing_holds(self):
         top = len(LADDER) - 1
         out = descend(3, lambda rungs: Measured({"text": 0.0 if min(rungs) == top else 1.0}, 1.0), {"text": 0.001})

@@ -150,7 +150,7 @@ TEST_F(CudaPolicyGpuTest, GroupsShortOfRecallReadMoreOrGoDense) {
   ASSERT_TRUE(free->result.ok()) << free->result.status();
 
   const v1::AttentionReport& report = got->report();
-  EXPECT_EQ(report.sampled_queries(), 32u);
+  EXPECT_EQ(report.sampled_queries(), 128u);
   EXPECT_GE(report.recall_mean(), 0.95);
   EXPECT_GT(report.density(), free->report().density());
   ASSERT_EQ(report.groups_size(), (kLayers - 1) * kKvHeads);
@@ -158,9 +158,8 @@ TEST_F(CudaPolicyGpuTest, GroupsShortOfRecallReadMoreOrGoDense) {
   for (const v1::AttentionGroup& group : report.groups()) {
     SCOPED_TRACE(group.DebugString());
     EXPECT_GE(group.recall(), 0.95);
-    EXPECT_LE(group.rounds(), 4u);
+    EXPECT_LE(group.rounds(), 2u) << "the threshold that was found is enough";
     const bool dense = group.fallback() == v1::ATTENTION_FALLBACK_DENSE_RECALL;
-    EXPECT_EQ(dense, group.rounds() == 4);
     EXPECT_EQ(dense, group.threshold() == 0);
     if (dense) {
       EXPECT_NEAR(group.density(), 1, 1e-9);

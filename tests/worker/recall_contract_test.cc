@@ -7,14 +7,13 @@
 namespace headwater {
 namespace {
 
-GroupMeasure Measured(double mean, double error = 0, double density = 0.1) {
-  return {density, {mean, mean, error}};
+GroupMeasure Measured(double mean, double error = 0, double density = 0.1, float enough = 0) {
+  return {density, {mean, mean, error}, enough};
 }
 
 RecallContract Recall(double least, std::vector<GroupSetting> settings) {
   ContractRules rules;
   rules.min_recall = least;
-  rules.first_threshold = 0.125f;
   return RecallContract(rules, std::move(settings));
 }
 
@@ -29,7 +28,6 @@ TEST(RecallContractTest, GroupsThatReadEnoughKeepTheirLists) {
   RecallContract contract = Recall(0.9, {{0.1f, 4}, {0.2f, 8}});
   EXPECT_FALSE(contract.Judge({Measured(0.9), Measured(0.99, 0.04)}));
   EXPECT_EQ(contract.thresholds(), (std::vector<float>{0.1f, 0.2f}));
-  EXPECT_EQ(contract.windows(), (std::vector<int32_t>{4, 8}));
   EXPECT_EQ(contract.outcomes()[0].rounds, 0u);
 }
 
@@ -39,18 +37,17 @@ TEST(RecallContractTest, TwoStandardErrorsCount) {
   EXPECT_FALSE(contract.Judge({Measured(0.875, 0.0625)}));
 }
 
-TEST(RecallContractTest, AShortGroupIsTightenedStepByStepAndGoesDenseAtLast) {
+TEST(RecallContractTest, AShortGroupTakesWhatIsEnoughAndGoesDenseAtLast) {
   RecallContract contract = Recall(0.9, {{0.5f, 4}, {0.5f, 4}});
-  const std::vector<GroupMeasure> measures = {Measured(0.5), Measured(1)};
+  const std::vector<GroupMeasure> measures = {Measured(0.5, 0, 0.1, 0.25f), Measured(1, 0, 0.1, 0.25f)};
 
-  const std::vector<GroupSetting> steps = {{0.125f, 4}, {0.125f, 16}, {0.03125f, 16}, {0, 16}};
-  for (const GroupSetting& step : steps) {
+  for (const float threshold : {0.25f, 0.0625f, 0.0f}) {
     ASSERT_TRUE(contract.Judge(measures));
-    EXPECT_EQ(contract.outcomes()[0].setting, step);
+    EXPECT_EQ(contract.outcomes()[0].setting, (GroupSetting{threshold, 4}));
     EXPECT_EQ(contract.outcomes()[1].setting, (GroupSetting{0.5f, 4})) << "it was not short";
   }
   EXPECT_FALSE(contract.Judge(measures)) << "all is read, whatever was measured";
-  EXPECT_EQ(contract.outcomes()[0].rounds, 4u);
+  EXPECT_EQ(contract.outcomes()[0].rounds, 3u);
   EXPECT_EQ(contract.outcomes()[0].fallback, v1::ATTENTION_FALLBACK_DENSE_RECALL);
   EXPECT_EQ(contract.outcomes()[1].rounds, 0u);
   EXPECT_EQ(contract.outcomes()[1].fallback, v1::ATTENTION_FALLBACK_UNSPECIFIED);
@@ -58,16 +55,29 @@ TEST(RecallContractTest, AShortGroupIsTightenedStepByStepAndGoesDenseAtLast) {
 
 TEST(RecallContractTest, AGroupThatRecoversStays) {
   RecallContract contract = Recall(0.9, {{0.5f, 4}});
-  EXPECT_TRUE(contract.Judge({Measured(0.8)}));
-  EXPECT_FALSE(contract.Judge({Measured(0.95)}));
+  EXPECT_TRUE(contract.Judge({Measured(0.8, 0, 0.1, 0.25f)}));
+  EXPECT_FALSE(contract.Judge({Measured(0.95, 0, 0.2, 0.25f)}));
   EXPECT_EQ(contract.outcomes()[0].rounds, 1u);
   EXPECT_EQ(contract.outcomes()[0].fallback, v1::ATTENTION_FALLBACK_UNSPECIFIED);
 }
 
+TEST(RecallContractTest, AGroupForWhichNothingIsEnoughGoesDenseAtOnce) {
+  RecallContract contract = Recall(0.9, {{0.5f, 4}});
+  EXPECT_TRUE(contract.Judge({Measured(0.8)}));
+  EXPECT_EQ(contract.thresholds(), std::vector<float>{0});
+  EXPECT_EQ(contract.outcomes()[0].fallback, v1::ATTENTION_FALLBACK_DENSE_RECALL);
+}
+
 TEST(RecallContractTest, AHeadThatWasNotSearchedIsFirstSearched) {
   RecallContract contract = Recall(0.9, {{2, 4}});
-  EXPECT_TRUE(contract.Judge({Measured(0.8)}));
+  EXPECT_TRUE(contract.Judge({Measured(0.8, 0, 0.1, 0.125f)}));
   EXPECT_EQ(contract.thresholds(), std::vector<float>{0.125f});
+}
+
+TEST(RecallContractTest, WhatShouldHaveBeenEnoughIsTightened) {
+  RecallContract contract = Recall(0.9, {{0.25f, 4}});
+  EXPECT_TRUE(contract.Judge({Measured(0.8, 0, 0.1, 0.5f)}));
+  EXPECT_EQ(contract.thresholds(), std::vector<float>{0.0625f});
 }
 
 TEST(RecallContractTest, NotANumberIsShortOfNothing) {

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/cuda/block_stats.h"
+#include "kernels/cuda/recall_threshold.h"
 
 namespace headwater {
 namespace {
@@ -33,7 +34,7 @@ uint64_t CudaPatternPlan::total_bytes() const {
 
 uint64_t CudaPolicyPlan::total_bytes() const {
   uint64_t total = 0;
-  for (const uint64_t part : {policy, workspace, lse, out, counters, rows, mass}) {
+  for (const uint64_t part : {policy, workspace, lse, out, counters, rows, mass, curve}) {
     total += AlignedCudaPart(part);
   }
   return total;
@@ -73,17 +74,24 @@ kernels::CudaPolicyShape CudaPolicyShapeOf(const ModelConfig& config) {
 
 CudaPolicyPlan PlanCudaPolicy(const kernels::CudaPolicy& policy, const ModelConfig& config,
                               int64_t num_tokens) {
-  const int64_t heads = config.num_q_heads, rows = CudaPolicyPlan::kSampledRows;
+  const int64_t heads = config.num_q_heads;
+  const uint64_t row_bytes = Bytes(heads, kernels::CudaStatsBlocks(num_tokens), sizeof(float));
   CudaPolicyPlan plan;
+  plan.sampled_rows = static_cast<int32_t>(std::clamp<uint64_t>(CudaPolicyPlan::kMassBytes / row_bytes,
+                                                                CudaPolicyPlan::kSampledRows,
+                                                                CudaPolicyPlan::kMostSampledRows));
+  const int64_t rows = plan.sampled_rows;
   plan.policy = policy.MemoryBytes(num_tokens);
   plan.workspace = kernels::CudaPolicyAttentionWorkspaceBytes(CudaPolicyShapeOf(config), num_tokens);
   if (policy.wants_lse()) {
     plan.lse = Bytes(num_tokens, heads, sizeof(float));
     plan.out = Bytes(num_tokens, heads * config.head_dim, 2);
   }
-  plan.counters = Bytes(heads, 1, sizeof(uint64_t) + sizeof(uint32_t)) + Bytes(rows, heads, sizeof(float));
+  plan.counters = Bytes(heads, 1, sizeof(uint64_t) + sizeof(uint32_t) + sizeof(float)) +
+                  Bytes(rows, heads, sizeof(float));
   plan.rows = Bytes(rows, 1, sizeof(int64_t));
-  plan.mass = Bytes(rows * heads, kernels::CudaStatsBlocks(num_tokens), sizeof(float));
+  plan.mass = static_cast<uint64_t>(rows) * row_bytes;
+  plan.curve = Bytes(rows * config.num_kv_heads, kernels::kRecallSteps + 1, sizeof(float));
   return plan;
 }
 

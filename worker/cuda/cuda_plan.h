@@ -32,15 +32,19 @@ CudaPatternPlan PlanCudaPattern(const ModelConfig& config, int64_t num_tokens);
 
 // Of a policy of kernels/cuda/policy.h, which takes the whole prompt at once.
 struct CudaPolicyPlan {
-  static constexpr int32_t kSampledRows = 32;  // most queries of a layer whose recall is measured
+  // Queries of a layer whose recall is measured, at most: where min_recall is asked for, and else.
+  static constexpr int32_t kMostSampledRows = 128, kSampledRows = 32;
+  static constexpr uint64_t kMassBytes = uint64_t{64} << 20;  // kSampledRows may take more
 
   uint64_t policy = 0;     // its own
   uint64_t workspace = 0;  // attention's
   uint64_t lse = 0;        // where the policy wants the rows' sums, and the output apart from Q
   uint64_t out = 0;
-  uint64_t counters = 0;  // visited blocks and dense tiles of each list, recalls
-  uint64_t rows = 0;      // positions of sampled queries
-  uint64_t mass = 0;      // of theirs by block
+  uint64_t counters = 0;     // visited blocks and dense tiles of each list, thresholds, recalls
+  uint64_t rows = 0;         // positions of sampled queries
+  uint64_t mass = 0;         // of theirs by block
+  uint64_t curve = 0;        // recalls of theirs by threshold
+  int32_t sampled_rows = 0;  // for which there is room
 
   uint64_t total_bytes() const;
 };

@@ -9,7 +9,7 @@
 namespace headwater {
 namespace {
 
-constexpr int64_t kRows = CudaPolicyPlan::kSampledRows;
+constexpr int64_t kRows = CudaPolicyPlan::kMostSampledRows;
 constexpr int64_t kOwnOffset = kRows * static_cast<int64_t>(sizeof(int64_t));
 constexpr int64_t kCountersOffset = kOwnOffset + 16;
 
@@ -24,7 +24,7 @@ absl::Status CudaPolicyLog::Init(const ModelConfig& config, std::string policy) 
   num_q_heads_ = config.num_q_heads;
   num_kv_heads_ = config.num_kv_heads;
   const int64_t counters =
-      num_q_heads_ * static_cast<int64_t>(sizeof(uint64_t) + sizeof(uint32_t) + kRows * sizeof(float));
+      num_q_heads_ * static_cast<int64_t>(sizeof(uint64_t) + sizeof(uint32_t) + (1 + kRows) * sizeof(float));
   stride_ = (kCountersOffset + counters + 63) / 64 * 64;
   layers_.resize(static_cast<size_t>(config.num_layers));
   report_.set_policy(std::move(policy));
@@ -54,7 +54,7 @@ absl::Status CudaPolicyLog::Copy(int32_t layer, const CudaPolicyCounters& counte
   const auto heads = static_cast<size_t>(num_q_heads_);
   return copy(
       CountersOf(layer).visited, counters.visited,
-      heads * (sizeof(uint64_t) + sizeof(uint32_t)) + static_cast<size_t>(of.rows) * heads * sizeof(float));
+      heads * (sizeof(uint64_t) + sizeof(uint32_t) + static_cast<size_t>(1 + of.rows) * sizeof(float)));
 }
 
 std::vector<GroupMeasure> CudaPolicyLog::Groups(int32_t layer) const {
@@ -68,6 +68,7 @@ std::vector<GroupMeasure> CudaPolicyLog::Groups(int32_t layer) const {
     for (int32_t list = head * lists; list < (head + 1) * lists; ++list) visited += counters.visited[list];
     GroupMeasure& group = groups[static_cast<size_t>(head)];
     group.density = Ratio(visited, of.possible * static_cast<uint64_t>(lists));
+    group.enough = counters.enough[head];
     group.recall = EstimateRecall(recalls, num_q_heads_, head * pack, pack);
   }
   return groups;

@@ -24,12 +24,14 @@ namespace headwater {
 struct CudaPolicyCounters {
   uint64_t* visited = nullptr;      // [query heads], of each list
   uint32_t* dense_tiles = nullptr;  // likewise
+  float* enough = nullptr;          // [query heads]: of each KV head, GroupMeasure::enough
   float* recall = nullptr;          // [sampled rows, query heads]
 
   CudaPolicyCounters(char* memory, int64_t num_q_heads)
       : visited(reinterpret_cast<uint64_t*>(memory)),
         dense_tiles(reinterpret_cast<uint32_t*>(visited + num_q_heads)),
-        recall(reinterpret_cast<float*>(dense_tiles + num_q_heads)) {}
+        enough(reinterpret_cast<float*>(dense_tiles + num_q_heads)),
+        recall(enough + num_q_heads) {}
 };
 
 class CudaPolicyLog {
@@ -55,7 +57,7 @@ class CudaPolicyLog {
   absl::Status Init(const ModelConfig& config, std::string policy);
 
   Layer& layer(int32_t layer) { return layers_[static_cast<size_t>(layer)]; }
-  // Pinned [CudaPolicyPlan::kSampledRows].
+  // Pinned [CudaPolicyPlan::kMostSampledRows].
   int64_t* positions(int32_t layer) { return Pinned<int64_t>(layer, 0); }
 
   // Enqueues the copy of what the device has counted for the layer.

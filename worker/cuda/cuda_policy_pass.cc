@@ -90,6 +90,7 @@ CudaPolicyPass::CudaPolicyPass(const CudaPolicyPassOptions& options)
   counters_ = CudaPolicyCounters(take(plan.counters), config_.num_q_heads);
   rows_ = reinterpret_cast<int64_t*>(take(plan.rows));
   mass_ = reinterpret_cast<float*>(take(plan.mass));
+  curve_ = reinterpret_cast<float*>(take(plan.curve));
 }
 
 absl::StatusOr<std::unique_ptr<CudaPolicyPass>> CudaPolicyPass::Begin(const CudaPolicyPassOptions& options) {
@@ -110,6 +111,7 @@ absl::Status CudaPolicyPass::Init() {
 }
 
 int32_t CudaPolicyPass::RowsToSample() const {
+  if (job_.quality.min_recall > 0) return options_.plan.sampled_rows;
   if (job_.quality.any()) return CudaPolicyPlan::kSampledRows;
   if (!options_.measure_recall || num_tokens_ < kMeasuredTokens) return 0;
   return AffordableRows(num_tokens_, density_, kMeasuredShare, config_.num_q_heads / config_.num_kv_heads,
@@ -178,6 +180,20 @@ absl::Status CudaPolicyPass::Measure(const kernels::CudaPolicyLayer& layer) {
   return log_.Copy(layer.layer, counters_, selection_, options_.stream);
 }
 
+// Thresholds that min_recall wants, for Judge(); before Measure(), which copies them.
+absl::Status CudaPolicyPass::FindEnough(const kernels::CudaPolicyLayer& layer) {
+  kernels::CudaRecallGoal goal;
+  goal.rows.positions = rows_;
+  goal.rows.num_rows = log_.layer(layer.layer).rows;
+  goal.mass = mass_;
+  goal.min_recall = static_cast<float>(job_.quality.min_recall);
+  goal.errors = static_cast<float>(RecallContract::kErrors);
+  goal.curve = curve_;
+  goal.thresholds = counters_.enough;
+  return FromKernels(options_.policy->ThresholdsForRecall(layer, goal, options_.stream),
+                     "thresholds for min_recall");
+}
+
 absl::Status CudaPolicyPass::Wait(int32_t layer) {
   const absl::Time start = absl::Now();
   HW_RETURN_IF_ERROR(arrived_.Record(options_.stream));
@@ -211,7 +227,6 @@ std::vector<GroupSetting> CudaPolicyPass::SettingsOf(int32_t layer) const {
 ContractRules CudaPolicyPass::RulesFor(int32_t layer) const {
   ContractRules rules;
   rules.min_recall = job_.quality.min_recall;
-  rules.first_threshold = static_cast<float>(own_->threshold);
   if (job_.quality.max_density > 0) rules.max_density = job_.quality.max_density;
   if (job_.quality.time_budget > absl::ZeroDuration()) {
     const absl::Duration left = job_.quality.time_budget - (absl::Now() - options_.start);
@@ -240,11 +255,10 @@ absl::StatusOr<bool> CudaPolicyPass::Keep(const kernels::CudaPolicyLayer& layer)
   };
   while (contract.Judge(measures())) {
     const std::vector<float> thresholds = contract.thresholds();
-    const std::vector<int32_t> windows = contract.windows();
-    HW_RETURN_IF_ERROR(FromKernels(
-        options_.policy->Reselect(layer, {thresholds.data(), windows.data(), contract.forced_density()},
-                                  options_.stream, &selection_),
-        "pattern search"));
+    HW_RETURN_IF_ERROR(
+        FromKernels(options_.policy->Reselect(layer, {thresholds.data(), nullptr, contract.forced_density()},
+                                              options_.stream, &selection_),
+                    "pattern search"));
     HW_RETURN_IF_ERROR(Measure(layer));
     HW_RETURN_IF_ERROR(Wait(layer.layer));
   }
@@ -261,6 +275,7 @@ absl::StatusOr<bool> CudaPolicyPass::Select(const kernels::CudaPolicyLayer& laye
   const bool lists = selection_.lists.num_lists > 0;
   if (const int32_t rows = RowsToSample(); rows > 0 && (lists || job_.quality.any())) {
     HW_RETURN_IF_ERROR(Sample(layer, rows));
+    if (lists && job_.quality.min_recall > 0) HW_RETURN_IF_ERROR(FindEnough(layer));
   }
   HW_RETURN_IF_ERROR(Measure(layer));
   Layer& log = log_.layer(layer.layer);

@@ -65,6 +65,7 @@ class CudaPolicyPass {
   explicit CudaPolicyPass(const CudaPolicyPassOptions& options);
   absl::Status Init();
   int32_t RowsToSample() const;
+  absl::Status FindEnough(const kernels::CudaPolicyLayer& layer);
   absl::Status Sample(const kernels::CudaPolicyLayer& layer, int32_t rows);
   absl::Status Measure(const kernels::CudaPolicyLayer& layer);
   absl::StatusOr<bool> Keep(const kernels::CudaPolicyLayer& layer);
@@ -79,7 +80,7 @@ class CudaPolicyPass {
   const int64_t num_tokens_;
   const kernels::CudaPolicyShape shape_;
   char *policy_memory_ = nullptr, *workspace_ = nullptr, *out_ = nullptr;
-  float *lse_ = nullptr, *mass_ = nullptr;
+  float *lse_ = nullptr, *mass_ = nullptr, *curve_ = nullptr;
   int64_t* rows_ = nullptr;
   CudaPolicyCounters counters_;
   kernels::CudaSelection selection_;

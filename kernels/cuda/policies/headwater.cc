@@ -77,6 +77,34 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
     return Search(layer, all, stream, selection);
   }
 
+  Status ThresholdsForRecall(const CudaPolicyLayer& layer, const CudaRecallGoal& goal,
+                             cudaStream_t stream) override {
+    HW_KERNELS_RETURN_IF_ERROR(CheckRange("layer", layer.layer, 0, shape_.num_layers - 1));
+    if (means_layer_ != layer.layer) {
+      return InvalidArgument("layer " + std::to_string(layer.layer) + " was not searched; the last one was " +
+                             std::to_string(means_layer_));
+    }
+    CudaRecallThresholdArgs args;
+    args.q = layer.q;
+    args.k_means = parts_.means.k_table;
+    args.num_tokens = num_tokens_;
+    args.num_q_heads = shape_.num_q_heads;
+    args.num_kv_heads = shape_.num_kv_heads;
+    args.head_dim = shape_.head_dim;
+    args.softmax_scale = shape_.softmax_scale;
+    args.sink_blocks = parameters_.sink_blocks;
+    args.window_blocks = parameters_.window_blocks;
+    args.windows = OwnSettings(layer.layer).windows;
+    args.dense_last_tokens = parameters_.dense_last_tokens;
+    args.rows = goal.rows;
+    args.mass = goal.mass;
+    args.min_recall = goal.min_recall;
+    args.errors = goal.errors;
+    args.curve = goal.curve;
+    args.thresholds = goal.thresholds;
+    return CudaThresholdsForRecall(args, stream);
+  }
+
  private:
   // The layer's part of the tables; null where there is none.
   CudaSearchSettings OwnSettings(int32_t layer) const {

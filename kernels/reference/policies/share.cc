@@ -1,10 +1,8 @@
 #include "kernels/reference/policies/share.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <numeric>
-#include <thread>
 
 #include "kernels/reference/dot.h"
 
@@ -65,18 +63,15 @@ void AverageRow(const PolicyProblem& problem, int64_t block, int32_t head, int64
 std::vector<double> AverageAttention(const PolicyProblem& problem, int64_t block, int32_t head) {
   const int64_t blocks = (problem.num_tokens + block - 1) / block;
   std::vector<double> average(blocks * blocks);
-  std::atomic<int64_t> next{blocks - 1};  // the longest first
-  const auto work = [&] {
+#pragma omp parallel
+  {
     std::vector<double> kept(kQueriesAtOnce * problem.num_tokens);
-    for (int64_t row; (row = next--) >= 0;) {
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t row = blocks - 1 - i;  // the longest first
       AverageRow(problem, block, head, row, kept.data(), average.data() + row * blocks);
     }
-  };
-  std::vector<std::thread> others;
-  const int64_t cores = std::min<int64_t>(std::thread::hardware_concurrency(), blocks);
-  for (int64_t i = 1; i < cores; ++i) others.emplace_back(work);
-  work();
-  for (std::thread& other : others) other.join();
+  }
   return average;
 }
 

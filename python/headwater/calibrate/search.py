@@ -41,10 +41,10 @@ def descend(units: int, measure: Callable[[Sequence[int]], Measured], budgets: D
     """Rungs for `units` under which every set holds its budget.
 
     Starts from the lowest rung that holds for all units together; `top` is dense and always holds. A round tries each unit one
-    rung down, in the company of the others' present rungs; those that stay within the budget are ranked by the density
-    that they save for the budget that they spend, and the first `share` of the units go down together, half as many as
-    long as that breaks the budget. A unit that breaks it alone stays. Every state that is kept holds, so the search may end at
-    any time: it does before a round that could pass most_passes.
+    rung down, in the company of the others' present rungs, unless what it was worth before keeps it from being chosen; those
+    that stay within the budget are ranked by the density that they save for the budget that they spend, and the first `share`
+    of the units go down together, half as many as long as that breaks the budget. A unit that breaks it alone stays. Every
+    state that is kept holds, so the search may end at any time: it does before a round that could pass most_passes.
     """
     run = _Run(units, measure, budgets, top, say)
     while True:
@@ -63,6 +63,7 @@ class _Run:
     def __init__(self, units, measure, budgets, top, say):
         self._measure, self._budgets, self._say = measure, budgets, say
         self.stuck = set()
+        self._worth: Dict[int, float] = {}  # by unit: density for budget that its next step took when last tried
         self.out = Outcome([top] * units, Measured({name: 0.0 for name in budgets}, 1.0))
         for rung in range(top):
             found = self._pass([rung] * units)
@@ -83,24 +84,35 @@ class _Run:
         return [rung - (unit in chosen) for unit, rung in enumerate(self.out.rungs)]
 
     def round(self, movable: Sequence[int], most: int) -> None:
-        now, ranked = self.out.measured, []
-        for unit in movable:
-            trial = self._pass(self._lowered({unit}))
-            if trial.excess(self._budgets) > 0:
-                self.stuck.add(unit)
-                continue
-            cost = max(1e-3, trial.spent(self._budgets) - now.spent(self._budgets))
-            ranked.append(((trial.density - now.density) / cost, unit, trial))
-        ranked.sort(key=lambda one: one[:2])
+        ranked = self._best(movable, most)
         count = min(most, len(ranked))
         while count > 0:
             chosen = {unit for _, unit, _ in ranked[:count]}
             found = ranked[0][2] if count == 1 else self._pass(self._lowered(chosen))
             if found.excess(self._budgets) == 0:
                 self._keep(self._lowered(chosen), found)
+                for unit in chosen:  # what its next step is worth is not known
+                    self._worth.pop(unit, None)
                 self._say(f"{len(chosen)} down, {len(self.stuck)} stay: {_text(found)}")
                 return
             count //= 2
+
+    def _best(self, movable: Sequence[int], most: int) -> List[Tuple[float, int, Measured]]:
+        """Steps by what they are worth now, the `most` best of all first. A unit is tried anew only where what it was worth
+        before would place it among those (lazy greedy)."""
+        now, ranked = self.out.measured, []
+        for unit in sorted(movable, key=lambda unit: self._worth.get(unit, -math.inf)):
+            if len(ranked) >= most and ranked[most - 1][0] <= self._worth.get(unit, -math.inf):
+                break
+            trial = self._pass(self._lowered({unit}))
+            if trial.excess(self._budgets) > 0:
+                self.stuck.add(unit)
+                continue
+            cost = max(1e-3, trial.spent(self._budgets) - now.spent(self._budgets))
+            self._worth[unit] = (trial.density - now.density) / cost
+            ranked.append((self._worth[unit], unit, trial))
+            ranked.sort(key=lambda one: one[:2])
+        return ranked
 
 
 def _text(found: Measured) -> str:
