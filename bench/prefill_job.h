@@ -21,6 +21,7 @@
 #include "model/kernel_status.h"
 #include "worker/policy_tables.h"
 #include "worker/prefill.h"
+#include "worker/quality.h"
 
 namespace headwater {
 
@@ -45,13 +46,14 @@ struct BenchPolicy {
 
 // The only place where a benchmark's flags become a policy's parameters. INVALID_ARGUMENT names --policy.
 inline absl::StatusOr<std::shared_ptr<const kernels::PatternPolicy>> MakeBenchPolicy(
-    const BenchPolicy& wanted, const PolicyTables& tables = {}) {
+    const BenchPolicy& wanted, const PolicyTables& tables = {}, const QualityBound& quality = {}) {
   std::map<std::string, double> given = wanted.parameters;
   if (wanted.density > 0) given["density"] = wanted.density;
   kernels::PolicyParameters parameters;
   HW_RETURN_IF_ERROR(FromKernels(kernels::ParsePolicyParameters(wanted.name, given, &parameters),
                                  absl::StrCat("--policy=", wanted.name)));
   AddPolicyTables(tables, given, &parameters);
+  AddBound(quality, given, &parameters);
   return std::shared_ptr<const kernels::PatternPolicy>(
       kernels::MakePolicy(wanted.name, std::move(parameters)));
 }
@@ -69,7 +71,8 @@ inline std::vector<int32_t> RandomPrompt(const ModelConfig& config, int64_t num_
 // One rank, blocks of 256 tokens; without a memory plan.
 inline absl::StatusOr<PrefillJob> MakeBenchJob(const ModelConfig& config, std::vector<int32_t> tokens,
                                                v1::KvDtype dtype, const BenchPolicy& policy,
-                                               const PolicyTables& tables = {}) {
+                                               const PolicyTables& tables = {},
+                                               const QualityBound& quality = {}) {
   constexpr uint32_t kBlockTokens = 256;
   const auto num_tokens = static_cast<int64_t>(tokens.size());
   PrefillJob job;
@@ -86,7 +89,8 @@ inline absl::StatusOr<PrefillJob> MakeBenchJob(const ModelConfig& config, std::v
   HW_ASSIGN_OR_RETURN(job.partition, PartitionTokens(num_tokens, 1, v1::PARTITION_CONTIGUOUS, kBlockTokens));
   HW_ASSIGN_OR_RETURN(KvGeometry geometry, KvGeometry::Create(layout));
   job.geometry = std::make_shared<const KvGeometry>(std::move(geometry));
-  HW_ASSIGN_OR_RETURN(job.policy, MakeBenchPolicy(policy, tables));
+  HW_ASSIGN_OR_RETURN(job.policy, MakeBenchPolicy(policy, tables, quality));
+  job.quality = quality;
   return job;
 }
 

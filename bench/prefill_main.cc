@@ -179,9 +179,8 @@ class Bench {
 
   absl::Status RunPrompt(const BenchPrompt& prompt) {
     HW_ASSIGN_OR_RETURN(PrefillJob job, MakeBenchJob(device_->config(), prompt.tokens, device_->kv_dtype(),
-                                                     options_.policy, tables_));
+                                                     options_.policy, tables_, options_.quality));
     if (!prompt.name.empty()) job.request_id = prompt.name;  // by which queries are sampled
-    job.quality = options_.quality;
     PrefillReport report;
     HW_ASSIGN_OR_RETURN(report.planned_bytes, device_->Plan(&job));
     HW_RETURN_IF_ERROR(device_->TakePeakBytes().status());

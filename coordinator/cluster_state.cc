@@ -54,7 +54,7 @@ uint64_t DenseBelow(const v1::WorkerRegistration& registration, const std::strin
   return limit == nullptr ? 0 : limit->dense_below_tokens();
 }
 
-std::vector<PlanWorker> ForPlanner(const std::vector<const Worker*>& workers, absl::string_view policy) {
+std::vector<PlanWorker> ForPlanner(const std::vector<const Worker*>& workers, const WorkerNeeds& needs) {
   std::vector<PlanWorker> out;
   out.reserve(workers.size());
   for (const Worker* worker : workers) {
@@ -63,11 +63,18 @@ std::vector<PlanWorker> ForPlanner(const std::vector<const Worker*>& workers, ab
     planned.worker_id = registration.worker_id();
     planned.memory = registration.memory();
     planned.max_world_size = registration.max_world_size();
-    if (const v1::PolicyLimit* const limit = LimitOf(registration, policy)) {
+    if (!needs.by_limits) continue;
+    if (const v1::PolicyLimit* const limit = LimitOf(registration, needs.policy)) {
       planned.max_tokens = limit->max_tokens();
     }
   }
   return out;
+}
+
+bool Has(const v1::WorkerRegistration& registration, const WorkerNeeds& needs) {
+  const auto& policies = registration.policies();
+  return registration.model().name() == needs.model && (!needs.quality || registration.serves_quality()) &&
+         std::find(policies.begin(), policies.end(), needs.policy) != policies.end();
 }
 
 }  // namespace
@@ -144,24 +151,24 @@ void ClusterState::SetDraining(Worker* worker) {
   ++version_;
 }
 
-std::vector<const Worker*> ClusterState::WorkersOf(absl::string_view model) const {
+std::vector<const Worker*> ClusterState::WorkersFor(const WorkerNeeds& needs) const {
   std::vector<const Worker*> found;
   for (const auto& [id, worker] : workers_) {
-    if (worker.registration.model().name() == model && !worker.draining) found.push_back(&worker);
+    if (Has(worker.registration, needs) && !worker.draining) found.push_back(&worker);
   }
   return found;
 }
 
-std::vector<PlanWorker> ClusterState::LivingWorkers(absl::string_view model, absl::string_view policy) const {
-  std::vector<const Worker*> found = WorkersOf(model);
+std::vector<PlanWorker> ClusterState::LivingWorkers(const WorkerNeeds& needs) const {
+  std::vector<const Worker*> found = WorkersFor(needs);
   std::stable_sort(found.begin(), found.end(),
                    [](const Worker* a, const Worker* b) { return a->idle_since < b->idle_since; });
-  return ForPlanner(found, policy);
+  return ForPlanner(found, needs);
 }
 
-std::vector<PlanWorker> ClusterState::FreeWorkers(absl::string_view model, absl::string_view policy,
+std::vector<PlanWorker> ClusterState::FreeWorkers(const WorkerNeeds& needs,
                                                   const PackedPrompt* prompt) const {
-  std::vector<const Worker*> found = WorkersOf(model);
+  std::vector<const Worker*> found = WorkersFor(needs);
   const auto taken = [&](const Worker* worker) {
     return !worker->held.empty() && (prompt == nullptr || !worker->HasRoomFor(*prompt));
   };
@@ -169,7 +176,7 @@ std::vector<PlanWorker> ClusterState::FreeWorkers(absl::string_view model, absl:
   std::stable_sort(found.begin(), found.end(), [](const Worker* a, const Worker* b) {
     return std::pair(a->held_tokens, a->idle_since) < std::pair(b->held_tokens, b->idle_since);
   });
-  return ForPlanner(found, policy);
+  return ForPlanner(found, needs);
 }
 
 std::optional<ModelView> ClusterState::FindModel(absl::string_view name) const {

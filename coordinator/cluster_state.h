@@ -65,6 +65,15 @@ struct Worker {
   bool Release(const std::string& request_id, uint64_t serial, absl::Time now);
 };
 
+// What a prompt asks of its workers.
+struct WorkerNeeds {
+  std::string model;
+  std::string policy;
+  bool quality = false;  // they serve one
+  // The policy's registered max_tokens bind. They are those of its default parameters.
+  bool by_limits = true;
+};
+
 struct DecodeNode {
   v1::DecodeRegistration registration;
   uint64_t connection = 0;
@@ -109,13 +118,11 @@ class ClusterState {
   // Changes whenever LivingWorkers() may.
   uint64_t version() const { return version_; }
 
-  // Workers of a model that may get work, now or later, with what they hold under `policy`; the longest idle
-  // first.
-  std::vector<PlanWorker> LivingWorkers(absl::string_view model, absl::string_view policy) const;
+  // Workers with what is needed that may get work, now or later; the longest idle first.
+  std::vector<PlanWorker> LivingWorkers(const WorkerNeeds& needs) const;
   // Those of them that are idle, and those that have room for `prompt` (may be null); the least held tokens
   // first, then the longest idle.
-  std::vector<PlanWorker> FreeWorkers(absl::string_view model, absl::string_view policy,
-                                      const PackedPrompt* prompt) const;
+  std::vector<PlanWorker> FreeWorkers(const WorkerNeeds& needs, const PackedPrompt* prompt) const;
   // Nullopt: no living worker serves it.
   std::optional<ModelView> FindModel(absl::string_view name) const;
   // Whether some worker served it since the start (the last 64 names are remembered).
@@ -134,7 +141,7 @@ class ClusterState {
   v1::ListDecodeNodesResponse ListDecodeNodes(absl::Time now) const;
 
  private:
-  std::vector<const Worker*> WorkersOf(absl::string_view model) const;
+  std::vector<const Worker*> WorkersFor(const WorkerNeeds& needs) const;
 
   uint64_t version_ = 1;
   std::map<std::string, Worker> workers_;

@@ -62,7 +62,8 @@ absl::Status CheckAttention(const Job& job, const v1::AttentionReport& report) {
   }
   bool shares = IsShare(report.recall_mean()) && IsShare(report.recall_p1());
   for (const v1::AttentionGroup& group : report.groups()) {
-    shares = shares && IsShare(group.density()) && IsShare(group.recall()) && IsShare(group.recall_p1());
+    shares = shares && IsShare(group.density()) && IsShare(group.recall()) && IsShare(group.recall_p1()) &&
+             IsShare(group.forced_density());
     if (group.layer() < layers && group.kv_head() < heads && group.note().size() <= kMaxNote) continue;
     return Untrue(job, absl::StrCat("that attention has layer ", group.layer(), " and KV head ",
                                     group.kv_head(), ", or a note of ", group.note().size(), " bytes"));

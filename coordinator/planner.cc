@@ -94,7 +94,7 @@ absl::Status TooLarge(const PlanSpec& spec, uint32_t world_size, const std::vect
     return MakeError(
         absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_MEMORY_PLAN_TOO_LARGE,
         absl::StrCat("a prompt of ", spec.num_tokens, " tokens over ", world_size, " workers gives ",
-                     local_tokens, " to one; under its policy their memory holds ", held),
+                     local_tokens, " to one; under policy ", spec.policy, " their memory holds ", held),
         {{"value", absl::StrCat(local_tokens)},
          {"limit", absl::StrCat(held)},
          {"num_tokens", absl::StrCat(spec.num_tokens)},
@@ -133,10 +133,11 @@ uint64_t MaxLocalTokens(uint64_t num_tokens, uint32_t world_size, v1::Partition 
 absl::StatusOr<v1::PrefillPlan> MakePlan(const PlanSpec& spec, const std::vector<PlanWorker>& workers) {
   const uint32_t needed = std::max(spec.world_size, 1u), num_workers = NumForGroup(workers, needed);
   if (num_workers < needed) {
-    return MakeError(
-        absl::StatusCode::kUnavailable, v1::ERROR_REASON_NO_WORKERS,
-        absl::StrCat(needed, " workers are needed, ", num_workers, " that can be in such a group are there"),
-        {{"value", absl::StrCat(num_workers)}, {"limit", absl::StrCat(needed)}});
+    return MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_NO_WORKERS,
+                     absl::StrCat(needed, " workers with policy ", spec.policy,
+                                  spec.quality ? " that serve a quality" : "", " are needed, ", num_workers,
+                                  " that can be in such a group are there"),
+                     {{"value", absl::StrCat(num_workers)}, {"limit", absl::StrCat(needed)}});
   }
   if (spec.world_size > 0) {
     auto plan = PlanWith(spec, spec.world_size, workers);

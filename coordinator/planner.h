@@ -18,7 +18,7 @@ struct PlanWorker {
   std::string worker_id;
   v1::MemoryModel memory;
   uint32_t max_world_size = 0;  // of a group that it can be in; 0: any
-  uint64_t max_tokens = 0;      // that it holds under the prompt's policy; 0: `memory` alone tells
+  uint64_t max_tokens = 0;      // that it holds under the prompt's policy; 0: no more is known than `memory`
 };
 
 struct PlanSpec {
@@ -30,6 +30,9 @@ struct PlanSpec {
   v1::Partition partition = v1::PARTITION_UNSPECIFIED;
   uint32_t block_tokens = 256;
   uint64_t context_parallel_min_tokens = 2048;
+  // For messages: what the workers were chosen by.
+  std::string policy = "dense";
+  bool quality = false;
 };
 
 // The most tokens that a rank gets: whole blocks (zigzag: whole chunks of 2R) dealt evenly, rounded up.
@@ -37,11 +40,11 @@ struct PlanSpec {
 uint64_t MaxLocalTokens(uint64_t num_tokens, uint32_t world_size, v1::Partition partition,
                         uint32_t block_tokens);
 
-// Chooses among `workers`, which serve one model. Those earlier in the vector are preferred among equally
-// fitting ones; `worker_ids` of the plan is sorted, so that the same set of workers always gives the same
-// ranks. A rank with n tokens fits where fixed_bytes + n * bytes_per_token <= budget_bytes - weight_bytes
-// and n <= max_tokens.
-// Where the wished number does not fit, fewer and then more workers are tried, unless spec.world_size is set.
+// Chooses among `workers`, which serve one model and what the prompt asks for. Those earlier in the vector
+// are preferred among equally fitting ones; `worker_ids` of the plan is sorted, so that the same set of
+// workers always gives the same ranks. A rank with n tokens fits where fixed_bytes + n * bytes_per_token <=
+// budget_bytes - weight_bytes and n <= max_tokens. Where the wished number does not fit, fewer and then more
+// workers are tried, unless spec.world_size is set.
 //
 // UNAVAILABLE, NO_WORKERS: fewer workers that can be in a group of spec.world_size than that, or none.
 // FAILED_PRECONDITION, MEMORY_PLAN_TOO_LARGE, with bytes asked and available: no choice fits.

@@ -105,7 +105,13 @@ class Scheduler {
   absl::StatusOr<bool> Judge(Job& job);
   void Accept(Job& job);
   v1::PrefillResponse MakeAccepted(const Job& job) const;
-  PlanSpec SpecOf(const Job& job, size_t num_living) const;
+  // A prompt's plan over the living workers, and what it was made with.
+  struct Planned {
+    WorkerNeeds needs;
+    PlanSpec spec;
+    absl::StatusOr<v1::PrefillPlan> plan;
+  };
+  Planned PlanOverLiving(const Job& job) const;
   void AdmitWaiting();
   // Starts what can start. Within a model nothing passes a job that cannot: workers that become free, or
   // packing ones that have room, wait for it. So a long prompt waits for the packed ones that its workers

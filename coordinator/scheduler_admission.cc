@@ -73,8 +73,7 @@ absl::StatusOr<bool> Scheduler::Judge(Job& job) {
   job.dense_below = as_known && below != view->dense_below.end() ? below->second : 0;
   job.layout = LayoutOf(job.request(), view->model);
   HW_RETURN_IF_ERROR(PickDecodeNode(job.request(), job.layout, cluster_).status());
-  const std::vector<PlanWorker> living = cluster_.LivingWorkers(job.model.name(), job.policy);
-  absl::StatusOr<v1::PrefillPlan> plan = MakePlan(SpecOf(job, living.size()), living);
+  absl::StatusOr<v1::PrefillPlan> plan = PlanOverLiving(job).plan;
   if (absl::IsUnavailable(plan.status())) {
     job.unplannable = plan.status();
     return false;
@@ -84,17 +83,28 @@ absl::StatusOr<bool> Scheduler::Judge(Job& job) {
   return true;
 }
 
-// A wish for a number of workers is binding for the first epoch. After a loss the prompt goes on with those
-// that are left.
-PlanSpec Scheduler::SpecOf(const Job& job, size_t num_living) const {
-  PlanSpec spec;
+Scheduler::Planned Scheduler::PlanOverLiving(const Job& job) const {
+  Planned planned;
+  planned.needs = {job.model.name(), job.policy, job.request().has_quality()};
+  std::vector<PlanWorker> living = cluster_.LivingWorkers(planned.needs);
+  PlanSpec& spec = planned.spec;
   spec.num_tokens = job.num_tokens();
+  // A wish for a number of workers is binding for the first epoch. After a loss the prompt goes on with those
+  // that are left.
   spec.world_size = job.request().world_size();
-  if (job.epoch > 0) spec.world_size = std::min(spec.world_size, static_cast<uint32_t>(num_living));
+  if (job.epoch > 0) spec.world_size = std::min(spec.world_size, static_cast<uint32_t>(living.size()));
   spec.partition = job.request().partition();
   spec.block_tokens = job.layout.block_tokens();
   spec.context_parallel_min_tokens = options_.context_parallel_min_tokens;
-  return spec;
+  spec.policy = job.policy;
+  spec.quality = planned.needs.quality;
+  planned.plan = MakePlan(spec, living);
+  if (absl::IsFailedPrecondition(planned.plan.status()) && !job.request().policy().parameters().empty()) {
+    // Nobody knows what a worker holds with these parameters but the worker, which says so if it is too much.
+    planned.needs.by_limits = false;
+    planned.plan = MakePlan(spec, cluster_.LivingWorkers(planned.needs));
+  }
+  return planned;
 }
 
 v1::PrefillResponse Scheduler::MakeAccepted(const Job& job) const {
@@ -163,14 +173,11 @@ void Scheduler::DispatchModel(const std::string& model) {
 
 Scheduler::Start Scheduler::TryStart(Job& job) {
   const absl::Time now = clock_->Now();
-  const std::string& model = job.model.name();
   // As long as the workers are the same ones, so is the answer.
   if (job.unplannable_since.has_value() && job.unplannable_version == cluster_.version()) {
     return Start::kUnplannable;
   }
-  const std::vector<PlanWorker> living = cluster_.LivingWorkers(model, job.policy);
-  PlanSpec spec = SpecOf(job, living.size());
-  absl::StatusOr<v1::PrefillPlan> plan = MakePlan(spec, living);
+  auto [needs, spec, plan] = PlanOverLiving(job);
   if (!plan.ok()) {
     if (!job.unplannable_since.has_value()) job.unplannable_since = now;
     job.unplannable_version = cluster_.version();
@@ -183,13 +190,13 @@ Scheduler::Start Scheduler::TryStart(Job& job) {
   const PackedPrompt prompt{job.key.request_id, job.num_tokens()};
   const bool packable = plan->world_size() == 1 && job.dense();
   spec.world_size = plan->world_size();
-  plan = MakePlan(spec, cluster_.FreeWorkers(model, job.policy, packable ? &prompt : nullptr));
+  plan = MakePlan(spec, cluster_.FreeWorkers(needs, packable ? &prompt : nullptr));
   if (!plan.ok()) {
     if (!job.head_since.has_value()) job.head_since = now;
     // Idle workers wait for the busy ones only so long; then the job takes what there is.
     if (free_choice && now - *job.head_since >= options_.reserve_wait) {
       spec.world_size = 0;
-      plan = MakePlan(spec, cluster_.FreeWorkers(model, job.policy, nullptr));
+      plan = MakePlan(spec, cluster_.FreeWorkers(needs, nullptr));
     }
   }
   if (!plan.ok()) return Start::kReserving;

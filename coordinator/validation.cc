@@ -82,6 +82,12 @@ absl::Status CheckRanges(const v1::PrefillRequest& request) {
                   absl::StrCat(request.policy().parameters_size(), " entries"),
                   absl::StrCat("at most ", kMaxPolicyParameters));
   }
+  for (const auto& [name, value] : request.policy().parameters()) {
+    if (IsName(name)) continue;
+    return Refuse(v1::ERROR_REASON_BAD_POLICY_PARAMETER, "policy.parameters",
+                  absl::StrCat("with a name ", Quoted(name), " (", name.size(), " bytes)"),
+                  absl::StrCat("1 to ", kMaxNameLength, " characters of [A-Za-z0-9._-]"));
+  }
   return absl::OkStatus();
 }
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <map>
 #include <utility>
-#include <variant>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
@@ -174,10 +173,7 @@ absl::Status TakePolicy(const v1::PrefillAssignment& assignment, const PrefillBa
   }
   HW_RETURN_IF_ERROR(TakeQuality(assignment, name, backend, &job->quality));
   backend.AddTables(given, &parameters);
-  if (job->quality.max_density > 0 && given.count("dense_below_tokens") == 0) {
-    // Who bounds the density does not want a short prompt dense.
-    std::get<kernels::HeadwaterParameters>(parameters).dense_below_tokens = 0;
-  }
+  AddBound(job->quality, given, &parameters);
   job->policy = kernels::MakePolicy(name, std::move(parameters));
   return absl::OkStatus();
 }

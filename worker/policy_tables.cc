@@ -116,8 +116,9 @@ absl::Status ReadTable(const JsonFields& fields, const char* name, const ModelCo
                        const char* wanted, const Take& take) {
   const json* const table = fields.Find(name);
   const std::string size = absl::StrCat(config.num_layers, " lists of ", config.num_kv_heads, " ", wanted);
-  if (table == nullptr || !table->is_array() || table->size() != static_cast<size_t>(config.num_layers)) {
-    return Wrong(absl::StrCat(name, " is not ", size));
+  if (table == nullptr) return Wrong(absl::StrCat(name, " is absent; ", size, " are wanted"));
+  if (!table->is_array() || table->size() != static_cast<size_t>(config.num_layers)) {
+    return Wrong(absl::StrCat(name, " is ", Describe(*table), "; ", size, " are wanted"));
   }
   for (size_t layer = 0; layer < table->size(); ++layer) {
     const json& row = (*table)[layer];

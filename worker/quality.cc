@@ -1,6 +1,7 @@
 #include "worker/quality.h"
 
 #include <algorithm>
+#include <variant>
 
 #include "absl/strings/str_cat.h"
 
@@ -50,6 +51,13 @@ absl::StatusOr<QualityBound> ReadQuality(const v1::Quality& quality) {
       break;
   }
   return BadField("bound", "not set", "one of min_recall, max_density and time_budget");
+}
+
+void AddBound(const QualityBound& bound, const std::map<std::string, double>& given,
+              kernels::PolicyParameters* parameters) {
+  auto* const own = std::get_if<kernels::HeadwaterParameters>(parameters);
+  if (own == nullptr || bound.max_density == 0 || given.count("dense_below_tokens") > 0) return;
+  own->dense_below_tokens = 0;
 }
 
 void ComputeSpeed::Add(double linear_flop, absl::Duration linear_time, double attention_flop,

@@ -2,10 +2,14 @@
 #ifndef HW_WORKER_QUALITY_H_
 #define HW_WORKER_QUALITY_H_
 
+#include <map>
+#include <string>
+
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 
 #include "headwater/v1/types.pb.h"
+#include "kernels/pattern/parameters.h"
 
 namespace headwater {
 
@@ -20,6 +24,11 @@ struct QualityBound {
 
 // INVALID_ARGUMENT, BAD_FIELD: a value outside its range (the message names both), or no bound at all.
 absl::StatusOr<QualityBound> ReadQuality(const v1::Quality& quality);
+
+// What a bound makes of a policy's parameters beside those that were `given` by name: who bounds the density
+// does not want a short prompt dense.
+void AddBound(const QualityBound& bound, const std::map<std::string, double>& given,
+              kernels::PolicyParameters* parameters);
 
 // How fast a worker's layers have been; a prompt's first guess is what earlier ones left.
 struct ComputeSpeed {

@@ -36,10 +36,13 @@ bool RecallContract::Tighten(float enough, GroupOutcome* group) {
 bool RecallContract::JudgeDensity(double density) {
   if (density <= rules_.max_density) return false;
   const bool floor = forced_density_ > 0 && forced_density_ <= kLeastForced;
-  if (floor) {
-    for (GroupOutcome& group : outcomes_) group.fallback = v1::ATTENTION_FALLBACK_DENSITY_FLOOR;
+  if (floor || density_rounds_ >= kMostRounds) {
+    for (GroupOutcome& group : outcomes_) {
+      group.over_bound = true;
+      if (floor) group.fallback = v1::ATTENTION_FALLBACK_DENSITY_FLOOR;
+    }
+    return false;
   }
-  if (floor || density_rounds_ >= kMostRounds) return false;
   ++density_rounds_;
   // What was measured over what was forced is listed whatever the density.
   forced_density_ =
@@ -48,6 +51,7 @@ bool RecallContract::JudgeDensity(double density) {
   for (GroupOutcome& group : outcomes_) {
     ++group.rounds;
     group.fallback = v1::ATTENTION_FALLBACK_DENSITY_BOUND;
+    group.forced_density = forced_density_;
   }
   return true;
 }

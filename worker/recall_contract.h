@@ -32,6 +32,8 @@ struct GroupOutcome {
   GroupSetting setting;
   uint32_t rounds = 0;  // selections after the first one
   v1::AttentionFallback fallback = v1::ATTENTION_FALLBACK_UNSPECIFIED;
+  double forced_density = 0;  // over 0: the lists were made with it, not with the threshold
+  bool over_bound = false;    // the layer still reads more than max_density
 };
 
 struct ContractRules {

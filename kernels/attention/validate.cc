@@ -2,6 +2,7 @@
 #include <string>
 
 #include "kernels/attention/attention.h"
+#include "kernels/number_text.h"
 
 namespace headwater::kernels {
 namespace {
@@ -22,8 +23,7 @@ Status ValidateShape(const AttentionShape& shape) {
                            " is not a multiple of 16 from 16 to 256");
   }
   if (!std::isfinite(shape.softmax_scale) || shape.softmax_scale <= 0) {
-    return InvalidArgument("softmax_scale " + std::to_string(shape.softmax_scale) +
-                           " is not a positive number");
+    return InvalidArgument("softmax_scale " + NumberText(shape.softmax_scale) + " is not a positive number");
   }
   return {};
 }

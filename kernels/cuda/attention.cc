@@ -8,6 +8,7 @@
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/sm90/attention_launch.h"
 #include "kernels/cuda/tensor_map.h"
+#include "kernels/number_text.h"
 
 namespace headwater::kernels {
 namespace {
@@ -48,7 +49,7 @@ Status Validate(const CudaAttentionArgs& a) {
     return InvalidArgument("q, k, v or an output is not 16-byte aligned");
   }
   if (!(a.softmax_scale > 0) || !std::isfinite(a.softmax_scale)) {
-    return InvalidArgument("softmax_scale is " + std::to_string(a.softmax_scale) +
+    return InvalidArgument("softmax_scale is " + NumberText(a.softmax_scale) +
                            "; a positive number is wanted");
   }
   if (a.num_sequences < 1 || (a.cu_seqlens_q == nullptr) != (a.cu_seqlens_k == nullptr) ||

@@ -73,13 +73,13 @@ Status CudaCountLists(const CudaCountListsArgs& args, cudaStream_t stream) {
 }
 
 uint64_t CudaPossibleBlocks(const CudaBlockMasks& masks) {
-  // Block b is seen from the tile on that holds its first token.
-  const int64_t tiles = masks.tiles(), blocks = masks.blocks();
-  uint64_t possible = 0;
-  for (int64_t block = 0; block < blocks; ++block) {
-    possible += static_cast<uint64_t>(tiles - block * 128 / masks.tile_positions);
-  }
-  return possible * static_cast<uint64_t>(masks.num_lists);
+  // Block b is seen from the tile on that holds its first token, 128 * b / positions; a period of `positions`
+  // blocks adds 128 to that.
+  const int64_t positions = masks.tile_positions, blocks = masks.blocks();
+  const int64_t periods = blocks / positions, rest = blocks % positions;
+  int64_t unseen = 64 * positions * periods * (periods - 1) + 128 * periods * rest;
+  for (int64_t i = 0; i < positions; ++i) unseen += (periods + (i < rest ? 1 : 0)) * (i * 128 / positions);
+  return static_cast<uint64_t>(masks.tiles() * blocks - unseen) * static_cast<uint64_t>(masks.num_lists);
 }
 
 }  // namespace headwater::kernels

@@ -5,6 +5,7 @@
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/sm90/block_mass_launch.h"
+#include "kernels/number_text.h"
 
 namespace headwater::kernels {
 namespace {
@@ -13,8 +14,7 @@ Status CheckProblem(const CudaMassProblem& p) {
   HW_KERNELS_RETURN_IF_ERROR(
       CheckSizes(p.num_tokens, p.num_tokens, p.num_q_heads, p.num_kv_heads, p.head_dim));
   if (!std::isfinite(p.softmax_scale) || p.softmax_scale <= 0) {
-    return InvalidArgument("softmax_scale is " + std::to_string(p.softmax_scale) +
-                           "; a number over 0 is wanted");
+    return InvalidArgument("softmax_scale is " + NumberText(p.softmax_scale) + "; a number over 0 is wanted");
   }
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("q", p.q));
   return CheckArray("k", p.k);

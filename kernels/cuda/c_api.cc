@@ -6,13 +6,16 @@
 
 namespace {
 
-using headwater::kernels::capi::BadStructure;
-using headwater::kernels::capi::LastError;
-using headwater::kernels::capi::Read;
-using headwater::kernels::capi::Report;
+namespace hk = headwater::kernels;
 
-headwater::kernels::CudaAttentionArgs FromC(const hw_attention_args& c) {
-  headwater::kernels::CudaAttentionArgs args;
+using hk::capi::Counted;
+using hk::capi::Read;
+using hk::capi::WithArgs;
+
+cudaStream_t StreamOf(void* stream) { return static_cast<cudaStream_t>(stream); }
+
+hk::CudaAttentionArgs FromC(const hw_attention_args& c) {
+  hk::CudaAttentionArgs args;
   args.q = c.q;
   args.k = c.k;
   args.v = c.v;
@@ -34,8 +37,8 @@ headwater::kernels::CudaAttentionArgs FromC(const hw_attention_args& c) {
   return args;
 }
 
-headwater::kernels::CudaSearchArgs FromC(const hw_search_args& c) {
-  headwater::kernels::CudaSearchArgs args;
+hk::CudaSearchArgs FromC(const hw_search_args& c) {
+  hk::CudaSearchArgs args;
   args.q = c.q;
   args.k = c.k;
   args.total_q = c.total_q;
@@ -66,52 +69,53 @@ extern "C" {
 
 int32_t hw_kernels_abi_version(void) { return HW_KERNELS_ABI_VERSION; }
 
-const char* hw_last_error(void) { return LastError().c_str(); }
+const char* hw_last_error(void) { return hk::capi::LastError().c_str(); }
 
 size_t hw_attention_workspace_bytes(const hw_attention_args* args) {
   hw_attention_args c;
-  return Read(args, &c) ? headwater::kernels::CudaAttentionWorkspaceBytes(FromC(c)) : 0;
+  if (!Read(args, &c)) return 0;
+  return Counted([&] { return hk::CudaAttentionWorkspaceBytes(FromC(c)); });
 }
 
 hw_status hw_attention(const hw_attention_args* args, void* workspace, size_t workspace_bytes, void* stream) {
-  hw_attention_args c;
-  if (!Read(args, &c)) return Report(BadStructure());
-  return Report(headwater::kernels::CudaAttention(FromC(c), workspace, workspace_bytes,
-                                                  static_cast<cudaStream_t>(stream)));
+  return WithArgs(args, [&](const hw_attention_args& c) {
+    return hk::CudaAttention(FromC(c), workspace, workspace_bytes, StreamOf(stream));
+  });
 }
 
 hw_status hw_check_block_lists(const hw_attention_args* args, int64_t num_blocks, int64_t* first_bad,
                                void* workspace, size_t workspace_bytes, void* stream) {
-  hw_attention_args c;
-  if (!Read(args, &c)) return Report(BadStructure());
-  return Report(headwater::kernels::CudaCheckBlockLists(FromC(c), num_blocks, first_bad, workspace,
-                                                        workspace_bytes, static_cast<cudaStream_t>(stream)));
+  return WithArgs(args, [&](const hw_attention_args& c) {
+    return hk::CudaCheckBlockLists(FromC(c), num_blocks, first_bad, workspace, workspace_bytes,
+                                   StreamOf(stream));
+  });
 }
 
 int64_t hw_search_tiles(const hw_search_args* args) {
   hw_search_args c;
-  return Read(args, &c) ? headwater::kernels::CudaSearchTiles(FromC(c)) : 0;
+  if (!Read(args, &c)) return 0;
+  return Counted([&] { return hk::CudaSearchTiles(FromC(c)); });
 }
 
 size_t hw_search_workspace_bytes(const hw_search_args* args) {
   hw_search_args c;
-  return Read(args, &c) ? headwater::kernels::CudaSearchWorkspaceBytes(FromC(c)) : 0;
+  if (!Read(args, &c)) return 0;
+  return Counted([&] { return hk::CudaSearchWorkspaceBytes(FromC(c)); });
 }
 
 hw_status hw_select_blocks(const hw_search_args* args, void* workspace, size_t workspace_bytes,
                            void* stream) {
-  hw_search_args c;
-  if (!Read(args, &c)) return Report(BadStructure());
-  return Report(headwater::kernels::CudaSelectBlocks(FromC(c), workspace, workspace_bytes,
-                                                     static_cast<cudaStream_t>(stream)));
+  return WithArgs(args, [&](const hw_search_args& c) {
+    return hk::CudaSelectBlocks(FromC(c), workspace, workspace_bytes, StreamOf(stream));
+  });
 }
 
 hw_status hw_merge_partials(const hw_merge_args* args, void* stream) {
-  hw_merge_args c;
-  if (!Read(args, &c)) return Report(BadStructure());
-  return Report(headwater::kernels::CudaMergePartials(
-      {c.a, c.a_lse_ln, c.b, c.b_lse_ln, c.out_f32, c.out, c.lse_ln, c.num_rows, c.head_dim},
-      static_cast<cudaStream_t>(stream)));
+  return WithArgs(args, [&](const hw_merge_args& c) {
+    return hk::CudaMergePartials(
+        {c.a, c.a_lse_ln, c.b, c.b_lse_ln, c.out_f32, c.out, c.lse_ln, c.num_rows, c.head_dim},
+        StreamOf(stream));
+  });
 }
 
 }  // extern "C"

@@ -17,9 +17,8 @@ struct hw_linear {
 
 namespace {
 
-using capi::BadStructure;
-using capi::Read;
-using capi::Report;
+using capi::Guarded;
+using capi::WithArgs;
 
 static_assert(static_cast<int>(DType::kF32) == HW_F32 && static_cast<int>(DType::kF16) == HW_F16 &&
               static_cast<int>(DType::kBF16) == HW_BF16);
@@ -155,12 +154,16 @@ Status RunLinear(CudaLinear* linear, const hw_linear_args& c, cudaStream_t strea
   return linear->Run(args, stream);
 }
 
-// Reads the structure and calls.
+Status CreateLinear(const CudaLinearOptions& options, hw_linear** linear) {
+  auto made = std::make_unique<hw_linear>();
+  HW_KERNELS_RETURN_IF_ERROR(CudaLinear::Create(options, &made->object));
+  *linear = made.release();
+  return {};
+}
+
 template <typename Args>
 hw_status Call(const Args* args, void* stream, Status (*call)(const Args&, cudaStream_t)) {
-  Args c;
-  if (!Read(args, &c)) return Report(BadStructure());
-  return Report(call(c, static_cast<cudaStream_t>(stream)));
+  return WithArgs(args, [&](const Args& c) { return call(c, static_cast<cudaStream_t>(stream)); });
 }
 
 }  // namespace
@@ -194,26 +197,22 @@ hw_status hw_first_nonfinite_row(const hw_first_nonfinite_row_args* args, void* 
 hw_status hw_pack_kv(const hw_pack_kv_args* args, void* stream) { return Call(args, stream, PackKv); }
 
 hw_status hw_linear_create(const hw_linear_options* options, hw_linear** linear) {
-  if (linear == nullptr) return Report(InvalidArgument("linear is null"));
+  if (linear == nullptr) return Guarded([] { return InvalidArgument("linear is null"); });
   *linear = nullptr;
-  CudaLinearOptions made;
-  if (options != nullptr) {
-    hw_linear_options c;
-    if (!Read(options, &c)) return Report(BadStructure());
+  if (options == nullptr) return Guarded([&] { return CreateLinear({}, linear); });
+  return WithArgs(options, [&](const hw_linear_options& c) {
+    CudaLinearOptions made;
     made.workspace = c.workspace;
     made.workspace_bytes = c.workspace_bytes;
     if (c.max_plans != 0) made.max_plans = c.max_plans;
-  }
-  std::unique_ptr<CudaLinear> object;
-  const Status status = CudaLinear::Create(made, &object);
-  if (status.ok()) *linear = new hw_linear{std::move(object)};
-  return Report(status);
+    return CreateLinear(made, linear);
+  });
 }
 hw_status hw_linear_run(hw_linear* linear, const hw_linear_args* args, void* stream) {
-  hw_linear_args c;
-  if (!Read(args, &c)) return Report(BadStructure());
-  return Report(
-      RunLinear(linear == nullptr ? nullptr : linear->object.get(), c, static_cast<cudaStream_t>(stream)));
+  return WithArgs(args, [&](const hw_linear_args& c) {
+    return RunLinear(linear == nullptr ? nullptr : linear->object.get(), c,
+                     static_cast<cudaStream_t>(stream));
+  });
 }
 void hw_linear_destroy(hw_linear* linear) { delete linear; }
 

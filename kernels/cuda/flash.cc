@@ -7,6 +7,7 @@
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/sm90/flash_launch.h"
 #include "kernels/cuda/tensor_map.h"
+#include "kernels/number_text.h"
 
 namespace headwater::kernels {
 namespace {
@@ -38,11 +39,11 @@ Status Validate(const CudaFlashArgs& a) {
   HW_KERNELS_RETURN_IF_ERROR(CheckOptionalArray("energies_log2", a.energies_log2));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("mean_rows", a.mean_rows, (a.num_tokens + 127) / 128, INT32_MAX));
   if (!(a.softmax_scale > 0) || !std::isfinite(a.softmax_scale)) {
-    return InvalidArgument("softmax_scale is " + std::to_string(a.softmax_scale) +
+    return InvalidArgument("softmax_scale is " + NumberText(a.softmax_scale) +
                            "; a positive number is wanted");
   }
   if (!(a.alpha >= 0 && a.alpha <= 1)) {
-    return InvalidArgument("alpha is " + std::to_string(a.alpha) + "; 0 to 1 is wanted");
+    return InvalidArgument("alpha is " + NumberText(a.alpha) + "; 0 to 1 is wanted");
   }
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("sink_blocks", a.sink_blocks, 0, INT32_MAX));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("window_blocks", a.window_blocks, 1, INT32_MAX));

@@ -8,6 +8,7 @@
 #include "kernels/cuda/quantize.h"
 #include "kernels/cuda/sm90/layer_ops_launch.h"
 #include "kernels/cuda/sm90/quantize_launch.h"
+#include "kernels/number_text.h"
 
 namespace headwater::kernels {
 namespace {
@@ -32,7 +33,7 @@ Status CheckFloatType(const char* name, DType dtype) {
 
 Status CheckEpsilon(float epsilon) {
   if (epsilon >= 0 && std::isfinite(epsilon)) return {};
-  return InvalidArgument("epsilon is " + std::to_string(epsilon) + "; 0 or more is wanted");
+  return InvalidArgument("epsilon is " + NumberText(epsilon) + "; 0 or more is wanted");
 }
 
 Status CheckDevice() {

@@ -10,6 +10,7 @@
 #include "kernels/cuda/sm90/attention_params.h"
 #include "kernels/cuda/sm90/search_launch.h"
 #include "kernels/cuda/tensor_map.h"
+#include "kernels/number_text.h"
 
 namespace headwater::kernels {
 namespace {
@@ -31,11 +32,11 @@ Status Validate(const CudaSearchArgs& a) {
                            " is not positive");
   }
   if (!(a.softmax_scale > 0) || !std::isfinite(a.softmax_scale)) {
-    return InvalidArgument("softmax_scale is " + std::to_string(a.softmax_scale) +
+    return InvalidArgument("softmax_scale is " + NumberText(a.softmax_scale) +
                            "; a positive number is wanted");
   }
   if (!(a.forced_density >= 0 && a.forced_density <= 1)) {
-    return InvalidArgument("forced_density is " + std::to_string(a.forced_density) +
+    return InvalidArgument("forced_density is " + NumberText(a.forced_density) +
                            "; 0 (by threshold), or over 0 and at most 1 is wanted");
   }
   if (a.num_kv_heads > sm90::kSearchHeads) {
@@ -51,12 +52,11 @@ Status Validate(const CudaSearchArgs& a) {
   for (int32_t head = 0; a.thresholds != nullptr && head < a.num_kv_heads; ++head) {
     if (!(a.thresholds[head] >= 0)) {
       return InvalidArgument("threshold of KV head " + std::to_string(head) + " is " +
-                             std::to_string(a.thresholds[head]) + "; 0 or more is wanted");
+                             NumberText(a.thresholds[head]) + "; 0 or more is wanted");
     }
   }
   if (a.forced_density == 0 && a.thresholds == nullptr && !(a.threshold > 0 && a.threshold <= 1)) {
-    return InvalidArgument("threshold is " + std::to_string(a.threshold) +
-                           "; over 0 and at most 1 is wanted");
+    return InvalidArgument("threshold is " + NumberText(a.threshold) + "; over 0 and at most 1 is wanted");
   }
   if (a.sink_blocks < 0 || a.window_blocks < 1 || a.dense_last_tokens < 0) {
     return InvalidArgument("sink_blocks " + std::to_string(a.sink_blocks) + ", window_blocks " +
@@ -181,6 +181,10 @@ Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t work
     const float threshold = args.thresholds == nullptr ? args.threshold : args.thresholds[head];
     p.thresholds_log2[head] = threshold > 1 ? INFINITY : std::log2(threshold);
   }
+  // Where no head is, the kernel reads no probe.
+  const bool searched =
+      args.forced_density > 0 || std::any_of(p.thresholds_log2, p.thresholds_log2 + args.num_kv_heads,
+                                             [](float t) { return std::isfinite(t); });
   p.forced_density = args.forced_density;
   p.sink_blocks = args.sink_blocks;
   for (int32_t head = 0; head < args.num_kv_heads; ++head) {
@@ -215,10 +219,12 @@ Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t work
     const int64_t first = int64_t{p.begin_tile} * plan.tile_positions;
     const int64_t tokens = std::min<int64_t>(args.total_q, int64_t{end} * plan.tile_positions) - first;
     const int64_t row_bytes = int64_t{args.num_q_heads} * args.head_dim * 2;
-    HW_KERNELS_RETURN_IF_CUDA_ERROR(
-        sm90::LaunchWindowMeans({static_cast<const char*>(args.q) + first * row_bytes, probes, tokens,
-                                 args.num_q_heads, args.head_dim, plan.tile_positions, plan.pack},
-                                stream));
+    if (searched) {
+      HW_KERNELS_RETURN_IF_CUDA_ERROR(
+          sm90::LaunchWindowMeans({static_cast<const char*>(args.q) + first * row_bytes, probes, tokens,
+                                   args.num_q_heads, args.head_dim, plan.tile_positions, plan.pack},
+                                  stream));
+    }
     CUtensorMap probe_map;
     HW_KERNELS_RETURN_IF_ERROR(
         ProbeMap(probes, plan, end - p.begin_tile, args.num_kv_heads, args.head_dim, &probe_map));

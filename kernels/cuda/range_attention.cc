@@ -5,6 +5,7 @@
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/sm90/range_attention_launch.h"
+#include "kernels/number_text.h"
 
 namespace headwater::kernels {
 namespace {
@@ -42,7 +43,7 @@ Status Validate(const CudaRangeAttentionArgs& a) {
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("v", a.v));
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("out", a.out));
   if (!(a.softmax_scale > 0) || !std::isfinite(a.softmax_scale)) {
-    return InvalidArgument("softmax_scale is " + std::to_string(a.softmax_scale) +
+    return InvalidArgument("softmax_scale is " + NumberText(a.softmax_scale) +
                            "; a positive number is wanted");
   }
   return CheckRanges(a.ranges, a.num_q_heads);

@@ -6,6 +6,7 @@
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/sm90/recall_threshold_launch.h"
 #include "kernels/cuda/sm90/search_params.h"
+#include "kernels/number_text.h"
 
 namespace headwater::kernels {
 namespace {
@@ -18,11 +19,10 @@ Status CheckRule(const CudaRecallThresholdArgs& a) {
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("window_blocks", a.window_blocks, 1, INT32_MAX));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("dense_last_tokens", a.dense_last_tokens, 0, INT32_MAX));
   if (!(a.min_recall > 0 && a.min_recall <= 1)) {
-    return InvalidArgument("min_recall is " + std::to_string(a.min_recall) +
-                           "; over 0 and at most 1 is wanted");
+    return InvalidArgument("min_recall is " + NumberText(a.min_recall) + "; over 0 and at most 1 is wanted");
   }
   if (!(a.errors >= 0 && std::isfinite(a.errors))) {
-    return InvalidArgument("errors is " + std::to_string(a.errors) + "; 0 or more is wanted");
+    return InvalidArgument("errors is " + NumberText(a.errors) + "; 0 or more is wanted");
   }
   return {};
 }
@@ -35,8 +35,7 @@ Status Check(const CudaRecallThresholdArgs& a) {
                                             std::to_string(sm90::kSearchHeads) + " are known"};
   }
   if (!std::isfinite(a.softmax_scale) || a.softmax_scale <= 0) {
-    return InvalidArgument("softmax_scale is " + std::to_string(a.softmax_scale) +
-                           "; a number over 0 is wanted");
+    return InvalidArgument("softmax_scale is " + NumberText(a.softmax_scale) + "; a number over 0 is wanted");
   }
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("q", a.q));
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("k_means", a.k_means));

@@ -6,6 +6,7 @@
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/sm90/skeleton_launch.h"
+#include "kernels/number_text.h"
 #include "kernels/reference/policies/skeleton_mask.h"
 
 namespace headwater::kernels {
@@ -150,7 +151,7 @@ Status CheckCudaSkeletonArgs(const CudaSkeletonArgs& a) {
   const int64_t least = int64_t{a.parameters->sink_tokens} + a.parameters->local_tokens + 1;
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_tokens", a.num_tokens, least, INT32_MAX));
   if (!(a.softmax_scale > 0 && std::isfinite(a.softmax_scale))) {
-    return InvalidArgument("softmax_scale is " + std::to_string(a.softmax_scale) +
+    return InvalidArgument("softmax_scale is " + NumberText(a.softmax_scale) +
                            "; a positive number is wanted");
   }
   const size_t given = a.parameters->frequencies.size();

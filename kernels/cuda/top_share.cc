@@ -5,6 +5,7 @@
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/sm90/top_share_launch.h"
+#include "kernels/number_text.h"
 
 namespace headwater::kernels {
 namespace {
@@ -33,7 +34,7 @@ Status Validate(const CudaTopShareArgs& a) {
   if (a.shares == nullptr) return InvalidArgument("shares is null");
   for (int32_t i = 0; i < a.num_shares; ++i) {
     if (!(a.shares[i] >= 0 && a.shares[i] <= 1)) {
-      return InvalidArgument("share " + std::to_string(a.shares[i]) + " is outside 0 to 1");
+      return InvalidArgument("share " + NumberText(a.shares[i]) + " is outside 0 to 1");
     }
   }
   if (a.num_lists > 1) HW_KERNELS_RETURN_IF_ERROR(CheckRange("list_stride", a.list_stride, 0, INT64_MAX));

@@ -8,11 +8,14 @@
 #include "kernels/cuda/sm90/top_share_launch.h"
 #include "kernels/cuda/sm90/xattention_launch.h"
 #include "kernels/cuda/top_share.h"
+#include "kernels/number_text.h"
 
 namespace headwater::kernels {
 namespace {
 
 constexpr int64_t kWorkspaceFloats = int64_t{64} << 20;
+
+static_assert(kCudaXAttentionMostTokens == int64_t{128} * sm90::kMostShareBlocks);
 
 Status CheckParameters(const CudaXAttentionArgs& a) {
   HW_KERNELS_RETURN_IF_ERROR(
@@ -23,16 +26,15 @@ Status CheckParameters(const CudaXAttentionArgs& a) {
   if (a.stride != 4 && a.stride != 8 && a.stride != 16) {
     return {StatusCode::kUnimplemented, "stride " + std::to_string(a.stride) + "; 4, 8 and 16 are known"};
   }
-  if (a.num_tokens > int64_t{128} * sm90::kMostShareBlocks) {
+  if (a.num_tokens > kCudaXAttentionMostTokens) {
     return {StatusCode::kUnimplemented, std::to_string(a.num_tokens) + " tokens; at most " +
-                                            std::to_string(128 * sm90::kMostShareBlocks) + " are known"};
+                                            std::to_string(kCudaXAttentionMostTokens) + " are known"};
   }
   if (!std::isfinite(a.norm) || a.norm <= 0) {
-    return InvalidArgument("norm is " + std::to_string(a.norm) + "; a number over 0 is wanted");
+    return InvalidArgument("norm is " + NumberText(a.norm) + "; a number over 0 is wanted");
   }
   if (!std::isfinite(a.softmax_scale) || a.softmax_scale <= 0) {
-    return InvalidArgument("softmax_scale is " + std::to_string(a.softmax_scale) +
-                           "; a number over 0 is wanted");
+    return InvalidArgument("softmax_scale is " + NumberText(a.softmax_scale) + "; a number over 0 is wanted");
   }
   return {};
 }
@@ -54,7 +56,7 @@ Status CheckArrays(const CudaXAttentionArgs& a) {
   if (a.thresholds == nullptr) return InvalidArgument("thresholds is null");
   for (int32_t i = 0; i < a.num_thresholds; ++i) {
     if (!(a.thresholds[i] >= 0 && a.thresholds[i] <= 1)) {
-      return InvalidArgument("threshold " + std::to_string(a.thresholds[i]) + " is outside 0 to 1");
+      return InvalidArgument("threshold " + NumberText(a.thresholds[i]) + " is outside 0 to 1");
     }
   }
   return {};

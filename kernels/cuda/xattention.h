@@ -13,11 +13,14 @@
 
 namespace headwater::kernels {
 
+// CudaTopShareRows() knows so many blocks.
+inline constexpr int64_t kCudaXAttentionMostTokens = int64_t{32768} * 128;
+
 // One sequence, whose keys are its queries'; device memory but for `thresholds`.
 struct CudaXAttentionArgs {
   const void* q = nullptr;  // bf16 [num_tokens, num_q_heads, head_dim], 16-byte aligned, rotated
   const void* k = nullptr;  // bf16 [num_tokens, num_kv_heads, head_dim], likewise
-  int64_t num_tokens = 0;   // 1 to 4194304
+  int64_t num_tokens = 0;   // 1 to kCudaXAttentionMostTokens
   int32_t num_q_heads = 0;
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;  // 64 or 128

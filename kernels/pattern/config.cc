@@ -4,6 +4,8 @@
 #include <string>
 #include <variant>
 
+#include "kernels/number_text.h"
+
 namespace headwater::kernels {
 namespace {
 
@@ -36,7 +38,7 @@ Status AddTables(const hw_policy_config& c, PolicyParameters* parameters) {
   }
   for (int32_t i = 0; c.thresholds != nullptr && i < c.num_thresholds; ++i) {
     if (!(c.thresholds[i] >= 0)) {
-      return InvalidArgument("threshold " + std::to_string(i) + " is " + std::to_string(c.thresholds[i]) +
+      return InvalidArgument("threshold " + std::to_string(i) + " is " + NumberText(c.thresholds[i]) +
                              "; 0 or more is wanted");
     }
     headwater->thresholds.push_back(c.thresholds[i]);
@@ -58,7 +60,9 @@ Status AddTables(const hw_policy_config& c, PolicyParameters* parameters) {
                              " is outside " + std::to_string(c.num_layers) + " layers of " +
                              std::to_string(c.num_q_heads) + " heads");
     }
-    share->clusters.cluster_of[{head.layer, head.head}] = head.cluster;
+    if (share->clusters.cluster_of.try_emplace({head.layer, head.head}, head.cluster).second) continue;
+    return InvalidArgument("layer " + std::to_string(head.layer) + ", head " + std::to_string(head.head) +
+                           " is in a cluster twice, the second time in " + std::to_string(head.cluster));
   }
   for (int32_t i = 0; c.shared_clusters != nullptr && i < c.num_shared_clusters; ++i) {
     share->clusters.shareable.insert(c.shared_clusters[i]);
@@ -76,7 +80,8 @@ Status ReadPolicyConfig(const hw_policy_config& c, PolicyParameters* parameters)
   std::map<std::string, double> given;
   for (int32_t i = 0; i < c.num_parameters; ++i) {
     if (c.keys[i] == nullptr) return InvalidArgument("a parameter's name is null");
-    given[c.keys[i]] = c.values[i];
+    if (given.try_emplace(c.keys[i], c.values[i]).second) continue;
+    return InvalidArgument(std::string("parameter \"") + c.keys[i] + "\" is given twice");
   }
   HW_KERNELS_RETURN_IF_ERROR(ParsePolicyParameters(c.name, given, parameters));
   return AddTables(c, parameters);

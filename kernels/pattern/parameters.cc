@@ -4,6 +4,8 @@
 #include <cmath>
 #include <utility>
 
+#include "kernels/number_text.h"
+
 namespace headwater::kernels {
 namespace {
 
@@ -42,7 +44,7 @@ class Taker {
     double given = 0;
     if (!Take(key, &given)) return;
     if (!(given >= least && given <= most)) {
-      return Refuse(key, given, "is not from " + std::to_string(least) + " to " + std::to_string(most));
+      return Refuse(key, given, "is not from " + NumberText(least) + " to " + NumberText(most));
     }
     *value = given;
   }
@@ -67,7 +69,7 @@ class Taker {
     return true;
   }
   void Refuse(const std::string& key, double value, const std::string& why) {
-    Refuse(key + " " + std::to_string(value) + " " + why);
+    Refuse(key + " " + NumberText(value) + " " + why);
   }
 
   const std::string policy_;

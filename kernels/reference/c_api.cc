@@ -1,6 +1,5 @@
 // The C interface of the references of pattern policies.
 #include <memory>
-#include <new>
 #include <string>
 #include <variant>
 
@@ -14,9 +13,9 @@ using headwater::kernels::InvalidArgument;
 using headwater::kernels::PolicyParameters;
 using headwater::kernels::Status;
 using headwater::kernels::capi::BadStructure;
+using headwater::kernels::capi::Guarded;
 using headwater::kernels::capi::LastError;
-using headwater::kernels::capi::Read;
-using headwater::kernels::capi::Report;
+using headwater::kernels::capi::WithArgs;
 
 struct hw_reference {
   PolicyParameters parameters;
@@ -82,6 +81,17 @@ struct Select {
   }
 };
 
+Status Create(const hw_policy_config& c, hw_reference** reference) {
+  auto made = std::make_unique<hw_reference>();
+  HW_KERNELS_RETURN_IF_ERROR(hk::ReadPolicyConfig(c, &made->parameters));
+  made->problem.num_q_heads = c.num_q_heads;
+  made->problem.num_kv_heads = c.num_kv_heads;
+  made->problem.head_dim = c.head_dim;
+  made->problem.softmax_scale = c.softmax_scale;
+  *reference = made.release();
+  return {};
+}
+
 Status Run(hw_reference* reference, int32_t layer, hw_reference_lists* lists) {
   HW_KERNELS_RETURN_IF_ERROR(std::visit(
       Select{reference->problem, layer, &reference->share, &reference->index}, reference->parameters));
@@ -106,41 +116,25 @@ extern "C" {
 const char* hw_reference_last_error(void) { return LastError().c_str(); }
 
 hw_status hw_reference_create(const hw_policy_config* config, hw_reference** reference) {
-  if (reference == nullptr) return Report(InvalidArgument("reference is null"));
+  if (reference == nullptr) return Guarded([] { return InvalidArgument("reference is null"); });
   *reference = nullptr;
-  hw_policy_config c;
-  if (!Read(config, &c)) return Report(BadStructure());
-  try {
-    auto made = std::make_unique<hw_reference>();
-    const Status status = hk::ReadPolicyConfig(c, &made->parameters);
-    if (!status.ok()) return Report(status);
-    made->problem.num_q_heads = c.num_q_heads;
-    made->problem.num_kv_heads = c.num_kv_heads;
-    made->problem.head_dim = c.head_dim;
-    made->problem.softmax_scale = c.softmax_scale;
-    *reference = made.release();
-    return HW_OK;
-  } catch (const std::bad_alloc&) {
-    return Report({hk::StatusCode::kResourceExhausted, "no memory for a reference"});
-  }
+  return WithArgs(config, [&](const hw_policy_config& c) { return Create(c, reference); });
 }
 
 void hw_reference_destroy(hw_reference* reference) { delete reference; }
 
 hw_status hw_reference_select(hw_reference* reference, int32_t layer, int64_t num_tokens, const float* q,
                               const float* k, const float* v, hw_reference_lists* lists) {
-  if (reference == nullptr || lists == nullptr || lists->struct_size != sizeof *lists) {
-    return Report(BadStructure());
-  }
-  reference->problem.q = q;
-  reference->problem.k = k;
-  reference->problem.v = v;
-  reference->problem.num_tokens = num_tokens;
-  try {
-    return Report(Run(reference, layer, lists));
-  } catch (const std::bad_alloc&) {
-    return Report({hk::StatusCode::kResourceExhausted, "no memory for a reference's lists"});
-  }
+  return Guarded([&] {
+    if (reference == nullptr || lists == nullptr || lists->struct_size != sizeof *lists) {
+      return BadStructure();
+    }
+    reference->problem.q = q;
+    reference->problem.k = k;
+    reference->problem.v = v;
+    reference->problem.num_tokens = num_tokens;
+    return Run(reference, layer, lists);
+  });
 }
 
 }  // extern "C"

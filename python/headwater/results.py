@@ -110,12 +110,14 @@ class AttentionGroup:
     rounds: int
     fallback: str  # "": none
     note: str
+    forced_density: Optional[float] = None
+    no_room_tiles: int = 0
 
     @classmethod
     def from_proto(cls, group: types_pb2.AttentionGroup) -> "AttentionGroup":
         return cls(layer=group.layer, density=group.density, rounds=group.rounds, fallback=_fallback(group.fallback),
-                   note=group.note, **{name: _optional(group, name) for name in (
-                       "kv_head", "recall", "recall_p1", "threshold", "window_blocks")})
+                   note=group.note, no_room_tiles=group.no_room_tiles, **{name: _optional(group, name) for name in (
+                       "kv_head", "recall", "recall_p1", "threshold", "window_blocks", "forced_density")})
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,19 @@ TEST(PrefillBenchOptionsTest, QualityParametersAndPrompts) {
   EXPECT_FALSE(parse("--share_clusters=s.json").quality.any());
 }
 
+TEST(PrefillBenchOptionsTest, AJobWithAQualityIsAsTheServiceMakesIt) {
+  PrefillBenchOptions options;
+  std::string help;
+  ASSERT_TRUE(ParsePrefillBenchOptions({"--policy=headwater", "--max_density=0.25"}, &options, &help).ok());
+  ModelConfig config;
+  config.num_layers = config.num_kv_heads = 1;
+  config.head_dim = 64;
+  const auto job = MakeBenchJob(config, {1, 2, 3}, v1::KV_DTYPE_BF16, options.policy, {}, options.quality);
+  ASSERT_TRUE(job.ok()) << job.status();
+  EXPECT_EQ(job->quality.max_density, 0.25);
+  EXPECT_EQ(kernels::DenseBelowTokens(job->policy->parameters()), 0) << "a short prompt is bound, too";
+}
+
 TEST(PrefillBenchOptionsTest, WrongQualitiesAreNamed) {
   const auto error = [](std::vector<std::string> arguments) {
     arguments.push_back("--policy=headwater");
@@ -117,7 +130,7 @@ TEST(PrefillBenchOptionsTest, WrongParametersAndPromptsAreNamed) {
   EXPECT_THAT(ErrorOf({"--policy=headwater", "--policy_parameters=threshold=0.1,threshold=0.2"}),
               HasSubstr("twice"));
   EXPECT_THAT(ErrorOf({"--policy=headwater", "--policy_parameters=threshold=2"}),
-              AllOf(HasSubstr("--policy=headwater"), HasSubstr("threshold 2.0")));
+              AllOf(HasSubstr("--policy=headwater"), HasSubstr("threshold 2 is")));
   EXPECT_THAT(ErrorOf({"--policy=probe", "--density=0.1", "--policy_parameters=density=0.2"}),
               HasSubstr("give one of them"));
   EXPECT_THAT(ErrorOf({"--prompts=p", "--model=m", "--tokens=8K"}),

@@ -138,7 +138,13 @@ TEST(PlannerTest, PrefersTheFirstAndGivesTheSameSetTheSameRanks) {
 }
 
 TEST(PlannerTest, NoWorkersIsUnavailable) {
-  EXPECT_EQ(ReasonOf(MakePlan(Spec(10), {}).status()), v1::ERROR_REASON_NO_WORKERS);
+  PlanSpec spec = Spec(10);
+  spec.policy = "headwater";
+  spec.quality = true;
+  const absl::Status status = MakePlan(spec, {}).status();
+  EXPECT_EQ(ReasonOf(status), v1::ERROR_REASON_NO_WORKERS);
+  EXPECT_TRUE(absl::StrContains(status.message(), "1 workers with policy headwater that serve a quality"))
+      << status;
 }
 
 TEST(PlannerTest, HostileMemoryModelsDoNotOverflow) {
@@ -165,9 +171,10 @@ TEST(PlannerTest, AWorkerHoldsWhatThePolicyLeavesRoomFor) {
   spec.num_tokens = 20'001;
   const absl::Status refused = MakePlan(spec, workers).status();
   EXPECT_EQ(ReasonOf(refused), v1::ERROR_REASON_MEMORY_PLAN_TOO_LARGE);
-  EXPECT_EQ(refused.message(),
-            "a prompt of 20001 tokens over 1 workers gives 20001 to one; under its policy their memory holds "
-            "20000");
+  EXPECT_EQ(
+      refused.message(),
+      "a prompt of 20001 tokens over 1 workers gives 20001 to one; under policy dense their memory holds "
+      "20000");
 }
 
 TEST(PlannerTest, LeavesWorkersThatCannotBeInAGroupAlone) {
@@ -185,7 +192,8 @@ TEST(PlannerTest, LeavesWorkersThatCannotBeInAGroupAlone) {
   ASSERT_TRUE(alone.ok()) << alone.status();
   EXPECT_EQ(alone->world_size(), 1u);
   EXPECT_EQ(two.status().code(), absl::StatusCode::kUnavailable) << two.status();
-  EXPECT_TRUE(absl::StrContains(two.status().message(), "2 workers are needed, 1 that can")) << two.status();
+  EXPECT_TRUE(absl::StrContains(two.status().message(), "2 workers with policy dense are needed, 1 that can"))
+      << two.status();
   ASSERT_TRUE(possible.ok()) << possible.status();
   EXPECT_EQ(possible->worker_ids(0), "w1");
   EXPECT_EQ(possible->worker_ids(1), "w2");

@@ -137,12 +137,34 @@ TEST(ClusterStateTest, WhatARequestGetsThatNamesNoPolicyIsWhatAllWorkersHave) {
   EXPECT_EQ(cluster.FindModel("tiny")->dense_below.at("headwater"), 4096u);
   EXPECT_EQ(cluster.FindModel("tiny")->dense_below.at("dense"), UINT64_MAX);
   EXPECT_TRUE(cluster.FindModel("tiny")->serves_quality);
-  EXPECT_EQ(cluster.LivingWorkers("tiny", "headwater")[0].max_tokens, 5000u);
-  EXPECT_EQ(cluster.LivingWorkers("tiny", "dense")[0].max_tokens, 0u);
+  EXPECT_EQ(cluster.LivingWorkers({"tiny", "headwater"})[0].max_tokens, 5000u);
+  EXPECT_EQ(cluster.LivingWorkers({"tiny", "headwater", false, false})[0].max_tokens, 0u);
+  EXPECT_EQ(cluster.LivingWorkers({"tiny", "dense"})[0].max_tokens, 0u);
 
   ASSERT_TRUE(cluster.AddWorker(WorkerOf(MakeWorker("w2"))).ok());
   EXPECT_EQ(cluster.FindModel("tiny")->default_policy, "dense");
   EXPECT_FALSE(cluster.FindModel("tiny")->serves_quality);
+}
+
+TEST(ClusterStateTest, HandsOutWorkersThatHaveWhatIsNeeded) {
+  ClusterState cluster;
+  auto searches = MakeWorker("searches"), serves = MakeWorker("serves");
+  searches.add_policies("headwater");
+  serves.add_policies("headwater");
+  serves.set_serves_quality(true);
+  for (const auto& registration : {MakeWorker("plain"), searches, serves}) {
+    ASSERT_TRUE(cluster.AddWorker(WorkerOf(registration)).ok());
+  }
+  const auto ids = [&](const WorkerNeeds& needs) {
+    std::vector<std::string> all;
+    for (const PlanWorker& worker : cluster.LivingWorkers(needs)) all.push_back(worker.worker_id);
+    EXPECT_EQ(cluster.FreeWorkers(needs, nullptr).size(), all.size());
+    return all;
+  };
+  EXPECT_EQ(ids({"tiny", "dense"}), (std::vector<std::string>{"plain", "searches", "serves"}));
+  EXPECT_EQ(ids({"tiny", "headwater"}), (std::vector<std::string>{"searches", "serves"}));
+  EXPECT_EQ(ids({"tiny", "headwater", true}), std::vector<std::string>{"serves"});
+  EXPECT_TRUE(ids({"huge", "dense"}).empty());
 }
 
 TEST(ClusterStateTest, OneNameMeansOneModel) {
@@ -168,11 +190,11 @@ TEST(ClusterStateTest, HandsOutTheLongestIdleWorkerFirstAndNoDrainingOne) {
   cluster.SetDraining(cluster.FindWorker("c"));
   EXPECT_NE(cluster.version(), version);
   cluster.FindWorker("d")->Hold("r", {1, 1, 10, false});
-  const auto idle = cluster.FreeWorkers("tiny", "dense", nullptr);
+  const auto idle = cluster.FreeWorkers({"tiny", "dense"}, nullptr);
   ASSERT_EQ(idle.size(), 2u);
   EXPECT_EQ(idle[0].worker_id, "b");
   EXPECT_EQ(idle[1].worker_id, "a");
-  EXPECT_EQ(cluster.LivingWorkers("tiny", "dense").size(), 3u);
+  EXPECT_EQ(cluster.LivingWorkers({"tiny", "dense"}).size(), 3u);
 }
 
 TEST(ClusterStateTest, AWorkerHoldsTwoPassesOfPackablePromptsOrOneOther) {
@@ -218,10 +240,10 @@ TEST(ClusterStateTest, PrefersTheWorkerThatHoldsTheFewestTokens) {
   cluster.FindWorker("alone")->Hold("r5", {5, 1, 1, false});
   const PackedPrompt prompt{"r", 100};
   std::vector<std::string> ids;
-  for (const PlanWorker& worker : cluster.FreeWorkers("tiny", "dense", &prompt))
+  for (const PlanWorker& worker : cluster.FreeWorkers({"tiny", "dense"}, &prompt))
     ids.push_back(worker.worker_id);
   EXPECT_EQ(ids, (std::vector<std::string>{"b", "a", "c"}));
-  EXPECT_TRUE(cluster.FreeWorkers("tiny", "dense", nullptr).empty());
+  EXPECT_TRUE(cluster.FreeWorkers({"tiny", "dense"}, nullptr).empty());
 }
 
 class DestinationTest : public ::testing::Test {

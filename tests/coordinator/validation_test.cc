@@ -59,6 +59,9 @@ std::vector<Case> Cases() {
       for (int i = 0; i < count; ++i) (*r->mutable_policy()->mutable_parameters())[absl::StrCat("p", i)] = 1;
     };
   };
+  const auto parameter = [](const std::string& name) {
+    return [name](v1::PrefillRequest* r) { (*r->mutable_policy()->mutable_parameters())[name] = 1; };
+  };
   constexpr auto kBadField = v1::ERROR_REASON_BAD_FIELD;
   constexpr auto kBadId = v1::ERROR_REASON_BAD_REQUEST_ID;
   return {
@@ -101,6 +104,10 @@ std::vector<Case> Cases() {
       {"longer deadline", deadline(30 * 86400 + 1, 0), kBadField, "2592001 s"},
       {"32 policy parameters", parameters(32)},
       {"33 policy parameters", parameters(33), v1::ERROR_REASON_BAD_POLICY_PARAMETER, "33"},
+      {"policy parameter of 64", parameter(std::string(64, 'a'))},
+      {"policy parameter of 65", parameter(std::string(65, 'a')), v1::ERROR_REASON_BAD_POLICY_PARAMETER,
+       "(65 bytes)"},
+      {"policy parameter with newline", parameter("a\nb"), v1::ERROR_REASON_BAD_POLICY_PARAMETER, "a\\nb"},
   };
 }
 

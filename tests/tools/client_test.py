@@ -312,14 +312,17 @@ class ResultTest(unittest.TestCase):
         report.groups.add(layer=1, kv_head=0, density=0.1, recall=0.96, threshold=0.25, rounds=4,
                           fallback=types_pb2.ATTENTION_FALLBACK_DENSE_RECALL, note="why")
         report.groups.add(layer=2, density=1.0)
+        report.groups.add(layer=3, density=0.2, forced_density=0.125, no_room_tiles=7)
         got = PrefillResult.from_completed(prefill_pb2.PrefillCompleted(request_id="r", attention=report)).attention
         self.assertEqual((got.policy, got.recall_mean, got.recall_p1, got.wait_s), ("headwater", 0.97, 0.8, 0.5))
-        first, second = got.groups
+        first, second, third = got.groups
         self.assertEqual((first.kv_head, first.recall, first.threshold, first.rounds, first.fallback, first.note),
                          (0, 0.96, 0.25, 4, "dense_recall", "why"))
         self.assertEqual((second.kv_head, second.recall, second.threshold, second.fallback), (None, None, None, ""))
+        self.assertEqual((first.forced_density, first.no_room_tiles), (None, 0))
+        self.assertEqual((third.threshold, third.forced_density, third.no_room_tiles), (None, 0.125, 7))
         self.assertEqual(str(got), "headwater, density 0.0500, recall 0.9700 (p1 0.8000) of 32 queries a layer; "
-                                   "dense_recall 1 of 2 groups")
+                                   "dense_recall 1 of 3 groups")
         bare = PrefillResult.from_completed(prefill_pb2.PrefillCompleted(request_id="r")).attention
         self.assertEqual((bare.recall_mean, bare.groups, bare.fallback), (None, [], ""))
 

@@ -57,7 +57,7 @@ class PolicyTest(unittest.TestCase):
 
     def test_refuses_by_name_and_value(self):
         self.refused("policy \"sparse\" is not one of dense, a_shape", "sparse")
-        self.refused("alpha 2.0* is not from 0", "flash", {"alpha": 2})
+        self.refused("alpha 2 is not from 0 to 1", "flash", {"alpha": 2})
         self.refused("has no parameter \"beta\"", "flash", {"beta": 2})
         self.refused("name or parameters are null", "flash", num_parameters=1, keys=None)
         self.refused("head_dim 96", "flash", head_dim=96, error=NotImplementedError)

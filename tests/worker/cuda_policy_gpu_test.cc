@@ -184,6 +184,10 @@ TEST_F(CudaPolicyGpuTest, LayersReadNoMoreThanTheBound) {
     EXPECT_LE(group.density(), 0.26);
     EXPECT_GE(group.density(), 0.2);
     EXPECT_LE(group.rounds(), 3u);
+    EXPECT_FALSE(group.has_threshold()) << "it was not used";
+    EXPECT_GT(group.forced_density(), 0);
+    EXPECT_LE(group.forced_density(), 0.25);
+    EXPECT_EQ(group.no_room_tiles(), 0u);
   }
   // What no list can be shorter than.
   quality.max_density = 0.001;

@@ -119,8 +119,9 @@ TEST_F(PolicyTablesTest, RefusesACalibrationNamingTheFileAndWhatIsWrong) {
   const std::vector<std::pair<std::function<void(json*)>, std::string>> rows = {
       {[](json* j) { (*j)["extra"] = 1; }, "unknown key \"extra\""},
       {[](json* j) { (*j)["kv_heads"] = 4; }, "kv_heads is 4; the model has 2"},
-      {[](json* j) { j->erase("thresholds"); }, "thresholds is not 2 lists of 2"},
-      {[](json* j) { (*j)["thresholds"].erase(0); }, "thresholds is not 2 lists of 2"},
+      {[](json* j) { j->erase("thresholds"); }, "thresholds is absent; 2 lists of 2"},
+      {[](json* j) { (*j)["thresholds"].erase(0); }, "thresholds is [[2"},
+      {[](json* j) { (*j)["thresholds"] = 7; }, "thresholds is 7; 2 lists of 2"},
       {[](json* j) { (*j)["thresholds"][1] = {1}; }, "thresholds[1] is [1]"},
       {[](json* j) { (*j)["thresholds"][1][0] = -0.1; }, "thresholds[1][0] is -0.1"},
       {[](json* j) { (*j)["thresholds"][1][0] = "x"; }, "thresholds[1][0] is"},

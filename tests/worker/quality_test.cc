@@ -41,6 +41,27 @@ TEST(QualityTest, RefusesValuesOutOfRangeNamingThem) {
   EXPECT_EQ(ReasonOf(ReadQuality(quality).status()), v1::ERROR_REASON_BAD_FIELD);
 }
 
+TEST(QualityTest, ABoundOfDensityHoldsForShortPromptsToo) {
+  const auto dense_below = [](const QualityBound& bound, const std::map<std::string, double>& given) {
+    kernels::PolicyParameters parameters;
+    EXPECT_TRUE(kernels::ParsePolicyParameters("headwater", given, &parameters).ok());
+    AddBound(bound, given, &parameters);
+    return std::get<kernels::HeadwaterParameters>(parameters).dense_below_tokens;
+  };
+  QualityBound density, recall;
+  density.max_density = 0.5;
+  recall.min_recall = 0.5;
+  const int64_t usual = kernels::HeadwaterParameters().dense_below_tokens;
+  EXPECT_EQ(dense_below({}, {}), usual);
+  EXPECT_EQ(dense_below(recall, {}), usual);
+  EXPECT_EQ(dense_below(density, {}), 0);
+  EXPECT_EQ(dense_below(density, {{"dense_below_tokens", 100}}), 100) << "what is asked for stands";
+  kernels::PolicyParameters other;
+  ASSERT_TRUE(kernels::ParsePolicyParameters("flex", {}, &other).ok());
+  AddBound(density, {}, &other);
+  EXPECT_GT(other.dense_below_tokens, 0);
+}
+
 TEST(QualityTest, ATimeBecomesADensityAndBack) {
   ComputeSpeed speed;
   speed.linear = 100;

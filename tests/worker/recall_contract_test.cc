@@ -95,6 +95,18 @@ TEST(RecallContractTest, ADensityOverTheBoundIsForcedAndCorrected) {
   EXPECT_FALSE(contract.Judge({Measured(1, 0, 0.198), Measured(1, 0, 0.198)}));
   EXPECT_EQ(contract.outcomes()[1].fallback, v1::ATTENTION_FALLBACK_DENSITY_BOUND);
   EXPECT_EQ(contract.outcomes()[1].rounds, 2u);
+  EXPECT_EQ(contract.outcomes()[1].forced_density, contract.forced_density());
+  EXPECT_FALSE(contract.outcomes()[1].over_bound);
+}
+
+TEST(RecallContractTest, AfterThreeSelectionsWhatIsOverTheBoundStaysAndShows) {
+  RecallContract contract = Density(0.5, 1);
+  int rounds = 0;
+  while (contract.Judge({Measured(1, 0, 0.51)})) ASSERT_LE(++rounds, 3);
+  EXPECT_EQ(rounds, 3);
+  EXPECT_EQ(contract.outcomes()[0].fallback, v1::ATTENTION_FALLBACK_DENSITY_BOUND);
+  EXPECT_TRUE(contract.outcomes()[0].over_bound);
+  EXPECT_EQ(contract.outcomes()[0].forced_density, contract.forced_density());
 }
 
 TEST(RecallContractTest, ABoundOnDensityAsksForNoRecall) {
@@ -107,6 +119,7 @@ TEST(RecallContractTest, ADensityUnderTheBoundStays) {
   RecallContract contract = Density(0.375, 2);
   EXPECT_FALSE(contract.Judge({Measured(1, 0, 0.25), Measured(1, 0, 0.5)}));
   EXPECT_EQ(contract.forced_density(), 0);
+  EXPECT_EQ(contract.outcomes()[0].forced_density, 0);
   EXPECT_EQ(contract.outcomes()[0].fallback, v1::ATTENTION_FALLBACK_UNSPECIFIED);
 }
 

@@ -91,9 +91,11 @@ Json AttentionToJson(const v1::AttentionReport& report) {
     if (group.has_recall()) one["recall"] = group.recall();
     if (group.has_recall_p1()) one["recall_p1"] = group.recall_p1();
     if (group.has_threshold()) one["threshold"] = group.threshold();
+    if (group.has_forced_density()) one["forced_density"] = group.forced_density();
     if (group.has_window_blocks()) one["window_blocks"] = group.window_blocks();
     one["rounds"] = group.rounds();
     one["fallback"] = FallbackWord(group.fallback());
+    one["no_room_tiles"] = group.no_room_tiles();
     one["note"] = group.note();
     json["groups"].push_back(std::move(one));
   }

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "absl/strings/str_cat.h"
-
 #include "base/status_macros.h"
 #include "worker/cuda/cuda_plan.h"
 
@@ -14,21 +12,6 @@ namespace {
 constexpr int64_t kRows = CudaPolicyPlan::kMostSampledRows;
 constexpr int64_t kOwnOffset = kRows * static_cast<int64_t>(sizeof(int64_t));
 constexpr int64_t kCountersOffset = kOwnOffset + 16;
-
-const char* NoteOf(v1::AttentionFallback fallback) {
-  switch (fallback) {
-    case v1::ATTENTION_FALLBACK_DENSE_RECALL:
-      return "recall stayed under min_recall";
-    case v1::ATTENTION_FALLBACK_DENSE_BY_POLICY:
-      return "the policy reads everything here";
-    case v1::ATTENTION_FALLBACK_DENSITY_BOUND:
-      return "the policy asked for more than the bound";
-    case v1::ATTENTION_FALLBACK_DENSITY_FLOOR:
-      return "what is always read is over the bound";
-    default:
-      return "";
-  }
-}
 
 // At most 1: lists of single keys are read in steps of 64, which may be more than all that there is.
 double Ratio(uint64_t part, uint64_t whole) {
@@ -106,27 +89,11 @@ void CudaPolicyLog::TakeGroups(int32_t layer, uint32_t overflows) {
       group->set_recall(measures[i].recall.mean);
       group->set_recall_p1(measures[i].recall.p1);
     }
-    const bool known = i < of.outcomes.size();
-    if (known) {
-      group->set_threshold(static_cast<double>(of.outcomes[i].setting.threshold));
-      group->set_window_blocks(static_cast<uint32_t>(of.outcomes[i].setting.window_blocks));
-      group->set_rounds(of.outcomes[i].rounds);
-      group->set_fallback(of.outcomes[i].fallback);
+    GroupTiles tiles{0, of.usual_dense_tiles, overflows};
+    for (int32_t list = head * lists; list < (head + 1) * lists; ++list) {
+      tiles.dense += counters.dense_tiles[list];
     }
-    uint32_t dense = 0;
-    for (int32_t list = head * lists; list < (head + 1) * lists; ++list) dense += counters.dense_tiles[list];
-    if (group->fallback() == v1::ATTENTION_FALLBACK_UNSPECIFIED && known &&
-        of.outcomes[i].setting.threshold == 0) {
-      group->set_fallback(v1::ATTENTION_FALLBACK_DENSE_BY_POLICY);
-    }
-    group->set_note(NoteOf(group->fallback()));
-    const bool no_room =
-        overflows > 0 && dense > 0 && (of.usual_dense_tiles == UINT32_MAX || dense > of.usual_dense_tiles);
-    if (group->fallback() == v1::ATTENTION_FALLBACK_UNSPECIFIED && no_room) {
-      group->set_fallback(v1::ATTENTION_FALLBACK_DENSE_NO_ROOM);
-      group->set_note(
-          absl::StrCat(dense, " dense tiles; lists of ", overflows, " tiles of the layer found no room"));
-    }
+    ReportLists(i < of.outcomes.size() ? &of.outcomes[i] : nullptr, tiles, group);
   }
 }
 
@@ -155,13 +122,9 @@ CudaPolicyLog::Read CudaPolicyLog::Take(int32_t layer) {
   if (of.kind == Layer::Kind::kRanges) {
     read.density = Ratio(OwnOf(layer)->visited, of.possible);
     read.overflows = OwnOf(layer)->overflows;
-    if (read.overflows > 0) {
-      whole->set_fallback(v1::ATTENTION_FALLBACK_DENSE_NO_ROOM);
-      whole->set_note(absl::StrCat("the ranges of ", read.overflows, " tiles found no room"));
-    }
+    ReportRanges(read.overflows, whole);
   } else {
-    whole->set_fallback(v1::ATTENTION_FALLBACK_DENSE_BY_POLICY);
-    whole->set_note(NoteOf(whole->fallback()));
+    ReportDense(whole);
   }
   whole->set_density(read.density);
   return read;

@@ -15,6 +15,7 @@
 #include "kernels/cuda/policy.h"
 #include "model/config.h"
 #include "model/cuda/device_buffer.h"
+#include "worker/group_report.h"
 #include "worker/recall_contract.h"
 
 namespace headwater {
@@ -42,7 +43,7 @@ class CudaPolicyLog {
     int32_t rows = 0;       // whose recall was measured
     uint64_t possible = 0;  // blocks of one list, or steps of the ranges
     // Dense tiles of a list that is not dense: the prompt's end. Of policies that do not say: all there are.
-    uint32_t usual_dense_tiles = UINT32_MAX;
+    uint32_t usual_dense_tiles = GroupTiles::kUnknown;
     std::vector<GroupOutcome> outcomes;  // by KV head; empty: the policy has no settings
     bool by_loop = false;                // the loop attends to it, densely, and counts its pairs
   };

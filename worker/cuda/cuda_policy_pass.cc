@@ -156,8 +156,9 @@ absl::Status CudaPolicyPass::Measure(const kernels::CudaPolicyLayer& layer) {
         kernels::CudaBlockMasksOf(num_tokens_, config_.num_q_heads, config_.num_kv_heads, per_query_head);
     log.possible = kernels::CudaPossibleBlocks(one) / static_cast<uint64_t>(one.num_lists);
     if (own_ != nullptr) {
-      const int64_t first_dense = std::max<int64_t>(0, num_tokens_ - own_->dense_last_tokens);
-      log.usual_dense_tiles = static_cast<uint32_t>(one.tiles() - first_dense / one.tile_positions);
+      const int64_t last = own_->dense_last_tokens, first_dense = std::max<int64_t>(0, num_tokens_ - last);
+      log.usual_dense_tiles =
+          last == 0 ? 0 : static_cast<uint32_t>(one.tiles() - first_dense / one.tile_positions);
     }
     HW_RETURN_IF_ERROR(FromKernels(
         kernels::CudaCountLists(

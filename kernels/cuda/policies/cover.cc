@@ -7,6 +7,7 @@
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/policies/memory.h"
 #include "kernels/cuda/sm90/cover_launch.h"
+#include "kernels/number_text.h"
 
 namespace headwater::kernels {
 namespace {
@@ -26,10 +27,10 @@ Status Validate(const CudaCoverArgs& a) {
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("length", a.length, 1, int64_t{1} << 38));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_rows", a.num_rows, 1, 65535));
   if (!(a.most_sum >= std::ldexp(1.0, -30) && a.most_sum <= std::ldexp(1.0, 40))) {
-    return InvalidArgument("most_sum is " + std::to_string(a.most_sum) + "; 2^-30 to 2^40 is wanted");
+    return InvalidArgument("most_sum is " + NumberText(a.most_sum) + "; 2^-30 to 2^40 is wanted");
   }
   if (!(a.share >= 0 && a.share <= a.most_sum)) {
-    return InvalidArgument("share is " + std::to_string(a.share) + "; 0 to " + std::to_string(a.most_sum) +
+    return InvalidArgument("share is " + NumberText(a.share) + "; 0 to " + NumberText(a.most_sum) +
                            " is wanted");
   }
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("x", a.x));

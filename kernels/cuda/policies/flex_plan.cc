@@ -5,13 +5,14 @@
 #include <string>
 
 #include "kernels/cuda/block_stats.h"
+#include "kernels/number_text.h"
 
 namespace headwater::kernels {
 namespace {
 
 Status CheckParameters(const reference::FlexParameters& p) {
   const auto bad = [](const char* name, double value, const char* range) {
-    return InvalidArgument(std::string(name) + " is " + std::to_string(value) + "; " + range + " is wanted");
+    return InvalidArgument(std::string(name) + " is " + NumberText(value) + "; " + range + " is wanted");
   };
   if (!(p.gamma > 0 && p.gamma < 1)) return bad("gamma", p.gamma, "over 0 and below 1");
   if (!(p.tau >= 0 && p.tau <= 1)) return bad("tau", p.tau, "0 to 1");

@@ -8,6 +8,7 @@
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/policies/memory.h"
 #include "kernels/cuda/sm90/flex_launch.h"
+#include "kernels/number_text.h"
 
 namespace headwater::kernels {
 namespace {
@@ -18,7 +19,7 @@ int64_t Blocks(int64_t num_tokens) { return (num_tokens + 127) / 128; }
 
 Status CheckReal(const char* name, double value, bool good, const char* range) {
   if (good) return {};
-  return InvalidArgument(std::string(name) + " is " + std::to_string(value) + "; " + range + " is wanted");
+  return InvalidArgument(std::string(name) + " is " + NumberText(value) + "; " + range + " is wanted");
 }
 
 // What CudaFlexBudgetsArgs and CudaFlexPooledArgs have in common.

@@ -8,6 +8,7 @@
 #include "kernels/cuda/pattern.h"
 #include "kernels/cuda/policies/layer_means.h"
 #include "kernels/cuda/policies/memory.h"
+#include "kernels/number_text.h"
 
 namespace headwater::kernels {
 namespace {
@@ -206,7 +207,7 @@ Status MakeCudaHeadwater(const HeadwaterParameters& p, const CudaPolicyShape& sh
   }
   for (size_t i = 0; i < p.thresholds.size(); ++i) {
     if (p.thresholds[i] >= 0) continue;
-    return InvalidArgument("threshold " + std::to_string(i) + " is " + std::to_string(p.thresholds[i]) +
+    return InvalidArgument("threshold " + std::to_string(i) + " is " + NumberText(p.thresholds[i]) +
                            "; 0 or more is wanted");
   }
   for (size_t i = 0; i < p.windows.size(); ++i) {
@@ -215,8 +216,7 @@ Status MakeCudaHeadwater(const HeadwaterParameters& p, const CudaPolicyShape& sh
                            " blocks; 1 to 1048576 is wanted");
   }
   if (!(p.threshold > 0 && p.threshold <= 1)) {
-    return InvalidArgument("threshold is " + std::to_string(p.threshold) +
-                           "; over 0 and at most 1 is wanted");
+    return InvalidArgument("threshold is " + NumberText(p.threshold) + "; over 0 and at most 1 is wanted");
   }
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("sink_blocks", p.sink_blocks, 0, 1 << 20));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("window_blocks", p.window_blocks, 1, 1 << 20));

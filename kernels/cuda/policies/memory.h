@@ -11,6 +11,7 @@
 #include "kernels/cuda/block_masks.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/policy.h"
+#include "kernels/number_text.h"
 #include "kernels/status.h"
 
 namespace headwater::kernels {
@@ -59,7 +60,7 @@ inline Status CheckPolicyShape(const CudaPolicyShape& shape) {
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_q_heads", shape.num_q_heads, 1, 65535));
   HW_KERNELS_RETURN_IF_ERROR(CheckSizes(1, 1, shape.num_q_heads, shape.num_kv_heads, shape.head_dim));
   if (shape.softmax_scale > 0 && std::isfinite(shape.softmax_scale)) return {};
-  return InvalidArgument("softmax_scale is " + std::to_string(shape.softmax_scale) +
+  return InvalidArgument("softmax_scale is " + NumberText(shape.softmax_scale) +
                          "; a positive number is wanted");
 }
 

@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/top_share.h"
+#include "kernels/number_text.h"
 
 namespace headwater::kernels {
 namespace {
@@ -24,7 +25,7 @@ Status CheckParameters(const reference::ShareParameters& p, const CudaPolicyShap
       {"similarity", p.similarity}, {"fallback", p.fallback}, {"query_aware", p.query_aware}};
   for (const auto& [name, value] : shares) {
     if (!(value >= 0 && value <= 1)) {
-      return InvalidArgument(std::string(name) + " is " + std::to_string(value) + "; 0 to 1 is wanted");
+      return InvalidArgument(std::string(name) + " is " + NumberText(value) + "; 0 to 1 is wanted");
     }
   }
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("pivots_per_layer", p.pivots_per_layer, 0, 65536));

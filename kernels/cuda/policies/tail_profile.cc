@@ -7,6 +7,7 @@
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/policies/memory.h"
 #include "kernels/cuda/sm90/tail_profile_launch.h"
+#include "kernels/number_text.h"
 
 namespace headwater::kernels {
 namespace {
@@ -33,8 +34,7 @@ sm90::TailProfileParams Plan(const CudaTailProfileArgs& a, PolicyMemory* memory)
 
 Status CheckPositive(const char* name, float value) {
   if (value > 0 && std::isfinite(value)) return {};
-  return InvalidArgument(std::string(name) + " is " + std::to_string(value) +
-                         "; a positive number is wanted");
+  return InvalidArgument(std::string(name) + " is " + NumberText(value) + "; a positive number is wanted");
 }
 
 Status Validate(const CudaTailProfileArgs& a) {

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "kernels/cuda/policies/memory.h"
+#include "kernels/number_text.h"
 
 namespace headwater::kernels {
 namespace {
@@ -15,7 +16,7 @@ Status CheckParameters(const reference::XAttentionParameters& p, const CudaPolic
   }
   for (const double threshold : p.thresholds) {
     if (!(threshold >= 0 && threshold <= 1)) {
-      return InvalidArgument("threshold " + std::to_string(threshold) + " is outside 0 to 1");
+      return InvalidArgument("threshold " + NumberText(threshold) + " is outside 0 to 1");
     }
   }
   if (p.chunk_tokens < 0 || p.chunk_tokens > (int64_t{1} << 28) || p.chunk_tokens % 128 != 0) {
@@ -23,7 +24,7 @@ Status CheckParameters(const reference::XAttentionParameters& p, const CudaPolic
                            " is not 0 or a multiple of 128 up to 2^28");
   }
   if (!std::isfinite(p.norm) || p.norm <= 0) {
-    return InvalidArgument("norm " + std::to_string(p.norm) + " is not a number over 0");
+    return InvalidArgument("norm " + NumberText(p.norm) + " is not a number over 0");
   }
   if (p.stride < 1 || p.stride > 128 || 128 % p.stride != 0) {
     return InvalidArgument("stride " + std::to_string(p.stride) + " is not a divisor of 128 from 1 to 128");
@@ -61,7 +62,7 @@ CudaXAttentionArgs XAttentionPolicy::ArgsFor(int64_t num_tokens) const {
 }
 
 size_t XAttentionPolicy::MemoryBytes(int64_t num_tokens) const {
-  if (num_tokens < 1 || num_tokens > INT32_MAX) return 0;
+  if (num_tokens < 1 || num_tokens > kCudaXAttentionMostTokens) return 0;
   return Divide(num_tokens, nullptr).bytes;
 }
 
@@ -69,8 +70,9 @@ Status XAttentionPolicy::Begin(int64_t num_tokens, void* memory, size_t memory_b
                                cudaStream_t /*stream*/) {
   num_tokens_ = 0;
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_tokens", num_tokens, 1, INT32_MAX));
-  if (CudaXAttentionWorkspaceBytes(ArgsFor(num_tokens)) == 0) {
-    return {StatusCode::kUnimplemented, "xattention of " + std::to_string(num_tokens) + " tokens"};
+  if (num_tokens > kCudaXAttentionMostTokens) {
+    return {StatusCode::kUnimplemented, "xattention of " + std::to_string(num_tokens) + " tokens; at most " +
+                                            std::to_string(kCudaXAttentionMostTokens) + " are known"};
   }
   HW_KERNELS_RETURN_IF_ERROR(CheckPolicyMemory(num_tokens, memory, memory_bytes, MemoryBytes(num_tokens)));
   num_tokens_ = num_tokens;
@@ -79,8 +81,9 @@ Status XAttentionPolicy::Begin(int64_t num_tokens, void* memory, size_t memory_b
 }
 
 Status XAttentionPolicy::Select(const CudaPolicyLayer& layer, cudaStream_t stream, CudaSelection* selection) {
+  *selection = {};
+  if (num_tokens_ == 0) return InvalidArgument("Select() before Begin()");
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("layer", layer.layer, 0, shape_.num_layers - 1));
-  if (num_tokens_ == 0) return InvalidArgument("Select() comes before Begin()");
   CudaXAttentionArgs args = ArgsFor(num_tokens_);
   args.q = layer.q;
   args.k = layer.k;

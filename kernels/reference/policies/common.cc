@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "kernels/number_text.h"
+
 namespace headwater::kernels::reference {
 namespace {
 
@@ -27,8 +29,8 @@ Status CheckRange(const std::string& name, int64_t value, int64_t least, int64_t
 
 Status CheckReal(const std::string& name, double value, double least, double most) {
   if (value >= least && value <= most) return {};
-  return InvalidArgument(name + " " + std::to_string(value) + " is outside " + std::to_string(least) +
-                         " to " + std::to_string(most));
+  return InvalidArgument(name + " " + NumberText(value) + " is outside " + NumberText(least) + " to " +
+                         NumberText(most));
 }
 
 Status CheckPerHead(const std::string& name, int64_t values, int32_t num_q_heads) {
@@ -48,7 +50,7 @@ Status CheckPolicyProblem(const PolicyProblem& problem) {
   }
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("head_dim", problem.head_dim, 1, 1 << 16));
   if (!std::isfinite(problem.softmax_scale) || problem.softmax_scale <= 0) {
-    return InvalidArgument("softmax_scale " + std::to_string(problem.softmax_scale) +
+    return InvalidArgument("softmax_scale " + NumberText(problem.softmax_scale) +
                            " is not a positive number");
   }
   HW_KERNELS_RETURN_IF_ERROR(

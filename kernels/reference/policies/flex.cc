@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "kernels/number_text.h"
 #include "kernels/reference/dot.h"
 #include "kernels/reference/policies/common.h"
 
@@ -20,8 +21,8 @@ Status CheckParameters(const FlexParameters& p) {
   const auto bad = [](const char* name, const std::string& value, const char* range) {
     return InvalidArgument(std::string(name) + " " + value + " is not " + range);
   };
-  if (!(p.gamma > 0 && p.gamma < 1)) return bad("gamma", std::to_string(p.gamma), "over 0 and below 1");
-  if (!(p.tau >= 0 && p.tau <= 1)) return bad("tau", std::to_string(p.tau), "from 0 to 1");
+  if (!(p.gamma > 0 && p.gamma < 1)) return bad("gamma", NumberText(p.gamma), "over 0 and below 1");
+  if (!(p.tau >= 0 && p.tau <= 1)) return bad("tau", NumberText(p.tau), "from 0 to 1");
   if (p.min_budget_tokens < 1 || p.min_budget_tokens > kMaxBudget) {
     return bad("min_budget_tokens", std::to_string(p.min_budget_tokens), "from 1 to 2147483647");
   }

@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "kernels/number_text.h"
 #include "kernels/reference/dot.h"
 #include "kernels/reference/policies/common.h"
 
@@ -23,11 +24,11 @@ Status CheckParameters(const XAttentionParameters& p, int32_t num_q_heads) {
       CheckPerHead("thresholds", static_cast<int64_t>(p.thresholds.size()), num_q_heads));
   for (const double threshold : p.thresholds) {
     if (!(threshold >= 0 && threshold <= 1)) {
-      return InvalidArgument("threshold " + std::to_string(threshold) + " is outside 0 to 1");
+      return InvalidArgument("threshold " + NumberText(threshold) + " is outside 0 to 1");
     }
   }
   if (!std::isfinite(p.norm) || p.norm <= 0) {
-    return InvalidArgument("norm " + std::to_string(p.norm) + " is not a number over 0");
+    return InvalidArgument("norm " + NumberText(p.norm) + " is not a number over 0");
   }
   if (p.chunk_tokens < 0 || p.chunk_tokens > (int64_t{1} << 28) || p.chunk_tokens % kBlock != 0) {
     return InvalidArgument("chunk_tokens " + std::to_string(p.chunk_tokens) +

@@ -87,8 +87,8 @@ TEST(CudaBlockMasksTest, SizesFollowTheLists) {
 }
 
 TEST(CudaBlockMasksTest, PossibleBlocksAreWhatTilesSee) {
-  for (const int64_t tokens : {1, 127, 128, 129, 1000, 4225}) {
-    for (const int32_t group : {1, 3, 4, 8}) {
+  for (const int64_t tokens : {1, 127, 128, 129, 1000, 4225, 16'383, 16'384, 33'001, 1'048'577}) {
+    for (const int32_t group : {1, 3, 4, 5, 6, 7, 8}) {
       const CudaBlockMasks masks = CudaBlockMasksOf(tokens, 2 * group, 2, false);
       uint64_t wanted = 0;
       for (int64_t tile = 0; tile < masks.tiles(); ++tile) {

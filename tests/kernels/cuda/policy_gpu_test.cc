@@ -207,6 +207,11 @@ TEST(HeadwaterGpu, HeadsHaveThresholdsAndWindowsOfTheirOwn) {
     }
     EXPECT_EQ(own[2 * tiles + tile], local) << "local head, tile " << tile;
   }
+  const float unsearched[] = {2.0f, 0.0f, 2.0f, 0.0f};
+  std::copy(unsearched, unsearched + 4, parameters.thresholds.begin() + 5 * 4);
+  const auto none = lists(parameters, 5);
+  for (size_t i = tiles; i < 3 * tiles; ++i)
+    EXPECT_EQ(none[i], own[i]) << "with no head searched, list " << i;
 }
 
 TEST(DenseBelowGpu, ShortPromptsAreDenseAndTakeNoMemory) {

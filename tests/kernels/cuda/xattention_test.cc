@@ -109,7 +109,10 @@ TEST(CudaXAttentionTest, BeginRefusesWhatItCannotUse) {
   EXPECT_EQ(policy->Begin(1000, kAligned, bytes - 1, nullptr).code(), kBad);
   EXPECT_EQ(policy->Begin(1000, kMisaligned, bytes, nullptr).code(), kBad);
   EXPECT_EQ(policy->Begin(0, kAligned, bytes, nullptr).code(), kBad);
-  EXPECT_EQ(policy->Begin(1 << 23, kAligned, bytes, nullptr).code(), kUnknown);
+  const Status many = policy->Begin((1 << 22) + 1, kAligned, bytes, nullptr);
+  EXPECT_EQ(many.code(), kUnknown);
+  EXPECT_EQ(many.message(), "xattention of 4194305 tokens; at most 4194304 are known");
+  EXPECT_EQ(policy->MemoryBytes((1 << 22) + 1), 0u);
 }
 
 }  // namespace

@@ -291,7 +291,7 @@ TEST(Flash2Test, RefusesWhatIsOutOfRange) {
   };
   Flash2Parameters p;
   p.alpha = -0.5;
-  EXPECT_THAT(refusal(p), HasSubstr("alpha -0.500000 is outside 0.000000 to 1.000000"));
+  EXPECT_THAT(refusal(p), HasSubstr("alpha -0.5 is outside 0 to 1"));
   p = {};
   p.sink_blocks = -1;
   EXPECT_THAT(refusal(p), HasSubstr("sink_blocks -1"));

@@ -460,10 +460,10 @@ TEST(FlexTest, RefusesWhatIsOutOfRange) {
     return status.message();
   };
   using P = FlexParameters;
-  EXPECT_EQ(refused([](Prompt*, P* p) { p->gamma = 0; }), "gamma 0.000000 is not over 0 and below 1");
-  EXPECT_EQ(refused([](Prompt*, P* p) { p->gamma = 1; }), "gamma 1.000000 is not over 0 and below 1");
+  EXPECT_EQ(refused([](Prompt*, P* p) { p->gamma = 0; }), "gamma 0 is not over 0 and below 1");
+  EXPECT_EQ(refused([](Prompt*, P* p) { p->gamma = 1; }), "gamma 1 is not over 0 and below 1");
   EXPECT_THAT(refused([&](Prompt*, P* p) { p->gamma = nan; }), HasSubstr("gamma nan"));
-  EXPECT_EQ(refused([](Prompt*, P* p) { p->tau = 1.5; }), "tau 1.500000 is not from 0 to 1");
+  EXPECT_EQ(refused([](Prompt*, P* p) { p->tau = 1.5; }), "tau 1.5 is not from 0 to 1");
   EXPECT_THAT(refused([&](Prompt*, P* p) { p->tau = nan; }), HasSubstr("tau nan"));
   EXPECT_THAT(refused([](Prompt*, P* p) { p->min_budget_tokens = 0; }), HasSubstr("min_budget_tokens 0"));
   EXPECT_THAT(refused([](Prompt*, P* p) { p->max_budget_tokens = -1; }), HasSubstr("max_budget_tokens -1"));

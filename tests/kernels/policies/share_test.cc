@@ -464,7 +464,7 @@ TEST(ShareTest, RefusesWhatIsOutOfRange) {
     EXPECT_EQ(call.state.next_layer, before.next_layer);
     return status.message();
   };
-  EXPECT_EQ(refused([](Call* c) { c->parameters.gamma = 1; }), "gamma 1.000000 is not over 0 and below 1");
+  EXPECT_EQ(refused([](Call* c) { c->parameters.gamma = 1; }), "gamma 1 is not over 0 and below 1");
   EXPECT_EQ(refused([](Call* c) { c->parameters.similarity = 1.1; }),
             "similarity 1.100000 is not from 0 to 1");
   EXPECT_EQ(refused([](Call* c) { c->parameters.fallback = -0.5; }), "fallback -0.500000 is not from 0 to 1");

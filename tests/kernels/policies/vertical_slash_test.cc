@@ -320,7 +320,7 @@ TEST(VerticalSlashTest, RefusesWhatIsOutOfRangeAndNamesIt) {
       {[](auto* q, auto*) { q->num_kv_heads = 3; },
        "num_q_heads 4 is not a positive multiple of num_kv_heads 3"},
       {[](auto* q, auto*) { q->head_dim = 0; }, "head_dim 0 is outside 1 to"},
-      {[](auto* q, auto*) { q->softmax_scale = 0; }, "softmax_scale 0.000000 is not a positive number"},
+      {[](auto* q, auto*) { q->softmax_scale = 0; }, "softmax_scale 0 is not a positive number"},
       {[](auto* q, auto*) { q->k = nullptr; }, "q or k is null"},
   };
   const RandomProblem problem(10, 4, 2, 8);

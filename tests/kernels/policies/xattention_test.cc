@@ -300,13 +300,13 @@ TEST(XAttentionTest, RefusesWhatIsOutOfRangeAndNamesIt) {
       {[](auto*, auto* p) { p->stride = 0; }, "stride 0 is not a divisor of 128"},
       {[](auto*, auto* p) { p->stride = 12; }, "stride 12 is not a divisor of 128"},
       {[](auto*, auto* p) { p->stride = 256; }, "stride 256 is not a divisor of 128"},
-      {[](auto*, auto* p) { p->thresholds = {1.5}; }, "threshold 1.500000 is outside 0 to 1"},
+      {[](auto*, auto* p) { p->thresholds = {1.5}; }, "threshold 1.5 is outside 0 to 1"},
       {[](auto*, auto* p) { p->thresholds = {NAN}; }, "threshold nan is outside 0 to 1"},
       {[](auto*, auto* p) {
          p->thresholds = {0, 1};
        },
        "thresholds has 2 values, not 1 or one for each of 4"},
-      {[](auto*, auto* p) { p->norm = 0; }, "norm 0.000000 is not a number over 0"},
+      {[](auto*, auto* p) { p->norm = 0; }, "norm 0 is not a number over 0"},
       {[](auto*, auto* p) { p->chunk_tokens = 100; }, "chunk_tokens 100 is not 0 or a multiple of 128"},
       {[](auto*, auto* p) { p->chunk_tokens = -128; }, "chunk_tokens -128 is not 0 or a multiple of 128"},
       {[](auto* q, auto*) { q->num_tokens = 0; }, "num_tokens 0 is outside 1 to"},
