@@ -83,8 +83,10 @@ Json ToJson(const v1::AttentionGroup& group) {
   if (group.has_recall()) json["recall"] = group.recall();
   if (group.has_recall_p1()) json["recall_p1"] = group.recall_p1();
   if (group.has_threshold()) json["threshold"] = group.threshold();  // all digits: lists are made with it
+  if (group.has_forced_density()) json["forced_density"] = group.forced_density();
   if (group.has_window_blocks()) json["window_blocks"] = group.window_blocks();
   json["rounds"] = group.rounds();
+  if (group.no_room_tiles() > 0) json["no_room_tiles"] = group.no_room_tiles();
   if (group.fallback() != v1::ATTENTION_FALLBACK_UNSPECIFIED) json["fallback"] = NameOf(group.fallback());
   if (!group.note().empty()) json["note"] = group.note();
   return json;

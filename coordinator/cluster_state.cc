@@ -181,36 +181,26 @@ std::vector<PlanWorker> ClusterState::FreeWorkers(const WorkerNeeds& needs,
 
 std::optional<ModelView> ClusterState::FindModel(absl::string_view name) const {
   ModelView view;
-  std::set<std::string> common;
   for (const auto& [id, worker] : workers_) {
-    if (worker.registration.model().name() != name) continue;
-    const auto& offered = worker.registration.policies();
-    const std::set<std::string> policies(offered.begin(), offered.end());
-    const std::string& named = worker.registration.default_policy();
+    const v1::WorkerRegistration& registration = worker.registration;
+    if (registration.model().name() != name) continue;
+    const std::string& named = registration.default_policy();
     const std::string default_policy = named.empty() ? "dense" : named;
-    if (view.num_workers == 0) {
-      view.model = worker.registration.model();
+    if (view.num_workers++ == 0) {
+      view.model = registration.model();
       view.default_policy = default_policy;
-      view.serves_quality = worker.registration.serves_quality();
-      common = policies;
-      for (const std::string& policy : policies) {
-        view.dense_below[policy] = DenseBelow(worker.registration, policy);
-      }
-    } else {
-      if (view.default_policy != default_policy) view.default_policy = "dense";
-      view.serves_quality = view.serves_quality && worker.registration.serves_quality();
-      for (auto& [policy, below] : view.dense_below) {
-        below = std::min(below, DenseBelow(worker.registration, policy));
-      }
-      std::set<std::string> both;
-      std::set_intersection(common.begin(), common.end(), policies.begin(), policies.end(),
-                            std::inserter(both, both.end()));
-      common = std::move(both);
+    } else if (view.default_policy != default_policy) {
+      view.default_policy = "dense";
     }
-    ++view.num_workers;
+    view.serves_quality = view.serves_quality || registration.serves_quality();
+    for (const std::string& policy : registration.policies()) {
+      const uint64_t below = DenseBelow(registration, policy);
+      const auto [at, added] = view.dense_below.try_emplace(policy, below);
+      if (!added) at->second = std::min(at->second, below);
+    }
   }
   if (view.num_workers == 0) return std::nullopt;
-  view.policies.assign(common.begin(), common.end());
+  for (const auto& [policy, below] : view.dense_below) view.policies.push_back(policy);
   return view;
 }
 

@@ -89,15 +89,16 @@ struct DecodeNode {
   uint64_t FreeBytes() const;
 };
 
-// A model by name, and what its living workers have in common.
+// A model by name, and what its living workers serve.
 struct ModelView {
   v1::ServedModel model;
   uint32_t num_workers = 0;
-  std::vector<std::string> policies;
+  std::vector<std::string> policies;  // of some of them, by name
   // Of requests that name none: what all of them have as default, else "dense".
   std::string default_policy;
-  bool serves_quality = false;
-  // Prompts under a policy with default parameters that all of them compute densely are shorter than this.
+  bool serves_quality = false;  // one of them does
+  // Prompts under a policy with default parameters that all who have it compute densely are shorter than
+  // this.
   std::map<std::string, uint64_t> dense_below;
 };
 

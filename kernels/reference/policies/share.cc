@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "kernels/number_text.h"
 #include "kernels/reference/dot.h"
 
 namespace headwater::kernels::reference {
@@ -14,7 +15,7 @@ Status Check(const PolicyProblem& problem, const ShareParameters& p, int32_t lay
       {"similarity", p.similarity}, {"fallback", p.fallback}, {"query_aware", p.query_aware}};
   for (const auto& [name, value] : shares) {
     if (!(value >= 0 && value <= 1)) {
-      return InvalidArgument(std::string(name) + " " + std::to_string(value) + " is not from 0 to 1");
+      return InvalidArgument(std::string(name) + " " + NumberText(value) + " is not from 0 to 1");
     }
   }
   if (p.pivots_per_layer < 0 || p.pivots_per_layer > 65536) {

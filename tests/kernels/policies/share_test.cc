@@ -465,9 +465,8 @@ TEST(ShareTest, RefusesWhatIsOutOfRange) {
     return status.message();
   };
   EXPECT_EQ(refused([](Call* c) { c->parameters.gamma = 1; }), "gamma 1 is not over 0 and below 1");
-  EXPECT_EQ(refused([](Call* c) { c->parameters.similarity = 1.1; }),
-            "similarity 1.100000 is not from 0 to 1");
-  EXPECT_EQ(refused([](Call* c) { c->parameters.fallback = -0.5; }), "fallback -0.500000 is not from 0 to 1");
+  EXPECT_EQ(refused([](Call* c) { c->parameters.similarity = 1.1; }), "similarity 1.1 is not from 0 to 1");
+  EXPECT_EQ(refused([](Call* c) { c->parameters.fallback = -0.5; }), "fallback -0.5 is not from 0 to 1");
   EXPECT_THAT(refused([](Call* c) { c->parameters.query_aware = NAN; }), HasSubstr("query_aware nan"));
   EXPECT_EQ(refused([](Call* c) { c->parameters.pivots_per_layer = -1; }),
             "pivots_per_layer -1 is not from 0 to 65536");
