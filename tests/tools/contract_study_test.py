@@ -164,10 +164,12 @@ class SummaryTest(unittest.TestCase):
         self.assertNotIn("floor_mean", found)
 
     def test_verdicts_hold_and_fail(self):
-        good = contract_study.verdicts({"kept": 0.99, "dense": 0.1}, {32768: {"density": 0.25}, 65536: {"density": 1.0}})
-        self.assertEqual([holds for *_, holds in good], [True] * 3)
-        bad = contract_study.verdicts({"kept": 0.98, "dense": 0.11}, {131072: {"density": 0.11}})
-        self.assertEqual([holds for *_, holds in bad], [False] * 3)
+        good = contract_study.verdicts({"kept": 0.99, "dense": 0.1, "density_rebuilt_error": 0.01},
+                                       {32768: {"density": 0.25}, 65536: {"density": 1.0}, 131072: {"density": 0.1}})
+        self.assertEqual([holds for *_, holds in good], [True] * 5)
+        bad = contract_study.verdicts({"kept": 0.98, "dense": 0.11, "density_rebuilt_error": 0.02},
+                                      {131072: {"density": 0.11}})
+        self.assertEqual([holds for *_, holds in bad], [False] * 5, "no prompt of 32768 tokens does not hold either")
 
     def test_lengths_count_for_the_next_power_of_two(self):
         self.assertEqual([contract_study.bucket_of(f"text:{n}:0") for n in (1, 32768, 32769, 131072)],
