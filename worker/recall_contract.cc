@@ -6,7 +6,7 @@
 namespace headwater {
 namespace {
 
-constexpr float kTighter = 0.25f;
+constexpr float kTighter = 0.5f;  // what was enough is short by rounding alone
 // Lists end where blocks do: a correction aims at this share of the bound.
 constexpr double kAim = 0.99;
 // The least density that can be forced: lists hold what is always listed.

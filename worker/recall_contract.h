@@ -45,7 +45,7 @@ struct ContractRules {
 // One per layer: Judge() after each selection, until it says that the lists stay.
 //
 // min_recall: a group is short whose estimate less kErrors standard errors is under it. A short group's
-// threshold goes to the one that is enough, to a quarter of that if it should not be, and then the group
+// threshold goes to the one that is enough, to half of that if it should not be, and then the group
 // goes dense; it does so at once where no threshold is enough. Groups that are not short keep their lists.
 // max_density: where the mean over the groups is over it, the whole layer's density is forced, and corrected
 // by what else is always listed, up to three times.

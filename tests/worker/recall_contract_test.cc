@@ -41,7 +41,7 @@ TEST(RecallContractTest, AShortGroupTakesWhatIsEnoughAndGoesDenseAtLast) {
   RecallContract contract = Recall(0.9, {{0.5f, 4}, {0.5f, 4}});
   const std::vector<GroupMeasure> measures = {Measured(0.5, 0, 0.1, 0.25f), Measured(1, 0, 0.1, 0.25f)};
 
-  for (const float threshold : {0.25f, 0.0625f, 0.0f}) {
+  for (const float threshold : {0.25f, 0.125f, 0.0f}) {
     ASSERT_TRUE(contract.Judge(measures));
     EXPECT_EQ(contract.outcomes()[0].setting, (GroupSetting{threshold, 4}));
     EXPECT_EQ(contract.outcomes()[1].setting, (GroupSetting{0.5f, 4})) << "it was not short";
@@ -77,7 +77,7 @@ TEST(RecallContractTest, AHeadThatWasNotSearchedIsFirstSearched) {
 TEST(RecallContractTest, WhatShouldHaveBeenEnoughIsTightened) {
   RecallContract contract = Recall(0.9, {{0.25f, 4}});
   EXPECT_TRUE(contract.Judge({Measured(0.8, 0, 0.1, 0.5f)}));
-  EXPECT_EQ(contract.thresholds(), std::vector<float>{0.0625f});
+  EXPECT_EQ(contract.thresholds(), std::vector<float>{0.125f});
 }
 
 TEST(RecallContractTest, NotANumberIsShortOfNothing) {
