@@ -5,12 +5,12 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
 
 from headwater.calibrate.file import Calibration, save
-from headwater.calibrate.search import LADDER, Measured, Outcome, descend
+from headwater.calibrate.search import CANDIDATES, DENSE, Measured, Outcome, descend, front, text_of
 from headwater.cluster.cli import digest
 from headwater.eval import policies, prompts, texts
 from headwater.eval.attention import Stats
@@ -46,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """ValueError where a flag is out of range."""
-    for name, least in (("windows", 0), ("targets", 1), ("own_prompts", 0), ("questions", 1), ("max_passes", 1), ("tokens", 8192)):
+    for name, least in (("windows", 0), ("targets", 1), ("own_prompts", 0), ("questions", 1), ("max_passes", len(CANDIDATES) + 2),
+                        ("tokens", 8192)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name}={getattr(args, name)}; at least {least} is wanted")
     if not 0 < args.budget <= 10:
@@ -120,6 +121,7 @@ class Meter:
         self._shape = {"layers": self.layers, "q_heads": config.num_attention_heads, "kv_heads": self.kv_heads,
                        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads}
         self._model, self._prompts, self._per_unit = model, found, per_unit
+        self.units, self.ladder, self.passes = self.layers * self.kv_heads // per_unit, [*CANDIDATES, DENSE], 0
         self.dense = self._losses(policies.make("dense"))[0]
         for name, loss in self.dense.items():
             if not math.isfinite(loss):
@@ -127,15 +129,25 @@ class Meter:
 
     def tables(self, rungs: Sequence[int]) -> tuple:
         """(thresholds, windows), [layers * kv_heads] each."""
-        steps = [LADDER[rung] for rung in rungs for _ in range(self._per_unit)]
+        steps = [self.ladder[rung] for rung in rungs for _ in range(self._per_unit)]
         return [step[0] for step in steps], [step[1] for step in steps]
 
     def __call__(self, rungs: Sequence[int]) -> Measured:
         losses, density = self._losses(Trial(*self.tables(rungs), self._shape))
         return Measured({name: loss - self.dense[name] for name, loss in losses.items()}, density)
 
+    def keep_front(self, budgets: Dict[str, float], say: Callable[[str], None]) -> List[Measured]:
+        """Leaves on the ladder what is worth a rung, and says what all units together measure there."""
+        measured = [self([rung] * self.units) for rung in range(len(self.ladder) - 1)]
+        kept = front(measured, budgets)
+        for rung, (step, found) in enumerate(zip(self.ladder, measured)):
+            say(f"threshold {step[0]:g}, window {step[1]}: {text_of(found)}{'' if rung in kept else ' (no rung)'}")
+        self.ladder = [*(self.ladder[rung] for rung in kept), DENSE]
+        return [measured[rung] for rung in kept]
+
     def _losses(self, policy) -> tuple:
         """(mean nats a token by set, mean density)."""
+        self.passes += 1
         sums: Dict[str, List[float]] = {}
         densities = []
         for prompt in self._prompts:
@@ -157,7 +169,7 @@ def result(args: argparse.Namespace, path: Path, meter: Meter, out: Outcome) -> 
     sets = {name: {"dense": round(meter.dense[name], 6), "loss": round(loss, 6)} for name, loss in out.measured.loss.items()}
     return Calibration(digest(path), meter.layers, meter.kv_heads, rows(thresholds), rows(windows),
                        {"tokens": args.tokens, "budget": args.budget, "sets": sets, "density": round(out.measured.density, 6),
-                        "passes": out.passes, "whole": out.whole, "texts": [str(name) for name in args.texts]})
+                        "passes": meter.passes, "whole": out.whole, "texts": [str(name) for name in args.texts]})
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -176,10 +188,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
         config = model.model.config
         per_unit = config.num_key_value_heads if args.unit == "layer" else 1
         meter = Meter(model, found, per_unit)
-        out = descend(meter.layers * meter.kv_heads // per_unit, meter, {name: args.budget for name in meter.dense},
-                      share=args.share, most_passes=args.max_passes, say=say)
+        budgets = {name: args.budget for name in meter.dense}
+        rungs = meter.keep_front(budgets, say)
+        out = descend(meter.units, meter, budgets, rungs=rungs, share=args.share, most_passes=args.max_passes - meter.passes,
+                      say=say)
         save(args.output, result(args, path, meter, out))
-        print(f"density {out.measured.density:.4f} at {args.tokens} tokens, {out.passes} passes; "
+        print(f"density {out.measured.density:.4f} at {args.tokens} tokens, {meter.passes} passes; "
               + ", ".join(f"{name} {loss:+.5f} nats" for name, loss in out.measured.loss.items()))
         if not out.whole:
             say(f"headwater.calibrate: ended by --max_passes={args.max_passes}; sparser choices may hold too")

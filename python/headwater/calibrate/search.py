@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Callable, Dict, List, Sequence, Tuple
 
-# (threshold, window in blocks of 128 keys), from the cheapest: a threshold over 1 searches nothing, 0 is dense.
-LADDER = ((2.0, 16), (0.2, 16), (0.2, 64), (0.05, 64), (0.02, 64), (0.02, 128), (0.005, 128), (0.0, 128))
+# (threshold, window in blocks of 128 keys) that a ladder may have as rungs: a threshold over 1 searches nothing.
+CANDIDATES = tuple((threshold, window) for threshold in (2.0, 0.2, 0.1, 0.05, 0.02, 0.005) for window in (4, 16, 64, 128))
+DENSE = (0.0, 128)  # the last rung of every ladder
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,20 @@ class Measured:
 
     def spent(self, budgets: Dict[str, float]) -> float:
         """The largest share of a budget that a set uses, 0 where sparse attention is as good as dense."""
+        if not all(math.isfinite(loss) for loss in self.loss.values()):
+            return math.inf
         return max(0.0, *(loss / budgets[name] for name, loss in self.loss.items()))
+
+
+def front(measured: Sequence[Measured], budgets: Dict[str, float]) -> List[int]:
+    """Numbers of what none of the others beats in both density and budget spent, the sparsest first."""
+    found, least = [], math.inf
+    for number in sorted(range(len(measured)), key=lambda i: (measured[i].density, measured[i].spent(budgets), i)):
+        spent = measured[number].spent(budgets)
+        if spent < least:
+            found.append(number)
+            least = spent
+    return found
 
 
 @dataclass
@@ -36,17 +50,18 @@ class Outcome:
 
 
 def descend(units: int, measure: Callable[[Sequence[int]], Measured], budgets: Dict[str, float], *,
-            top: int = len(LADDER) - 1, share: float = 0.2, most_passes: int = 10**9,
+            rungs: Sequence[Measured], share: float = 0.2, most_passes: int = 10**9,
             say: Callable[[str], None] = lambda text: None) -> Outcome:
     """Rungs for `units` under which every set holds its budget.
 
-    Starts from the lowest rung that holds for all units together; `top` is dense and always holds. A round tries each unit one
+    rungs: what all units together measure on each rung of the ladder but the last, which is dense and always holds. Starts
+    from the lowest that holds. A round tries each unit one
     rung down, in the company of the others' present rungs, unless what it was worth before keeps it from being chosen; those
     that stay within the budget are ranked by the density that they save for the budget that they spend, and the first `share`
     of the units go down together, half as many as long as that breaks the budget. A unit that breaks it alone stays. Every
     state that is kept holds, so the search may end at any time: it does before a round that could pass most_passes.
     """
-    run = _Run(units, measure, budgets, top, say)
+    run = _Run(units, measure, budgets, rungs, say)
     while True:
         movable = [unit for unit in range(units) if run.out.rungs[unit] > 0 and unit not in run.stuck]
         if not movable:
@@ -60,14 +75,12 @@ def descend(units: int, measure: Callable[[Sequence[int]], Measured], budgets: D
 class _Run:
     """The state of a descent."""
 
-    def __init__(self, units, measure, budgets, top, say):
+    def __init__(self, units, measure, budgets, rungs, say):
         self._measure, self._budgets, self._say = measure, budgets, say
         self.stuck = set()
         self._worth: Dict[int, float] = {}  # by unit: density for budget that its next step took when last tried
-        self.out = Outcome([top] * units, Measured({name: 0.0 for name in budgets}, 1.0))
-        for rung in range(top):
-            found = self._pass([rung] * units)
-            say(f"all on rung {rung}: {_text(found)}")
+        self.out = Outcome([len(rungs)] * units, Measured({name: 0.0 for name in budgets}, 1.0))
+        for rung, found in enumerate(rungs):
             if found.excess(budgets) == 0:
                 self._keep([rung] * units, found)
                 break
@@ -93,7 +106,7 @@ class _Run:
                 self._keep(self._lowered(chosen), found)
                 for unit in chosen:  # what its next step is worth is not known
                     self._worth.pop(unit, None)
-                self._say(f"{len(chosen)} down, {len(self.stuck)} stay: {_text(found)}")
+                self._say(f"{len(chosen)} down, {len(self.stuck)} stay: {text_of(found)}")
                 return
             count //= 2
 
@@ -115,5 +128,5 @@ class _Run:
         return ranked
 
 
-def _text(found: Measured) -> str:
+def text_of(found: Measured) -> str:
     return f"density {found.density:.4f}, " + ", ".join(f"{name} {loss:+.4f}" for name, loss in found.loss.items())
