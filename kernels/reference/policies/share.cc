@@ -34,18 +34,21 @@ Status Check(const PolicyProblem& problem, const ShareParameters& p, int32_t lay
   return {};
 }
 
-constexpr int64_t kQueriesAtOnce = 8;  // a key is fetched once for so many
-
-// A row of Abar; kept[kQueriesAtOnce * num_tokens] is scratch.
+// A row of Abar; kept[kDotRows * num_tokens] is scratch.
 void AverageRow(const PolicyProblem& problem, int64_t block, int32_t head, int64_t row, double* kept,
                 double* average) {
   const int64_t tokens = problem.num_tokens, begin = row * block, end = std::min(begin + block, tokens);
-  for (int64_t first = begin; first < end; first += kQueriesAtOnce) {
-    const int64_t last = std::min(first + kQueriesAtOnce, end);
+  std::vector<double> queries(kDotRows * problem.head_dim);
+  double dots[kDotRows];
+  for (int64_t first = begin; first < end; first += kDotRows) {
+    const int64_t last = std::min(first + kDotRows, end);
+    for (int64_t i = first; i < last; ++i) {
+      std::copy_n(problem.Q(i, head), problem.head_dim, queries.begin() + (i - first) * problem.head_dim);
+    }
     for (int64_t j = 0; j < last; ++j) {
-      for (int64_t i = std::max(first, j); i < last; ++i) {
-        kept[(i - first) * tokens + j] =
-            Dot(problem.Q(i, head), problem.K(j, head), problem.head_dim) * problem.softmax_scale;
+      DotRows(queries.data(), problem.K(j, head), problem.head_dim, dots);
+      for (int64_t i = first; i < last; ++i) {
+        kept[(i - first) * tokens + j] = dots[i - first] * problem.softmax_scale;
       }
     }
     for (int64_t i = first; i < last; ++i) {
@@ -53,8 +56,12 @@ void AverageRow(const PolicyProblem& problem, int64_t block, int32_t head, int64
       const double top = *std::max_element(scores, scores + i + 1);
       double sum = 0;
       for (int64_t j = 0; j <= i; ++j) sum += scores[j] = std::exp(scores[j] - top);
-      for (int64_t j = 0; j <= i; ++j) {
-        average[j / block] += scores[j] / sum / static_cast<double>(end - begin);
+      for (int64_t key_block = 0; key_block <= i / block; ++key_block) {
+        const double *const from = scores + key_block * block, *const to =
+                                                                   scores +
+                                                                   std::min(i + 1, (key_block + 1) * block);
+        const double mass = std::accumulate(from, to, 0.0);
+        average[key_block] += mass / sum / static_cast<double>(end - begin);
       }
     }
   }
@@ -66,7 +73,7 @@ std::vector<double> AverageAttention(const PolicyProblem& problem, int64_t block
   std::vector<double> average(blocks * blocks);
 #pragma omp parallel
   {
-    std::vector<double> kept(kQueriesAtOnce * problem.num_tokens);
+    std::vector<double> kept(kDotRows * problem.num_tokens);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t row = blocks - 1 - i;  // the longest first
