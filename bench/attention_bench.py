@@ -140,7 +140,7 @@ class Rows:
 
 def in_turn(engines: dict, n: int) -> dict:
     """Median milliseconds of each engine; they take turns, twice, and the lower of two medians counts."""
-    repeats, warm = (7, 2) if n <= 65536 else (3, 1) if n <= 131072 else (1, 1)
+    repeats, warm = (7, 2) if n <= 65536 else (3, 1) if n <= 262144 else (1, 1)
     times = {}
     for _ in range(2):
         for name, run in engines.items():

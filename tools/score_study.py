@@ -29,6 +29,9 @@ class Head:
     """One KV head of a layer with its query heads."""
 
     def __init__(self, layer: Layer, head: int, group: int, device: str):
+        if BLOCK_KEYS % group or len(layer.q) % BLOCK_KEYS:
+            raise ValueError(f"{group} query heads a KV head, {len(layer.q)} tokens; a divisor and a multiple of {BLOCK_KEYS} are "
+                             f"wanted")
         self.q = layer.q[:, head * group:(head + 1) * group].to(device).float()
         self.k, self.v = layer.k[:, head].to(device).float(), layer.v[:, head].to(device).float()
         blocks = self.k.view(-1, BLOCK_KEYS, self.k.shape[1])
@@ -67,7 +70,13 @@ class Head:
             logits = torch.einsum("tgd,bd->tgb", probe, self.k_mean) * self.scale
             best = logits.masked_fill(~self.complete[tiles][:, None], -math.inf).softmax(-1).nan_to_num(0).amax(1)
             parts.setdefault("mean query (headwater)", []).append(best / best.amax(1, keepdim=True).clamp(min=1e-30))
-        return {name: torch.cat(each) for name, each in parts.items()}
+        found = {name: torch.cat(each) for name, each in parts.items()}
+        values = self.v.view(self.blocks, BLOCK_KEYS, -1)
+        weights = {"values' norm": values.norm(dim=2).mean(1),
+                   "values' spread": (values - self.v_mean[:, None]).norm(dim=2).mean(1)}
+        for name in ("exact", "mean query (headwater)"):
+            found.update({f"{name} x {what}": found[name] * weight for what, weight in weights.items()})
+        return found
 
     def order(self, score: torch.Tensor, always: torch.Tensor) -> torch.Tensor:
         """Entries of [tiles, blocks], best first: what is always listed, then by score."""

@@ -57,16 +57,6 @@ struct CudaSearchSettings {
   double forced_density = 0;  // as CudaSearchArgs has it
 };
 
-// What a layer's lists are to hold, and where thresholds for that go; as CudaRecallThresholdArgs has them.
-struct CudaRecallGoal {
-  CudaSampledRows rows;
-  const float* mass = nullptr;
-  float min_recall = 0;
-  float errors = 0;
-  float* curve = nullptr;
-  float* thresholds = nullptr;
-};
-
 // Not thread-safe; one prompt at a time. Calls enqueue on the stream that they are given, which is the same
 // for a whole prompt, and return without waiting for it.
 class CudaPolicy {

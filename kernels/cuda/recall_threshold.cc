@@ -18,11 +18,12 @@ Status CheckRule(const CudaRecallThresholdArgs& a) {
   }
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("window_blocks", a.window_blocks, 1, INT32_MAX));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("dense_last_tokens", a.dense_last_tokens, 0, INT32_MAX));
-  if (!(a.min_recall > 0 && a.min_recall <= 1)) {
-    return InvalidArgument("min_recall is " + NumberText(a.min_recall) + "; over 0 and at most 1 is wanted");
+  if (!(a.goal.min_recall > 0 && a.goal.min_recall <= 1)) {
+    return InvalidArgument("min_recall is " + NumberText(a.goal.min_recall) +
+                           "; over 0 and at most 1 is wanted");
   }
-  if (!(a.errors >= 0 && std::isfinite(a.errors))) {
-    return InvalidArgument("errors is " + NumberText(a.errors) + "; 0 or more is wanted");
+  if (!(a.goal.errors >= 0 && std::isfinite(a.goal.errors))) {
+    return InvalidArgument("errors is " + NumberText(a.goal.errors) + "; 0 or more is wanted");
   }
   return {};
 }
@@ -40,11 +41,11 @@ Status Check(const CudaRecallThresholdArgs& a) {
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("q", a.q));
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("k_means", a.k_means));
   HW_KERNELS_RETURN_IF_ERROR(CheckRule(a));
-  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_rows", a.rows.num_rows, 1, 65536));
-  HW_KERNELS_RETURN_IF_ERROR(CheckSampledRows(a.rows));
-  HW_KERNELS_RETURN_IF_ERROR(CheckAligned("mass", a.mass, 4));
-  HW_KERNELS_RETURN_IF_ERROR(CheckAligned("curve", a.curve, 4));
-  return CheckAligned("thresholds", a.thresholds, 4);
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_rows", a.goal.rows.num_rows, 1, 65536));
+  HW_KERNELS_RETURN_IF_ERROR(CheckSampledRows(a.goal.rows));
+  HW_KERNELS_RETURN_IF_ERROR(CheckAligned("mass", a.goal.mass, 4));
+  HW_KERNELS_RETURN_IF_ERROR(CheckAligned("curve", a.goal.curve, 4));
+  return CheckAligned("thresholds", a.goal.thresholds, 4);
 }
 
 }  // namespace

@@ -15,7 +15,18 @@ namespace headwater::kernels {
 // The threshold of step i is 2^(-i / 4), i from 0 to kRecallSteps.
 inline constexpr int32_t kRecallSteps = 160;
 
-// One sequence, whose keys are its queries'. The first fields are those of CudaSearchArgs (cuda/pattern.h).
+// What lists are to hold, and where the thresholds for that go.
+struct CudaRecallGoal {
+  CudaSampledRows rows;         // at least one
+  const float* mass = nullptr;  // [num_rows, num_q_heads, blocks] of these rows, of CudaRowMass()
+  float min_recall = 0;         // over 0, at most 1
+  float errors = 0;             // standard errors of the mean that it must be exceeded by; 0 and more
+  float* curve = nullptr;       // [num_rows, num_kv_heads, kRecallSteps + 1]; written: recalls by step
+  float* thresholds = nullptr;  // [num_kv_heads]; written
+};
+
+// One sequence, whose keys are its queries'; fields but the goal are those of CudaSearchArgs
+// (cuda/pattern.h).
 struct CudaRecallThresholdArgs {
   const void* q = nullptr;
   const void* k_means = nullptr;  // wanted
@@ -28,13 +39,7 @@ struct CudaRecallThresholdArgs {
   int32_t window_blocks = 4;
   const int32_t* windows = nullptr;  // host memory [num_kv_heads], in place of window_blocks; may be null
   int32_t dense_last_tokens = 0;
-
-  CudaSampledRows rows;         // at least one
-  const float* mass = nullptr;  // [num_rows, num_q_heads, blocks] of these rows, of CudaRowMass()
-  float min_recall = 0;         // over 0, at most 1
-  float errors = 0;             // standard errors of the mean that it must be exceeded by; 0 and more
-  float* curve = nullptr;       // [num_rows, num_kv_heads, kRecallSteps + 1]; written: recalls by step
-  float* thresholds = nullptr;  // [num_kv_heads]; written
+  CudaRecallGoal goal;
 };
 
 // A row's recall under a threshold is the mass, a mean over its KV head's query heads, on what the list of

@@ -27,6 +27,15 @@ v1::PrefillRequest MakeSparse(const std::string& id, int num_tokens = 1000) {
   return request;
 }
 
+// A cluster whose one worker, w0, has a job.
+void Occupy(FakeCluster* cluster) {
+  cluster->AddDecodeNode();
+  cluster->AddWorker(MakeGpu("w0"));
+  cluster->Submit(MakeSparse("r"));
+  cluster->decode.AnswerAll();
+  cluster->TakeAssignment("w0");
+}
+
 // Ends the job that w0 has.
 void EndFirst(FakeCluster* cluster) {
   cluster->Complete("w0");
@@ -35,11 +44,7 @@ void EndFirst(FakeCluster* cluster) {
 
 TEST(SchedulerPoliciesTest, AQueuedPromptPassesWorkersThatCameLaterWithoutItsPolicy) {
   FakeCluster cluster;
-  cluster.AddDecodeNode();
-  cluster.AddWorker(MakeGpu("w0"));
-  cluster.Submit(MakeSparse("r"));
-  cluster.decode.AnswerAll();
-  cluster.TakeAssignment("w0");
+  Occupy(&cluster);
   const auto sparse = cluster.Submit(MakeSparse("sparse"));
   ASSERT_TRUE(sparse->accepted());
   cluster.AddWorker("w1");
@@ -54,11 +59,7 @@ TEST(SchedulerPoliciesTest, AQueuedPromptPassesWorkersThatCameLaterWithoutItsPol
 
 TEST(SchedulerPoliciesTest, AQueuedPromptWithAQualityPassesWorkersThatServeNone) {
   FakeCluster cluster;
-  cluster.AddDecodeNode();
-  cluster.AddWorker(MakeGpu("w0"));
-  cluster.Submit(MakeSparse("r"));
-  cluster.decode.AnswerAll();
-  cluster.TakeAssignment("w0");
+  Occupy(&cluster);
   v1::PrefillRequest request = MakeSparse("bound");
   request.mutable_quality()->set_min_recall(0.9);
   const auto bound = cluster.Submit(request);

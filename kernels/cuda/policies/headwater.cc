@@ -96,12 +96,7 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
     args.window_blocks = parameters_.window_blocks;
     args.windows = OwnSettings(layer.layer).windows;
     args.dense_last_tokens = parameters_.dense_last_tokens;
-    args.rows = goal.rows;
-    args.mass = goal.mass;
-    args.min_recall = goal.min_recall;
-    args.errors = goal.errors;
-    args.curve = goal.curve;
-    args.thresholds = goal.thresholds;
+    args.goal = goal;
     return CudaThresholdsForRecall(args, stream);
   }
 

@@ -240,14 +240,14 @@ cudaError_t LaunchThresholdsForRecall(const CudaRecallThresholdArgs& a, cudaStre
   for (int head = 0; head < a.num_kv_heads; ++head) {
     p.window_blocks[head] = a.windows == nullptr ? a.window_blocks : a.windows[head];
   }
-  p.rows = a.rows;
-  p.mass = a.mass;
-  p.curve = a.curve;
+  p.rows = a.goal.rows;
+  p.mass = a.goal.mass;
+  p.curve = a.goal.curve;
   a.head_dim == 128 ? LaunchCurveOf<128>(p, stream) : LaunchCurveOf<64>(p, stream);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   FirstStepKernel<<<static_cast<unsigned>(a.num_kv_heads), kThreads, 0, stream>>>(
-      a.curve, a.rows.num_rows, a.min_recall, a.errors, a.thresholds);
+      a.goal.curve, a.goal.rows.num_rows, a.goal.min_recall, a.goal.errors, a.goal.thresholds);
   return cudaGetLastError();
 }
 

@@ -146,12 +146,12 @@ class RecallThresholdGpuTest : public ::testing::TestWithParam<Case> {
     args.softmax_scale = static_cast<float>(problem_->get.softmax_scale);
     args.window_blocks = c.window_blocks;
     args.dense_last_tokens = c.dense_last_tokens;
-    args.rows = {positions.data(), nullptr, c.rows};
-    args.mass = device_mass_->data();
-    args.min_recall = min_recall;
-    args.errors = errors;
-    args.curve = curve.data();
-    args.thresholds = thresholds.data();
+    args.goal.rows = {positions.data(), nullptr, c.rows};
+    args.goal.mass = device_mass_->data();
+    args.goal.min_recall = min_recall;
+    args.goal.errors = errors;
+    args.goal.curve = curve.data();
+    args.goal.thresholds = thresholds.data();
     Found found;
     found.status = CudaThresholdsForRecall(args, nullptr);
     EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);

@@ -19,9 +19,9 @@ std::function<Status()> Call(const std::function<void(CudaRecallThresholdArgs*)>
     args.num_kv_heads = 2;
     args.head_dim = 128;
     args.softmax_scale = 0.1f;
-    args.rows = {static_cast<int64_t*>(kAligned), nullptr, 10};
-    args.mass = args.curve = args.thresholds = static_cast<float*>(kAligned);
-    args.min_recall = 0.95f;
+    args.goal.rows = {static_cast<int64_t*>(kAligned), nullptr, 10};
+    args.goal.mass = args.goal.curve = args.goal.thresholds = static_cast<float*>(kAligned);
+    args.goal.min_recall = 0.95f;
     change(&args);
     return CudaThresholdsForRecall(args, nullptr);
   };
@@ -46,14 +46,14 @@ INSTANTIATE_TEST_SUITE_P(
         Refusal{"window", Call([](auto* a) { a->window_blocks = 0; }), kBad, "window_blocks is 0"},
         Refusal{"windows", Call([](auto* a) { a->windows = kNoWindow; }), kBad, "windows is 0"},
         Refusal{"last", Call([](auto* a) { a->dense_last_tokens = -3; }), kBad, "dense_last_tokens is -3"},
-        Refusal{"recall", Call([](auto* a) { a->min_recall = 1.5f; }), kBad, "min_recall is 1.5"},
-        Refusal{"nan_recall", Call([](auto* a) { a->min_recall = NAN; }), kBad, "min_recall is nan"},
-        Refusal{"errors", Call([](auto* a) { a->errors = -1; }), kBad, "errors is -1"},
-        Refusal{"no_rows", Call([](auto* a) { a->rows.num_rows = 0; }), kBad, "num_rows is 0"},
-        Refusal{"no_positions", Call([](auto* a) { a->rows.positions = nullptr; }), kBad, "positions"},
-        Refusal{"null_mass", Call([](auto* a) { a->mass = nullptr; }), kBad, "mass is null"},
-        Refusal{"null_curve", Call([](auto* a) { a->curve = nullptr; }), kBad, "curve is null"},
-        Refusal{"null_thresholds", Call([](auto* a) { a->thresholds = nullptr; }), kBad,
+        Refusal{"recall", Call([](auto* a) { a->goal.min_recall = 1.5f; }), kBad, "min_recall is 1.5"},
+        Refusal{"nan_recall", Call([](auto* a) { a->goal.min_recall = NAN; }), kBad, "min_recall is nan"},
+        Refusal{"errors", Call([](auto* a) { a->goal.errors = -1; }), kBad, "errors is -1"},
+        Refusal{"no_rows", Call([](auto* a) { a->goal.rows.num_rows = 0; }), kBad, "num_rows is 0"},
+        Refusal{"no_positions", Call([](auto* a) { a->goal.rows.positions = nullptr; }), kBad, "positions"},
+        Refusal{"null_mass", Call([](auto* a) { a->goal.mass = nullptr; }), kBad, "mass is null"},
+        Refusal{"null_curve", Call([](auto* a) { a->goal.curve = nullptr; }), kBad, "curve is null"},
+        Refusal{"null_thresholds", Call([](auto* a) { a->goal.thresholds = nullptr; }), kBad,
                 "thresholds is null"}),
     [](const auto& test) { return test.param.name; });
 
