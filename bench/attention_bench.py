@@ -10,7 +10,7 @@ cuDNN comes with torch. FA3 (flash_attn_3: Dao-AILab/flash-attention, hopper/) a
 built in place) are timed where PYTHONPATH has them; what is missing is said. V2 runs at alpha 0.18, sink 2, window 4, last
 8 tiles dense, page size = the sequence.
 
-Times are medians of 7 (above 64K tokens 3, above 128K 1) by CUDA events after warm-up; the engines take turns, twice, and
+Times are medians of 7 (above 64K tokens 3, above 256K 1) by CUDA events after warm-up; the engines take turns, twice, and
 the lower of the two counts. Error and recall are of 64 rows per query head,
 drawn after timing, against softmax in f32 of exact scores: rel_error over all rows; recall is the softmax mass on listed
 keys, its mean and 1st percentile per head, averaged over the heads. Active FLOP: 4 * head_dim * rows * listed keys.
