@@ -1,4 +1,4 @@
-"""headwater.calibrate without a GPU: the descent on made-up losses, and the file."""
+"""headwater.calibrate without a GPU: the search on made-up losses, and the file."""
 
 import json
 import math
@@ -9,100 +9,129 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
 from headwater.calibrate.file import Calibration, load, save  # noqa: E402
-from headwater.calibrate.search import CANDIDATES, DENSE, Measured, descend, front  # noqa: E402
+from headwater.calibrate.search import (DENSE, FIRST, HALVINGS, START, THRESHOLDS, WINDOWS, Measured, OutOfTime,  # noqa: E402
+                                        neighbours, search)
 
 
-def model(needs, costs=None, loss=1.0):
-    """A loss of `loss` for each rung that a unit lacks of what it needs."""
-    def measure(rungs):
-        lacking = sum(max(0, need - rung) for need, rung in zip(needs, rungs))
-        return Measured({"text": loss * lacking}, sum(cost * rung for cost, rung in zip(costs or [1] * len(needs), rungs)))
+DENSITY = {2.0: 0.01, 0.2: 0.05, 0.1: 0.1, 0.05: 0.2, 0.02: 0.4, 0.005: 0.6}
+
+
+def density(setting):
+    return 1.0 if setting == DENSE else DENSITY[setting[0]] + setting[1] / 1000
+
+
+def rank(setting):
+    return len(THRESHOLDS) if setting == DENSE else THRESHOLDS.index(setting[0])
+
+
+def model(needs, loss=1.0):
+    """needs: (threshold, window) that each unit cannot do without; a step less of either loses `loss`."""
+    def measure(settings):
+        lacking = sum(max(0, rank(need) - rank(one)) + max(0, WINDOWS.index(need[1]) - WINDOWS.index(one[1]))
+                      for need, one in zip(needs, settings))
+        return Measured({"text": loss * lacking}, sum(map(density, settings)) / len(settings))
     return measure
 
 
-TOP = 7  # dense
-
-
-def run(units, measure, budgets, top=TOP, **options):
-    return descend(units, measure, budgets, rungs=[measure([rung] * units) for rung in range(top)], **options)
-
-
-class DescentTest(unittest.TestCase):
+class SearchTest(unittest.TestCase):
     def test_units_come_down_to_what_they_need(self):
-        needs = [0, 3, 1, 0, 5]
-        out = run(5, model(needs), {"text": 0.5})
-        self.assertEqual(out.rungs, needs)
+        needs = [(2.0, 4), (0.1, 16), (2.0, 128), (0.05, 4), (0.005, 64), (2.0, 4)]
+        out = search(6, model(needs), model(needs), {"text": 0.5})
+        self.assertEqual(out.settings, needs)
         self.assertTrue(out.whole)
-        self.assertEqual(out.history[0], (0.0, 25.0))  # all on rung 5
+        self.assertEqual(out.measured.loss, {"text": 0.0})
+        self.assertEqual(out.history[-1], (0.0, out.measured.density))
 
     def test_a_budget_is_spent_where_it_saves_most(self):
-        # Room for one rung too few: the dear unit gets it.
-        out = run(2, model([1, 1], [1, 10]), {"text": 1.0})
-        self.assertEqual(out.rungs, [1, 0])
+        # Room for one step too few: 0.4 to 0.2 saves more than 0.1 to 0.05.
+        out = search(2, model([(0.02, 4), (0.1, 4)]), model([(0.02, 4), (0.1, 4)]), {"text": 1.0})
+        self.assertEqual(out.settings, [(0.05, 4), (0.1, 4)])
 
     def test_sets_have_budgets_of_their_own(self):
-        def measure(rungs):
-            return Measured({"text": 0.0, "words": 0.01 if rungs[1] < 2 else 0.0}, float(sum(rungs)))
-        out = run(2, measure, {"text": 0.001, "words": 0.001})
-        self.assertEqual(out.rungs, [0, 2])
+        def measure(settings):
+            found = model([(2.0, 4)] * 2)(settings)
+            return Measured({"text": 0.0, "words": 0.01 if rank(settings[1]) < 3 else 0.0}, found.density)
+        out = search(2, measure, measure, {"text": 0.001, "words": 0.001})
+        self.assertEqual(out.settings, [(2.0, 4), (0.05, 4)])
 
-    def test_what_breaks_together_goes_down_apart(self):
-        def measure(rungs):  # one of the two may be low
-            return Measured({"text": 1.0 if rungs[0] + rungs[1] < 3 else 0.0}, float(sum(rungs)))
-        out = run(2, measure, {"text": 0.5}, top=3, share=1.0)
-        self.assertEqual(sum(out.rungs), 3)
-        self.assertEqual(out.measured.excess({"text": 0.5}), 0)
-
-    def test_units_that_could_not_be_chosen_are_not_tried_anew(self):
-        costs, calls = [2.0 ** unit for unit in range(8)], []
-
-        def measure(rungs):  # what a rung saves is another for each unit, and the same all the way down
-            calls.append(list(rungs))
-            saved = sum(cost * rung for cost, rung in zip(costs, rungs))
-            return Measured({"text": 0.0 if len(calls) > 7 else 1.0}, saved)
-        out = run(8, measure, {"text": 1e9}, top=7, share=0.125)
-        self.assertEqual(out.rungs, [0] * 8)
-        # Seven rungs for all together, a try of each unit's first step, then one a step: not eight.
-        self.assertLessEqual(len(calls), 7 + 8 + 8 * 7)
+    def test_what_breaks_the_budget_together_only(self):
+        def measure(settings):  # one of the two may be low: no change alone shows it
+            found = model([(2.0, 4)] * 2)(settings)
+            return Measured({"text": 1.0 if rank(settings[0]) + rank(settings[1]) < 4 else 0.0}, found.density)
+        out = search(2, measure, measure, {"text": 0.5})
+        self.assertLessEqual(out.measured.spent({"text": 0.5}), 1)
+        self.assertLess(out.measured.density, 0.4)
 
     def test_dense_where_nothing_holds(self):
-        top = TOP
-        out = run(3, lambda rungs: Measured({"text": 0.0 if min(rungs) == top else 1.0}, 1.0), {"text": 0.001})
-        self.assertEqual(out.rungs, [top] * 3)
+        def measure(settings):
+            return Measured({"text": 0.0 if all(one == DENSE for one in settings) else 1.0}, 0.5)
+        out = search(3, measure, measure, {"text": 0.001})
+        self.assertEqual(out.settings, [DENSE] * 3)
         self.assertEqual(out.measured.density, 1.0)
+
+    def test_dense_for_a_unit_that_needs_it(self):
+        def measure(settings):
+            return Measured({"text": 0.0 if settings[0] == DENSE else 1.0 - 0.1 * rank(settings[0]) - settings[0][1] / 1000},
+                            sum(map(density, settings)) / 2)
+        out = search(2, measure, measure, {"text": 0.1})
+        self.assertEqual(out.settings, [DENSE, (2.0, 4)])
 
     def test_ends_at_most_passes_and_holds(self):
         calls = []
 
-        def measure(rungs):
-            calls.append(list(rungs))
-            return model([0] * 6)(rungs) if len(calls) > 4 else Measured({"text": 1.0}, 1.0)
-        out = run(6, measure, {"text": 0.001}, most_passes=20)
+        def measure(settings):
+            calls.append(list(settings))
+            return model([(2.0, 4)] * 6)(settings)
+        first = 1 + 1 + 6 * (len(FIRST) - 1) + HALVINGS + 3
+        out = search(6, measure, measure, {"text": 0.001}, most_passes=first)
         self.assertFalse(out.whole)
-        self.assertEqual(out.passes, len(calls) - TOP)
-        self.assertLessEqual(out.passes, 20)
+        self.assertEqual(out.passes, len(calls))
+        self.assertLessEqual(out.passes, first)
+        self.assertEqual(out.settings, [(2.0, 4)] * 6)
+        calls.clear()
+        self.assertEqual(search(6, measure, measure, {"text": 0.001}, most_passes=first - 1).settings, [START] * 6)
+        self.assertEqual(len(calls), 1)
+
+    def test_goes_on_from_what_is_given(self):
+        needs, calls = [(0.1, 16), (0.05, 4)], []
+
+        def measure(settings):
+            calls.append(list(settings))
+            return model(needs)(settings)
+        start = [(0.05, 16), (0.05, 4)]
+        out = search(2, measure, measure, {"text": 0.5}, start=start)
+        self.assertEqual(calls[0], start)
+        self.assertEqual(out.settings, needs)
+        for call in calls[2:2 + len(neighbours(start[0])) + len(neighbours(start[1]))]:
+            self.assertEqual(sum(one != other for one, other in zip(call, start)), 1)
+
+    def test_ends_out_of_time_with_the_best_so_far(self):
+        calls = []
+
+        def measure(settings):
+            calls.append(list(settings))
+            if len(calls) > 40:
+                raise OutOfTime
+            return model([(2.0, 4)] * 2)(settings)
+        out = search(2, measure, measure, {"text": 1.0}, start=[(0.005, 128)] * 2)
+        self.assertFalse(out.whole)
+        self.assertLess(out.measured.density, density((0.02, 64)))
+        self.assertIn(out.settings, calls)
 
     def test_a_loss_that_is_no_number_does_not_hold(self):
-        self.assertEqual(Measured({"text": math.nan, "words": 0.0}, 0.1).excess({"text": 1.0, "words": 1.0}), math.inf)
-        out = run(1, lambda rungs: Measured({"text": math.nan if rungs[0] < 3 else 0.0}, float(rungs[0])), {"text": 1.0})
-        self.assertEqual(out.rungs, [3])
+        self.assertEqual(Measured({"text": math.nan, "words": 0.0}, 0.1).spent({"text": 1.0, "words": 1.0}), math.inf)
 
+        def measure(settings):
+            return Measured({"text": math.nan if rank(settings[0]) < 3 else 0.0}, density(settings[0]))
+        self.assertEqual(search(1, measure, measure, {"text": 1.0}).settings, [(0.05, 4)])
 
-class FrontTest(unittest.TestCase):
-    def test_keeps_what_no_other_beats(self):
-        measured = [Measured({"a": loss, "b": 0.0}, density) for loss, density in
-                    ((0.9, 0.1), (0.95, 0.2), (0.5, 0.3), (0.5, 0.4), (-0.1, 0.6), (-0.5, 0.5), (math.nan, 0.05))]
-        self.assertEqual(front(measured, {"a": 1.0, "b": 1.0}), [0, 2, 5])
-
-    def test_the_worst_set_counts(self):
-        measured = [Measured({"a": 0.0, "b": 0.4}, 0.1), Measured({"a": 0.2, "b": 0.0}, 0.2)]
-        self.assertEqual(front(measured, {"a": 0.1, "b": 1.0}), [0])
-        self.assertEqual(front(measured, {"a": 1.0, "b": 1.0}), [0, 1])
-
-    def test_candidates_are_settings_and_the_last_rung_is_dense(self):
-        self.assertEqual(DENSE[0], 0)
-        self.assertTrue(all(threshold > 0 and window >= 1 for threshold, window in CANDIDATES))
-        self.assertEqual(len(set(CANDIDATES)), len(CANDIDATES))
+    def test_neighbours_are_a_step_away(self):
+        self.assertEqual(neighbours(DENSE), [(0.005, 128)])
+        self.assertEqual(set(neighbours((2.0, 4))), {(0.2, 4), (2.0, 16)})
+        self.assertEqual(set(neighbours((0.1, 16))), {(0.2, 16), (0.05, 16), (0.1, 4), (0.1, 64)})
+        self.assertEqual(set(neighbours((0.005, 128))), {(0.02, 128), (0.005, 64), DENSE})
+        self.assertIn(START, FIRST)
+        self.assertTrue(set(FIRST) <= {(threshold, window) for threshold in THRESHOLDS for window in WINDOWS})
 
 
 class FileTest(unittest.TestCase):

@@ -1,11 +1,10 @@
 """How sparsely each head of a model may attend, for the policy `headwater`: python -m headwater.calibrate --help.
 
-Every KV head of every layer stands on a rung of a ladder, from sinks and a window alone to dense attention. Rungs are those of
-.search.CANDIDATES that no other beats in density and in loss, all heads together. All start on the lowest rung that keeps the
-model's answers within the error budget of dense attention's. Each is then tried one rung down, the others where they are, and
-those that save most for the budget that they spend go down, until none can. What is measured is the model's
-own loss on calibration texts and retrieval prompts; no threshold is set by hand. The same model, texts and flags on
-the same kind of GPU give the same file.
+Every KV head of every layer has a threshold and a window of its own, or is dense. All start alike; in rounds each head's
+other settings are tried in the company of the others' present ones, and where the model's own loss rises least for the density
+that is saved the setting changes, as far as the error budget goes. What is measured is the loss on calibration texts, most of it
+on shorter prompts (--rank_tokens), and the answers to retrieval prompts; what is kept is judged on more and longer ones
+(--tokens). No threshold is set by hand. The same model, texts and flags on the same kind of GPU give the same file.
 
 The file, which load() reads and checks:
 
@@ -14,8 +13,9 @@ The file, which load() reads and checks:
      "layers": 32, "kv_heads": 8,
      "thresholds": [[...] ...],     [layers][KV heads]: over 0 and at most 1 a threshold, 0 dense, over 1 not searched
      "windows": [[...] ...],        likewise: last blocks of 128 keys that a tile always attends to
-     "calibration": {"tokens", "budget", "sets": {NAME: {"dense": nats a token, "loss": in excess of it}}, "density",
-                     "passes", "whole": whether no head could go lower, "texts": [names]}}
+     "calibration": {"tokens", "budget", "answer_budget", "density", "passes", "texts": [names],
+                     "whole": false where the time ended it,
+                     "sets": {NAME: {"dense": NLL, "loss": in excess of it; of answers, KL divergence}}}}
 """
 
 from headwater.calibrate.file import Calibration as Calibration

@@ -3,21 +3,24 @@
 import argparse
 import math
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable, List, Optional, Sequence, Union
 
 import torch
 
 from headwater.calibrate.file import Calibration, save
-from headwater.calibrate.search import CANDIDATES, DENSE, Measured, Outcome, descend, front, text_of
+from headwater.calibrate.meter import Meter, is_text, scored
+from headwater.calibrate.search import FIRST, HALVINGS, Measured, Outcome, OutOfTime, Setting, search, text_of
 from headwater.cluster.cli import digest
-from headwater.eval import policies, prompts, texts
-from headwater.eval.attention import Stats
+from headwater.eval import prompts, texts
 from headwater.eval.cli import load_tokenizer
 from headwater.eval.items import Item, by_length, read_items
 from headwater.eval.model import EvalModel, ModelError, find_model
 from headwater.eval.runner import Window
+
+QUESTION_ROOM = 128  # tokens of a prompt made here that a question may take
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,148 +31,95 @@ def parser() -> argparse.ArgumentParser:
     add("model", help="model directory, or a name under HW_MODELS")
     add("--texts", nargs="+", required=True, metavar="FILE", help="calibration texts; names as in headwater.eval")
     add("--output", type=Path, required=True, metavar="FILE.json")
-    add("--tokens", type=int, default=32768, help="of each prompt: the longest that is to be served, if there is time for it")
-    add("--windows", type=int, default=2, help="of each text")
-    add("--targets", type=int, default=2048, help="last tokens of a window, whose loss counts")
+    add("--tokens", type=int, default=32768, help="of the prompts that judge a choice: the longest that is to be served")
+    add("--rank_tokens", type=int, help="of the prompts that rank single changes, most of the passes; default: "
+        "--tokens, at most 65536")
+    add("--windows", type=int, default=4, help="of each text that judge; one of each text ranks")
+    add("--targets", type=int, default=16384, help="last tokens of a window, whose loss counts: at most half of it")
     add("--own", nargs="*", choices=prompts.TASKS, default=["words", "uuids"], help="retrieval prompts made from the seed")
     add("--own_prompts", type=int, default=1, help="of a task")
-    add("--questions", type=int, default=2, help="of such a prompt")
+    add("--questions", type=int, default=4, help="of such a prompt")
     add("--prompts", nargs="+", type=Path, default=[], metavar="FILE.jsonl", help="retrieval prompts, as in headwater.eval")
-    add("--budget", type=float, default=0.003, help="nats a token that each set may lose to dense attention")
-    add("--unit", choices=("head", "layer"), default="head", help="what moves together: a KV head, or a layer's")
-    add("--share", type=float, default=0.2, help="of the units that move in a round")
+    add("--start", type=Path, metavar="FILE.json", help="goes on from this calibration, as of shorter prompts; saves most passes")
+    add("--budget", type=float, default=0.003, help="nats a token that a text may lose: 0.003 is 0.3 %% of perplexity")
+    add("--answer_budget", type=float, default=0.02, help="nats a token: KL divergence of answers from dense attention's")
+    add("--unit", choices=("head", "layer"), default="head", help="what has a setting of its own: a KV head, or a layer")
     add("--max_passes", type=int, default=5000, help="of the model over all prompts")
+    add("--limit_s", type=float, default=math.inf, help="time of the search; the best choice until then is written")
     add("--seed", type=int, default=1)
     add("--device", default="cuda")
     return flags
 
 
 def check(args: argparse.Namespace) -> None:
-    """ValueError where a flag is out of range."""
-    for name, least in (("windows", 0), ("targets", 1), ("own_prompts", 0), ("questions", 1), ("max_passes", len(CANDIDATES) + 2),
-                        ("tokens", 8192)):
+    """ValueError where a flag is out of range. Fills in what has no default."""
+    if args.rank_tokens is None:
+        args.rank_tokens = min(args.tokens, 65536)
+    for name, least in (("windows", 0), ("targets", 1), ("own_prompts", 0), ("questions", 1), ("tokens", 1024),
+                        ("rank_tokens", 1024), ("max_passes", len(FIRST) + HALVINGS + 2)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name}={getattr(args, name)}; at least {least} is wanted")
-    if not 0 < args.budget <= 10:
-        raise ValueError(f"--budget={args.budget}; over 0 and at most 10 is wanted")
-    if not 0 < args.share <= 1:
-        raise ValueError(f"--share={args.share}; over 0 and at most 1 is wanted")
+    for name in ("budget", "answer_budget"):
+        if not 0 < getattr(args, name) <= 10:
+            raise ValueError(f"--{name}={getattr(args, name)}; over 0 and at most 10 is wanted")
     if not torch.cuda.is_available():
         raise ValueError("no GPU: calibration runs the kernels that will serve")
 
 
-class Trial:
-    """Policy headwater on one choice of rungs, as headwater.eval takes policies."""
-
-    name = "headwater"
-
-    def __init__(self, thresholds: Sequence[float], windows: Sequence[int], model: dict):
-        from headwater import ops
-
-        self._run = ops.PatternPolicy("headwater", {"dense_below_tokens": 0}, thresholds=thresholds, windows=windows, **model)
-
-    def attend(self, layer, q, k, v):
-        if layer == 0:
-            self._run.begin(len(q))
-        out, found = self._run.attention(layer, q, k, v)
-        return out, Stats(self.name, found.density)
-
-
-@dataclass
-class Prompt:
-    set: str
-    ids: Sequence[int]
-    targets: int = 0  # of a window
-    answer: Sequence[int] = ()
-
-
-def gather(args: argparse.Namespace, tokenizer) -> List[Prompt]:
-    """Windows of texts and retrieval questions, each of args.tokens."""
+def gather(args: argparse.Namespace, tokenizer, tokens: int, most_windows: int) -> List[Union[Window, Item]]:
+    """Windows of texts and retrieval questions, of `tokens` each."""
     prefix = tokenizer.encode("").ids
-    found, hay = [], []
+    found: List[Union[Window, Item]] = []
+    hay: Sequence[int] = []
     for name in args.texts:
         title, text = texts.read_text(name)
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         hay = hay or ids
-        room = args.tokens - len(prefix)
+        room = tokens - len(prefix)
         if len(ids) < room:
-            raise ValueError(f"text {name} has {len(ids)} tokens; {room} are wanted for --tokens={args.tokens}")
-        targets = min(args.targets, room - 1)
-        for end in texts.window_ends(len(ids), room, targets, args.windows) if args.windows else []:
-            window = Window(f"ppl:{title}", title, texts.window(ids, end, args.tokens, prefix), targets)
-            found.append(Prompt(window.set, window.ids, targets))
-    items: List[Item] = []
+            raise ValueError(f"text {name} has {len(ids)} tokens; {room} are wanted")
+        targets = min(args.targets, room // 2)
+        for end in texts.window_ends(len(ids), room, targets, min(args.windows, most_windows)) if args.windows else []:
+            found.append(Window(f"ppl:{title}", title, texts.window(ids, end, tokens, prefix), targets))
     for task in args.own:
-        items += prompts.make_items(task, tokenizer, length=args.tokens, count=args.own_prompts, seed=args.seed,
-                                    questions=args.questions, text_ids=hay)
+        found += prompts.make_items(task, tokenizer, length=tokens - QUESTION_ROOM * args.questions, count=args.own_prompts,
+                                    seed=args.seed, questions=args.questions, text_ids=hay)
     for path in args.prompts:
-        items += by_length(list(read_items(path, tokenizer)), [args.tokens]).get(args.tokens, [])
-    for item in items:
-        for question in item.questions:
-            found.append(Prompt(item.task, [*item.context_ids, *question.prompt_ids], answer=question.answer_ids))
+        found += by_length(list(read_items(path, tokenizer)), [tokens]).get(tokens, [])
     if not found:
         raise ValueError("nothing to calibrate on: give --windows, --own or --prompts")
     return found
 
 
-class Meter:
-    """The model's loss on all prompts under a choice of rungs."""
+class Watch:
+    """Measures, tells what a pass costs and stops the search when its time is over."""
 
-    def __init__(self, model: EvalModel, found: Sequence[Prompt], per_unit: int):
-        config = model.model.config
-        self.kv_heads, self.layers = config.num_key_value_heads, config.num_hidden_layers
-        self._shape = {"layers": self.layers, "q_heads": config.num_attention_heads, "kv_heads": self.kv_heads,
-                       "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads}
-        self._model, self._prompts, self._per_unit = model, found, per_unit
-        self.units, self.ladder, self.passes = self.layers * self.kv_heads // per_unit, [*CANDIDATES, DENSE], 0
-        self.dense = self._losses(policies.make("dense"))[0]
-        for name, loss in self.dense.items():
-            if not math.isfinite(loss):
-                raise ValueError(f"dense attention's loss on {name} is {loss}")
+    def __init__(self, limit_s: float, say: Callable[[str], None]):
+        self._limit_s, self._say = limit_s, say
+        self._start, self._passes = time.monotonic(), 0
 
-    def tables(self, rungs: Sequence[int]) -> tuple:
-        """(thresholds, windows), [layers * kv_heads] each."""
-        steps = [self.ladder[rung] for rung in rungs for _ in range(self._per_unit)]
-        return [step[0] for step in steps], [step[1] for step in steps]
-
-    def __call__(self, rungs: Sequence[int]) -> Measured:
-        losses, density = self._losses(Trial(*self.tables(rungs), self._shape))
-        return Measured({name: loss - self.dense[name] for name, loss in losses.items()}, density)
-
-    def keep_front(self, budgets: Dict[str, float], say: Callable[[str], None]) -> List[Measured]:
-        """Leaves on the ladder what is worth a rung, and says what all units together measure there."""
-        measured = [self([rung] * self.units) for rung in range(len(self.ladder) - 1)]
-        kept = front(measured, budgets)
-        for rung, (step, found) in enumerate(zip(self.ladder, measured)):
-            say(f"threshold {step[0]:g}, window {step[1]}: {text_of(found)}{'' if rung in kept else ' (no rung)'}")
-        self.ladder = [*(self.ladder[rung] for rung in kept), DENSE]
-        return [measured[rung] for rung in kept]
-
-    def _losses(self, policy) -> tuple:
-        """(mean nats a token by set, mean density)."""
-        self.passes += 1
-        sums: Dict[str, List[float]] = {}
-        densities = []
-        for prompt in self._prompts:
-            one = self._model.prefill(prompt.ids, policy, keep_cache=bool(prompt.answer))
-            if prompt.answer:
-                loss = self._model.score_answer(one, [], prompt.answer)[0]
-            else:
-                loss = float(self._model.score_last(one, prompt.ids, prompt.targets).double().mean())
-            sums.setdefault(prompt.set, []).append(loss)
-            densities.append(one.density())
-        return {name: sum(each) / len(each) for name, each in sums.items()}, sum(densities) / len(densities)
+    def __call__(self, measure: Callable[[Sequence[Setting]], Measured]) -> Callable[[Sequence[Setting]], Measured]:
+        def watched(settings: Sequence[Setting]) -> Measured:
+            elapsed = time.monotonic() - self._start
+            if elapsed > self._limit_s:
+                raise OutOfTime
+            self._passes += 1
+            if self._passes == 20:
+                self._say(f"{elapsed / 19:.2f} s a pass")
+            return measure(settings)
+        return watched
 
 
 def result(args: argparse.Namespace, path: Path, meter: Meter, out: Outcome) -> Calibration:
     def rows(values: list) -> list:
         return [values[at:at + meter.kv_heads] for at in range(0, len(values), meter.kv_heads)]
 
-    thresholds, windows = meter.tables(out.rungs)
+    thresholds, windows = meter.tables(out.settings)
     sets = {name: {"dense": round(meter.dense[name], 6), "loss": round(loss, 6)} for name, loss in out.measured.loss.items()}
     return Calibration(digest(path), meter.layers, meter.kv_heads, rows(thresholds), rows(windows),
-                       {"tokens": args.tokens, "budget": args.budget, "sets": sets, "density": round(out.measured.density, 6),
-                        "passes": meter.passes, "whole": out.whole, "texts": [str(name) for name in args.texts]})
+                       {"tokens": args.tokens, "budget": args.budget, "answer_budget": args.answer_budget, "sets": sets,
+                        "density": round(out.measured.density, 6), "passes": out.passes, "whole": out.whole,
+                        "texts": [str(name) for name in args.texts]})
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -181,22 +131,26 @@ def main(arguments: Optional[List[str]] = None) -> int:
     try:
         check(args)
         path = find_model(args.model)
-        found = gather(args, load_tokenizer(path))
+        tokenizer = load_tokenizer(path)
+        found = [gather(args, tokenizer, *size) for size in ((args.tokens, args.windows), (args.rank_tokens, 1))]
         model = EvalModel.load(path, args.device, torch.bfloat16)
-        if args.tokens > model.max_tokens:
-            raise ModelError(f"--tokens={args.tokens}; {path} is for {model.max_tokens} at most")
-        config = model.model.config
-        per_unit = config.num_key_value_heads if args.unit == "layer" else 1
-        meter = Meter(model, found, per_unit)
-        budgets = {name: args.budget for name in meter.dense}
-        rungs = meter.keep_front(budgets, say)
-        out = descend(meter.units, meter, budgets, rungs=rungs, share=args.share, most_passes=args.max_passes - meter.passes,
-                      say=say)
-        save(args.output, result(args, path, meter, out))
-        print(f"density {out.measured.density:.4f} at {args.tokens} tokens, {meter.passes} passes; "
-              + ", ".join(f"{name} {loss:+.5f} nats" for name, loss in out.measured.loss.items()))
+        longest = max(len(scored(prompt)[1]) for some in found for prompt in some)
+        if longest > model.max_tokens:
+            raise ModelError(f"a prompt of {longest} tokens; {path} is for {model.max_tokens} at most")
+        per_unit = model.model.config.num_key_value_heads if args.unit == "layer" else 1
+        judge, rank = (Meter(model, some, per_unit) for some in found)
+        if set(judge.dense) != set(rank.dense):
+            raise ValueError(f"sets at {args.tokens} tokens: {', '.join(sorted(judge.dense))}; at --rank_tokens={args.rank_tokens}: "
+                             f"{', '.join(sorted(rank.dense))}; the same are wanted")
+        budgets = {name: args.budget if is_text(name) else args.answer_budget for name in judge.dense}
+        watch = Watch(args.limit_s, say)
+        out = search(judge.units, watch(rank), watch(judge), budgets,
+                     start=judge.settings_of(args.start) if args.start else None, most_passes=args.max_passes, say=say)
+        save(args.output, result(args, path, judge, out))
+        print(f"{out.passes} passes; at {args.tokens} tokens {text_of(out.measured)}")
         if not out.whole:
-            say(f"headwater.calibrate: ended by --max_passes={args.max_passes}; sparser choices may hold too")
+            say(f"headwater.calibrate: ended by --max_passes={args.max_passes} or --limit_s={args.limit_s:g}; sparser choices "
+                "may hold too")
         say(f"written: {args.output}")
         return 0
     except (ValueError, OSError) as error:

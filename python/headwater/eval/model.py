@@ -166,6 +166,18 @@ class EvalModel:
         nll, hits = self._nll(hidden[-len(answer_ids):], torch.tensor(list(answer_ids), device=self.device))
         return float(nll.mean()), bool(hits.all())
 
+    @torch.inference_mode()
+    def divergence(self, hidden: torch.Tensor, exact: torch.Tensor, wanted: Sequence[int]) -> tuple:
+        """Of rows of hidden states [rows, width] beside those of dense attention, means over the rows in nats: (KL divergence
+        of the next token's distribution from dense attention's, NLL of `wanted`)."""
+        targets = torch.tensor(list(wanted), device=self.device)
+        kl, nll = 0.0, 0.0
+        for rows, others, target in zip(hidden.split(LOGIT_ROWS), exact.split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
+            found, true = (torch.log_softmax(self._head(x).float(), dim=-1) for x in (rows, others))
+            kl += float((true.exp() * (true - found)).sum(dtype=torch.float64))
+            nll -= float(found.gather(1, target[:, None]).sum(dtype=torch.float64))
+        return kl / len(targets), nll / len(targets)
+
     def _forward(self, tokens: torch.Tensor, one: Pass) -> torch.Tensor:
         output = self.model.base_model(input_ids=tokens, past_key_values=one.cache, use_cache=one.cache is not None,
                                        headwater_pass=one)

@@ -1,0 +1,138 @@
+"""python -m headwater.calibrate on a tiny random Llama, with windows in place of the GPU's policy. Skipped where torch or
+transformers is not installed."""
+
+import json
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[2]
+try:
+    import tokenizers  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+except ImportError as error:
+    print(f"skipped: {error.name} is not installed")
+    sys.exit(77)
+
+sys.path.insert(0, str(ROOT / "python"))
+import tiny_model  # noqa: E402
+from headwater import calibrate  # noqa: E402
+from headwater.calibrate import cli, meter  # noqa: E402
+from headwater.calibrate.search import DENSE  # noqa: E402
+from headwater.eval.attention import Stats  # noqa: E402
+from headwater.eval.items import Item, Question  # noqa: E402
+from headwater.eval.model import EvalModel  # noqa: E402
+from headwater.eval.runner import Window  # noqa: E402
+
+torch.set_num_threads(1)
+STORY = "".join(f"In year {n} the river rose {n * n % 97} feet and fell again. " for n in range(90))
+
+
+class Windows:
+    """A KV head attends to its last `window` * 4 keys and the first one; threshold 0: to all."""
+
+    name = "headwater"
+
+    def __init__(self, thresholds, windows, model):
+        self._thresholds, self._windows, self._heads = thresholds, windows, model["kv_heads"]
+
+    def attend(self, layer, q, k, v):
+        group, seen, total = q.shape[1] // k.shape[1], 0, 0
+        out = torch.empty_like(q)
+        distance = torch.arange(len(q))[:, None] - torch.arange(len(k))[None]
+        for head in range(q.shape[1]):
+            unit = layer * self._heads + head // group
+            mask = distance >= 0
+            total += int(mask.sum())
+            if self._thresholds[unit] > 0:
+                mask &= (distance < 4 * self._windows[unit]) | (torch.arange(len(k)) == 0)
+            seen += int(mask.sum())
+            scores = (q[:, head] @ k[:, head // group].T / q.shape[2] ** 0.5).masked_fill(~mask, float("-inf"))
+            out[:, head] = torch.softmax(scores, dim=-1) @ v[:, head // group]
+        return out, Stats(self.name, lambda: seen / total)
+
+
+class CalibrateTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.folder = Path(folder.name)
+        cls.model = cls.folder / "model"
+        cls.model.mkdir()
+        tiny_model.save_model(cls.model)
+        (cls.folder / "story.txt").write_text(STORY)
+        for patch in (mock.patch.object(meter, "Trial", Windows), mock.patch.object(torch, "bfloat16", torch.float32),
+                      mock.patch.object(torch.cuda, "is_available", lambda: True)):
+            patch.start()
+            cls.addClassCleanup(patch.stop)
+
+    def run_main(self, *words):
+        return tiny_model.command(cli.main, self.model, "--device", "cpu", "--texts", self.folder / "story.txt", *words)
+
+    def test_what_is_written_holds_the_budget_when_it_is_measured_again(self):
+        path, budget = self.folder / "calibration.json", 0.02
+        status, out, err = self.run_main("--output", path, "--tokens", 1024, "--windows", 2, "--targets", 400, "--own",
+                                         "--budget", budget)
+        self.assertEqual(status, 0, err)
+        self.assertIn("passes; at 1024 tokens density", out)
+        made = calibrate.load(path)
+        self.assertEqual((made.layers, made.kv_heads), (3, 2))
+        found = made.calibration["sets"]["ppl:story"]
+        self.assertLess(made.calibration["density"], 1)
+        self.assertLessEqual(found["loss"], budget)
+        args = cli.parser().parse_args([str(self.model), "--texts", str(self.folder / "story.txt"), "--output", "x", "--tokens",
+                                        "1024", "--windows", "2", "--targets", "400", "--own"])
+        model = EvalModel.load(self.model, "cpu", torch.float32)
+        again = meter.Meter(model, cli.gather(args, cli.load_tokenizer(self.model), 1024, 2), 1)
+        settings = list(zip(made.flat_thresholds(), made.flat_windows()))
+        measured = again(settings)
+        self.assertAlmostEqual(measured.loss["ppl:story"], found["loss"], places=4)
+        self.assertAlmostEqual(measured.density, made.calibration["density"], places=4)
+        self.assertEqual(again.settings_of(path), settings)
+
+    def test_goes_on_from_a_file_and_ends_in_time(self):
+        first, second = self.folder / "first.json", self.folder / "second.json"
+        few = ("--tokens", 1024, "--windows", 1, "--targets", 100, "--own")
+        self.assertEqual(self.run_main("--output", first, "--budget", 0.5, "--unit", "layer", *few)[0], 0)
+        status, _, err = self.run_main("--output", second, "--budget", 0.5, "--start", first, "--limit_s", 0.001, *few)
+        self.assertEqual(status, 0, err)
+        self.assertIn("--limit_s=0.001", err)
+        self.assertFalse(calibrate.load(second).calibration["whole"])
+        (self.folder / "other.json").write_text(json.dumps({**json.loads(first.read_text()), "thresholds": [[0.3, 0.3]] * 3}))
+        status, _, err = self.run_main("--output", second, "--start", self.folder / "other.json", *few)
+        self.assertEqual(status, 2)
+        self.assertIn("threshold 0.3 with window", err)
+
+    def test_refuses(self):
+        for words, text in ((("--tokens", 512), "--tokens=512"), (("--tokens", 1024, "--budget", 0), "--budget=0"),
+                            (("--tokens", 4096), "a prompt of 4096 tokens"), (("--tokens", 8192), "story.txt has"),
+                            (("--tokens", 1024, "--windows", 0, "--own"), "nothing to calibrate on")):
+            status, _, err = self.run_main("--output", self.folder / "none.json", *words)
+            self.assertEqual(status, 2)
+            self.assertIn(text, err)
+
+
+class MeterTest(unittest.TestCase):
+    def test_dense_loses_nothing_and_a_window_does(self):
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(meter, "Trial", Windows):
+            tiny_model.save_model(Path(folder))
+            model = EvalModel.load(Path(folder), "cpu", torch.float32)
+            ids = [7 * n * n % 251 for n in range(300)]
+            item = Item("words", "words:0", ids[:200], [Question([3, 4], [5, 6, 7]), Question([8], [9])])
+            measure = meter.Meter(model, [Window("ppl:a", "a", ids, 100), item], 1)
+            self.assertEqual(meter.scored(item)[1:], ([*ids[:200], 3, 4, 5, 6, 7, 8, 9], [(202, 205), (206, 207)]))
+            same = measure([DENSE] * 6)
+            for loss in same.loss.values():
+                self.assertAlmostEqual(loss, 0, places=5)
+            other = measure([(2.0, 4)] * 6)
+            self.assertGreater(other.loss["words"], 1e-3)
+            self.assertGreater(abs(other.loss["ppl:a"]), 1e-3)
+            self.assertLess(other.density, 0.2)
+
+
+if __name__ == "__main__":
+    unittest.main()
