@@ -12,8 +12,8 @@
 
 namespace headwater::kernels {
 
-// The threshold of step i is 2^(-i / 4), i from 0 to kRecallSteps.
-inline constexpr int32_t kRecallSteps = 160;
+// The threshold of step i is 2^(-i / kRecallStepsPerOctave), i from 0 to kRecallSteps.
+inline constexpr int32_t kRecallStepsPerOctave = 16, kRecallSteps = 24 * kRecallStepsPerOctave;
 
 // What lists are to hold, and where the thresholds for that go.
 struct CudaRecallGoal {

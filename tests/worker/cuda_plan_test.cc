@@ -53,7 +53,7 @@ TEST(CudaPrefillPlan, APolicysMemoryIsItsOwnAndWhatItsMeasurementTakes) {
   EXPECT_EQ(plan.policy, policy->MemoryBytes(1 << 17));
   EXPECT_GT(plan.policy, 16 * kMiB);
   EXPECT_LT(plan.policy, 128 * kMiB);
-  EXPECT_EQ(plan.mass, uint64_t{128} * 32 * 1024 * 4);
+  EXPECT_EQ(plan.mass, uint64_t{512} * 32 * 1024 * 4);
   EXPECT_EQ(PlanCudaPolicy(*policy, Llama8b(), 1 << 20).sampled_rows, 64) << "masses of 64 MiB";
   EXPECT_EQ(plan.lse + plan.out, 0u) << "headwater wants no sums";
   const uint64_t without = PlanCudaPrefill(Llama8b(), 8192, 1 << 17).total_bytes();

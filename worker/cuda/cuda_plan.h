@@ -33,7 +33,7 @@ CudaPatternPlan PlanCudaPattern(const ModelConfig& config, int64_t num_tokens);
 // Of a policy of kernels/cuda/policy.h, which takes the whole prompt at once.
 struct CudaPolicyPlan {
   // Queries of a layer whose recall is measured, at most: where min_recall is asked for, and else.
-  static constexpr int32_t kMostSampledRows = 128, kSampledRows = 32;
+  static constexpr int32_t kMostSampledRows = 512, kSampledRows = 32;
   static constexpr uint64_t kMassBytes = uint64_t{64} << 20;  // kSampledRows may take more
 
   uint64_t policy = 0;     // its own

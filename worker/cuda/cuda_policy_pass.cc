@@ -23,6 +23,7 @@ using Layer = CudaPolicyLog::Layer;
 
 constexpr int64_t kMeasuredTokens = 32768;
 constexpr double kMeasuredShare = 0.02;
+constexpr int32_t kContractRows = 128;  // that min_recall wants whatever they cost
 constexpr double kFirstDensity = 0.1;
 // A wait covers what is enqueued ahead: up to the attention of the layer before.
 constexpr absl::Duration kLongestWait = absl::Minutes(2), kPoll = absl::Microseconds(20);
@@ -111,11 +112,17 @@ absl::Status CudaPolicyPass::Init() {
 }
 
 int32_t CudaPolicyPass::RowsToSample() const {
-  if (job_.quality.min_recall > 0) return options_.plan.sampled_rows;
+  const auto affordable = [&](int32_t most) {
+    return AffordableRows(num_tokens_, density_, kMeasuredShare, config_.num_q_heads / config_.num_kv_heads,
+                          most);
+  };
+  if (job_.quality.min_recall > 0) {
+    return std::min(options_.plan.sampled_rows,
+                    std::max(kContractRows, affordable(options_.plan.sampled_rows)));
+  }
   if (job_.quality.any()) return CudaPolicyPlan::kSampledRows;
-  if (!options_.measure_recall || num_tokens_ < kMeasuredTokens) return 0;
-  return AffordableRows(num_tokens_, density_, kMeasuredShare, config_.num_q_heads / config_.num_kv_heads,
-                        CudaPolicyPlan::kSampledRows);
+  return options_.measure_recall && num_tokens_ >= kMeasuredTokens ? affordable(CudaPolicyPlan::kSampledRows)
+                                                                   : 0;
 }
 
 // Masses of sampled queries, which do not depend on the lists.

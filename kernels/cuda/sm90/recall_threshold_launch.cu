@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kMostPack = 8;
 constexpr int kCounts = kRecallSteps + 1;  // of steps; one more counts what no threshold lists
-constexpr float kStepsPerOctave = 4;
+constexpr float kStepsPerOctave = kRecallStepsPerOctave;
 // Masses are added as whole numbers of 2^-40, in any order.
 constexpr double kMassUnit = 1.0 / (int64_t{1} << 40);
 
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) CurveKernel(const __grid_constant__ 
   const int64_t position = p.rows.positions != nullptr ? p.rows.positions[row] : p.rows.positions_i32[row];
   float* const curve = p.curve + (static_cast<int64_t>(row) * p.num_kv_heads + kv_head) * kCounts;
   if (position < 0 || position >= p.num_tokens) {
-    if (thread < kCounts) curve[thread] = 0;
+    for (int step = thread; step < kCounts; step += kThreads) curve[step] = 0;
     return;
   }
   const int64_t tile = position / p.positions, first = tile * p.positions;
@@ -161,14 +161,14 @@ __global__ void __launch_bounds__(kThreads) CurveKernel(const __grid_constant__ 
     }
   }
   __syncthreads();
-  if (thread < kCounts) {
+  for (int step = thread; step < kCounts; step += kThreads) {
     unsigned long long held = 0;
-    for (int i = 0; i <= thread; ++i) held += shared.held[i];
-    curve[thread] = static_cast<float>(static_cast<double>(held) * kMassUnit / kPack);
+    for (int i = 0; i <= step; ++i) held += shared.held[i];
+    curve[step] = static_cast<float>(static_cast<double>(held) * kMassUnit / kPack);
   }
 }
 
-// A CTA per KV head, a thread per step.
+// A CTA per KV head; steps by threads in turn.
 __global__ void __launch_bounds__(kThreads)
     FirstStepKernel(const float* curve, int rows, float min_recall, float errors, float* thresholds) {
   __shared__ int first;
@@ -176,16 +176,16 @@ __global__ void __launch_bounds__(kThreads)
   const int heads = static_cast<int>(gridDim.x);
   if (thread == 0) first = kCounts;
   __syncthreads();
-  if (thread < kCounts) {
+  for (int step = thread; step < kCounts; step += kThreads) {
     double sum = 0, squares = 0;
     for (int row = 0; row < rows; ++row) {
-      const double x = curve[(static_cast<int64_t>(row) * heads + head) * kCounts + thread];
+      const double x = curve[(static_cast<int64_t>(row) * heads + head) * kCounts + step];
       sum += x;
       squares += x * x;
     }
     const double mean = sum / rows;
     const double variance = rows > 1 ? fmax(0.0, (squares - sum * mean) / (rows - 1)) : 0;
-    if (mean - errors * sqrt(variance / rows) >= min_recall) atomicMin(&first, thread);
+    if (mean - errors * sqrt(variance / rows) >= min_recall) atomicMin(&first, step);
   }
   __syncthreads();
   if (thread == 0) {

@@ -177,8 +177,8 @@ TEST_P(RecallThresholdGpuTest, CurvesAreTheMassesOfTheSearchsLists) {
   const Found found = Run(c.min_recall, 2), again = Run(c.min_recall, 2);
   ASSERT_TRUE(found.status.ok()) << found.status.message();
   EXPECT_TRUE(SameBits(found.curve, again.curve));
-  for (const int step : {0, 3, 9, 20, kRecallSteps}) {
-    const Lists lists(c, *problem_, std::exp2(-step / 4.0));
+  for (const int step : {0, 12, 37, 80, kRecallSteps}) {
+    const Lists lists(c, *problem_, std::exp2(-step / double{kRecallStepsPerOctave}));
     for (int row = 0; row < c.rows; ++row) {
       for (int head = 0; head < c.kv_heads; ++head) {
         const Bounds held =
@@ -211,7 +211,7 @@ TEST_P(RecallThresholdGpuTest, TheFirstStepThatHoldsIsTaken) {
       };
       int first = 0;
       while (first <= kRecallSteps && !holds(first)) ++first;
-      const float wanted = first > kRecallSteps ? 0 : std::exp2(-static_cast<float>(first) / 4);
+      const float wanted = first > kRecallSteps ? 0 : std::exp2(-static_cast<float>(first) / kRecallStepsPerOctave);
       EXPECT_FLOAT_EQ(found.thresholds[head], wanted) << head << ", errors " << errors;
     }
   }
