@@ -211,7 +211,8 @@ TEST_P(RecallThresholdGpuTest, TheFirstStepThatHoldsIsTaken) {
       };
       int first = 0;
       while (first <= kRecallSteps && !holds(first)) ++first;
-      const float wanted = first > kRecallSteps ? 0 : std::exp2(-static_cast<float>(first) / kRecallStepsPerOctave);
+      const float wanted =
+          first > kRecallSteps ? 0 : std::exp2(-static_cast<float>(first) / kRecallStepsPerOctave);
       EXPECT_FLOAT_EQ(found.thresholds[head], wanted) << head << ", errors " << errors;
     }
   }

@@ -41,7 +41,8 @@ struct ShareInput {
     const int kv_head = head / (shape.q_heads / shape.kv_heads), dim = shape.head_dim;
     const float strength = logit / std::sqrt(static_cast<float>(dim));
     for (int i = 0; i < dim; ++i) {
-      q[(token * shape.q_heads + head) * dim + i] += strength * k.at((key * shape.kv_heads + kv_head) * dim + i);
+      q[(token * shape.q_heads + head) * dim + i] +=
+          strength * k.at((key * shape.kv_heads + kv_head) * dim + i);
     }
   }
   void Round() { q = ToFloat(ToBf16(q)); }
