@@ -52,7 +52,7 @@ struct ContractRules {
 class RecallContract {
  public:
   static constexpr uint32_t kMostRounds = 3;
-  static constexpr double kErrors = 2;
+  static constexpr double kErrors = 2.5;
 
   RecallContract(const ContractRules& rules, std::vector<GroupSetting> settings);
 

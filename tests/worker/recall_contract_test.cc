@@ -26,15 +26,15 @@ RecallContract Density(double most, size_t groups, double most_forced = 1) {
 
 TEST(RecallContractTest, GroupsThatReadEnoughKeepTheirLists) {
   RecallContract contract = Recall(0.9, {{0.1f, 4}, {0.2f, 8}});
-  EXPECT_FALSE(contract.Judge({Measured(0.9), Measured(0.99, 0.04)}));
+  EXPECT_FALSE(contract.Judge({Measured(0.9), Measured(0.99, 0.03)}));
   EXPECT_EQ(contract.thresholds(), (std::vector<float>{0.1f, 0.2f}));
   EXPECT_EQ(contract.outcomes()[0].rounds, 0u);
 }
 
-TEST(RecallContractTest, TwoStandardErrorsCount) {
-  RecallContract contract = Recall(0.75, {{0.1f, 4}});
-  EXPECT_TRUE(contract.Judge({Measured(0.875, 0.0626)}));
-  EXPECT_FALSE(contract.Judge({Measured(0.875, 0.0625)}));
+TEST(RecallContractTest, TwoAndAHalfStandardErrorsCount) {
+  RecallContract contract = Recall(0.6875, {{0.1f, 4}});
+  EXPECT_FALSE(contract.Judge({Measured(1, 0.125)}));
+  EXPECT_TRUE(contract.Judge({Measured(1, 0.1251)}));
 }
 
 TEST(RecallContractTest, AShortGroupTakesWhatIsEnoughAndGoesDenseAtLast) {

@@ -25,6 +25,9 @@ constexpr int64_t kMeasuredTokens = 32768;
 constexpr double kMeasuredShare = 0.02;
 constexpr int32_t kContractRows = 128;  // that min_recall wants whatever they cost
 constexpr double kFirstDensity = 0.1;
+// Of recall: blocks whose scores lie at a threshold may be listed or not, and that makes no group short
+// again.
+constexpr double kRounding = 0.0005;
 // A wait covers what is enqueued ahead: up to the attention of the layer before.
 constexpr absl::Duration kLongestWait = absl::Minutes(2), kPoll = absl::Microseconds(20);
 
@@ -193,7 +196,7 @@ absl::Status CudaPolicyPass::FindEnough(const kernels::CudaPolicyLayer& layer) {
   goal.rows.positions = rows_;
   goal.rows.num_rows = log_.layer(layer.layer).rows;
   goal.mass = mass_;
-  goal.min_recall = static_cast<float>(job_.quality.min_recall);
+  goal.min_recall = std::min(1.0F, static_cast<float>(job_.quality.min_recall + kRounding));
   goal.errors = static_cast<float>(RecallContract::kErrors);
   goal.curve = curve_;
   goal.thresholds = counters_.enough;
