@@ -10,6 +10,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 
+#include "base/log.h"
 #include "base/status_macros.h"
 #include "model/json.h"
 #include "model/json_fields.h"
@@ -34,13 +35,16 @@ absl::Status CheckKeys(const json& object, std::initializer_list<absl::string_vi
   return absl::OkStatus();
 }
 
-// The header that both files have: format 1, and sizes that are the model's.
-absl::Status CheckHeader(const JsonFields& fields, const char* heads_name, int32_t heads,
-                         const ModelConfig& config) {
+// The header that both files have: format 1, and sizes that are the model's. Which model it was made for is
+// logged, not compared: a fine-tuned model may take its base's.
+absl::Status CheckHeader(const std::string& path, const JsonFields& fields, const char* heads_name,
+                         int32_t heads, const ModelConfig& config) {
   constexpr int64_t kMost = 1 << 20;
   HW_RETURN_IF_ERROR(fields.Integer("format", 1, 1).status());
   if (const json* const model = fields.Find("model"); model == nullptr || !model->is_string()) {
     return fields.Wrong("model", "a string");
+  } else {
+    HW_LOG(INFO).Field("file", path) << "made for the model " << Quoted(model->get<std::string>());
   }
   HW_ASSIGN_OR_RETURN(const int64_t layers, fields.Integer("layers", 1, kMost));
   HW_ASSIGN_OR_RETURN(const int64_t has, fields.Integer(heads_name, 1, kMost));
@@ -85,7 +89,7 @@ absl::Status ReadClusters(const std::string& path, const ModelConfig& config,
   HW_RETURN_IF_ERROR(CheckKeys(
       file, {"format", "model", "layers", "heads", "gamma", "clusters", "shared_clusters", "calibration"}));
   const JsonFields fields(file);
-  HW_RETURN_IF_ERROR(CheckHeader(fields, "heads", config.num_q_heads, config));
+  HW_RETURN_IF_ERROR(CheckHeader(path, fields, "heads", config.num_q_heads, config));
   const json* const members = fields.Find("clusters");
   if (members == nullptr || !members->is_object()) return fields.Wrong("clusters", "an object");
   std::set<int32_t> alone;
@@ -139,7 +143,7 @@ absl::Status ReadCalibration(const std::string& path, const ModelConfig& config,
   HW_RETURN_IF_ERROR(
       CheckKeys(file, {"format", "model", "layers", "kv_heads", "thresholds", "windows", "calibration"}));
   const JsonFields fields(file);
-  HW_RETURN_IF_ERROR(CheckHeader(fields, "kv_heads", config.num_kv_heads, config));
+  HW_RETURN_IF_ERROR(CheckHeader(path, fields, "kv_heads", config.num_kv_heads, config));
   HW_RETURN_IF_ERROR(ReadTable(fields, "thresholds", config, "numbers from 0 to 1000000", [&](const json& x) {
     if (!x.is_number() || !(x.get<double>() >= 0 && x.get<double>() <= kMostThreshold)) return false;
     // What is over 0 stays so.

@@ -43,6 +43,7 @@ struct PolicyOptions {
   std::string default_policy;
   PolicyTables tables;
   bool measure_recall = true;
+  std::vector<std::string> served;
 };
 
 kernels::PolicyParameters DefaultParameters(const std::string& name, const PolicyTables& tables) {
@@ -58,7 +59,12 @@ std::vector<std::string> ServedPolicies(const ModelConfig& config, const PolicyT
   for (const std::string& name : kernels::PolicyNames()) {
     std::unique_ptr<kernels::CudaPolicy> made;
     const kernels::PolicyParameters parameters = DefaultParameters(name, tables);
-    if (kernels::MakeCudaPolicy(parameters, CudaPolicyShapeOf(config), &made).ok()) served.push_back(name);
+    const kernels::Status status = kernels::MakeCudaPolicy(parameters, CudaPolicyShapeOf(config), &made);
+    if (status.ok()) {
+      served.push_back(name);
+    } else {
+      HW_LOG(WARNING).Field("policy", name) << "not served: " << status.message();
+    }
   }
   return served;
 }
@@ -71,13 +77,12 @@ class Backend final : public PrefillBackend {
         egress_(std::move(egress)),
         budget_bytes_(budget_bytes),
         options_(std::move(policies)),
-        policies_(ServedPolicies(model_->config(), options_.tables)),
         policy_limits_(LimitsOfPolicies()),
         limits_(LimitsFor(*model_, budget_bytes, policy_limits_, options_.default_policy)) {}
 
   const ModelConfig& config() const override { return model_->config(); }
   const std::string& fingerprint() const override { return model_->fingerprint(); }
-  std::vector<std::string> policies() const override { return policies_; }
+  std::vector<std::string> policies() const override { return options_.served; }
   std::string default_policy() const override { return options_.default_policy; }
   std::vector<v1::PolicyLimit> policy_limits() const override { return policy_limits_; }
   bool serves_quality() const override { return true; }
@@ -193,7 +198,7 @@ class Backend final : public PrefillBackend {
   std::vector<v1::PolicyLimit> LimitsOfPolicies() const {
     const uint64_t room = budget_bytes_ - std::min(budget_bytes_, resident_bytes());
     std::vector<v1::PolicyLimit> limits;
-    for (const std::string& name : policies_) {
+    for (const std::string& name : options_.served) {
       const kernels::PolicyParameters parameters = DefaultParameters(name, options_.tables);
       int64_t fits = 0, too_long = model_->config().max_position + 1;
       while (too_long - fits > 1) {
@@ -225,7 +230,6 @@ class Backend final : public PrefillBackend {
   const std::unique_ptr<CudaEgressMemory> egress_;
   const uint64_t budget_bytes_;
   const PolicyOptions options_;
-  const std::vector<std::string> policies_;
   const std::vector<v1::PolicyLimit> policy_limits_;
   const PackLimits limits_;
   ComputeSpeed speed_;  // of the passes so far
@@ -262,11 +266,12 @@ absl::StatusOr<std::unique_ptr<PrefillBackend>> CudaBackend::Load(const WorkerOp
   absl::StatusOr<std::unique_ptr<CudaModel>> loaded = CudaModel::Load(model);
   if (!loaded.ok()) return FlagError("model", options.model, loaded.status());
   PolicyOptions policies{
-      options.default_policy.empty() ? "headwater" : options.default_policy, {}, options.measure_recall};
+      options.default_policy.empty() ? "headwater" : options.default_policy, {}, options.measure_recall, {}};
   const ModelConfig& config = (*loaded)->config();
   HW_ASSIGN_OR_RETURN(policies.tables,
                       ReadPolicyTables(options.share_clusters, options.headwater_calibration, config));
-  HW_RETURN_IF_ERROR(CheckDefaultPolicy(policies.default_policy, ServedPolicies(config, policies.tables)));
+  policies.served = ServedPolicies(config, policies.tables);
+  HW_RETURN_IF_ERROR(CheckDefaultPolicy(policies.default_policy, policies.served));
   return std::make_unique<Backend>(*std::move(loaded), std::move(egress), budget, std::move(policies));
 }
 
