@@ -145,10 +145,12 @@ absl::StatusOr<double> TimeLinear(kernels::CudaLinear* linear, LinearType type, 
 
 class GpuDevice final : public PrefillDevice {
  public:
-  GpuDevice(std::unique_ptr<CudaModel> model, std::unique_ptr<CudaEgressMemory> egress, std::string name)
+  GpuDevice(std::unique_ptr<CudaModel> model, std::unique_ptr<CudaEgressMemory> egress, std::string name,
+            bool measure_recall)
       : model_(std::move(model)),
         egress_(std::move(egress)),
         name_(std::move(name)),
+        measure_recall_(measure_recall),
         watch_(model_->device()) {}
 
   const ModelConfig& config() const override { return model_->config(); }
@@ -169,7 +171,8 @@ class GpuDevice final : public PrefillDevice {
   absl::Status Reserve(const PrefillJob& /*job*/) override { return absl::OkStatus(); }
   absl::StatusOr<PrefillResult> Run(const PrefillJob& job, KvSender* sender, JobControl* control) override {
     const CudaPrefillPrompt prompt{&job, sender, control, {}};
-    return std::move(RunCudaPrefill({&prompt, 1}, {model_.get(), egress_.get(), nullptr, false, &speed_})[0]);
+    return std::move(
+        RunCudaPrefill({&prompt, 1}, {model_.get(), egress_.get(), nullptr, measure_recall_, &speed_})[0]);
   }
 
   absl::StatusOr<std::optional<LinearRate>> MeasureLinear() override {
@@ -200,6 +203,7 @@ class GpuDevice final : public PrefillDevice {
   const std::unique_ptr<CudaModel> model_;
   const std::unique_ptr<CudaEgressMemory> egress_;
   const std::string name_;
+  const bool measure_recall_;
   ComputeSpeed speed_;  // of the runs so far, as a worker keeps it
   MemoryWatch watch_;
 };
@@ -231,7 +235,8 @@ absl::StatusOr<std::unique_ptr<PrefillDevice>> OpenGpu(const PrefillBenchOptions
     model = *std::move(loaded);
   }
   HW_ASSIGN_OR_RETURN(std::unique_ptr<CudaEgressMemory> egress, CudaEgressMemory::Allocate());
-  return std::make_unique<GpuDevice>(std::move(model), std::move(egress), properties.name);
+  return std::make_unique<GpuDevice>(std::move(model), std::move(egress), properties.name,
+                                     options.measure_recall);
 }
 
 }  // namespace headwater

@@ -114,6 +114,9 @@ FlagSet Declare(PrefillBenchOptions* o) {
   flags.String("share_clusters", &o->share_clusters,
                "clusters of policy share: a file of python -m headwater.cluster");
   DeclareQuality(&flags, o);
+  flags.Bool(
+      "measure_recall", &o->measure_recall,
+      "measure recall without a quality, too, as a worker does by default: on a GPU, from 32768 tokens on");
   flags.Choice("sink", &o->sink, {"none", "verify"},
                "none: KV blocks are dropped once they are off the device; verify: they go over loopback to a "
                "receiver that checks each");

@@ -30,6 +30,7 @@ struct PrefillBenchOptions {
   std::string linear = "auto";
   BenchPolicy policy;
   QualityBound quality;  // no bound: none
+  bool measure_recall = false;
   std::string share_clusters;
   std::string headwater_calibration;
   std::string sink = "none";

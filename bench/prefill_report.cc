@@ -149,6 +149,7 @@ Json ToJson(const PrefillReport& r, const PrefillBenchOptions& options) {
                  {"repeat", options.repeat}};
   if (!r.prompt.empty()) params["prompt"] = r.prompt;
   if (!options.policy.parameters.empty()) params["policy_parameters"] = options.policy.parameters;
+  if (options.measure_recall) params["measure_recall"] = true;
   const QualityBound& quality = options.quality;
   if (quality.min_recall > 0) params["min_recall"] = quality.min_recall;
   if (quality.max_density > 0) params["max_density"] = quality.max_density;

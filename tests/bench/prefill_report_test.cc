@@ -101,6 +101,7 @@ TEST(PrefillReportTest, RowHasTheAttentionReport) {
   PrefillBenchOptions options;
   options.policy = {"headwater", 0, {{"threshold", 0.25}}};
   options.quality.min_recall = 0.95;
+  options.measure_recall = true;
   PrefillReport report = Report();
   report.prompt = "text:1";
   v1::AttentionReport& attention = report.attention.emplace();
@@ -122,6 +123,7 @@ TEST(PrefillReportTest, RowHasTheAttentionReport) {
 
   EXPECT_EQ(row["params"]["prompt"], "text:1");
   EXPECT_EQ(row["params"]["min_recall"], 0.95);
+  EXPECT_EQ(row["params"]["measure_recall"], true);
   EXPECT_EQ(row["params"]["policy_parameters"].dump(), R"({"threshold":0.25})");
   EXPECT_EQ(row["attention"].dump(),
             R"({"density":0.25,"recall_mean":0.96,"sampled_queries":32,"wait_s":0.5,"groups":[)"
@@ -144,6 +146,7 @@ TEST(PrefillReportTest, WhatIsNotKnownIsNotInTheRow) {
   }
   EXPECT_EQ(row["params"]["density_mode"], "natural");
   EXPECT_FALSE(row.contains("attention"));
+  EXPECT_FALSE(row["params"].contains("measure_recall"));
 }
 
 TEST(PrefillReportTest, TableShowsEveryColumnInLine) {
