@@ -103,6 +103,14 @@ INSTANTIATE_TEST_SUITE_P(
             },
             kBad, "without block lists"),
         Case(
+            "gain_that_is_no_number",
+            [](auto* a) {
+              static const float gains[] = {0, NAN};
+              a->lists = Lists();
+              a->correction = {kAligned, kAligned, gains};
+            },
+            kBad, "KV head 1 is nan"),
+        Case(
             "correction_of_sequences",
             [](auto* a) {
               a->lists = Lists();

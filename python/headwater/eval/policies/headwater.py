@@ -38,7 +38,8 @@ class Headwater(Published):
         from headwater import calibrate
 
         found = calibrate.load(self.calibration)
-        return {"layers": found.layers, "thresholds": found.flat_thresholds(), "windows": found.flat_windows()}
+        return {"layers": found.layers, "thresholds": found.flat_thresholds(), "windows": found.flat_windows(),
+                "mean_gains": found.flat_mean_gains()}
 
     def attend(self, layer, q, k, v):
         if q.is_cuda:
