@@ -5,6 +5,7 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -24,6 +25,11 @@ namespace headwater {
 namespace {
 
 using gloo::transport::UnboundBuffer;
+
+// How often a wait looks at its connection.
+constexpr absl::Duration kLinkCheck = absl::Milliseconds(100);
+// Of messages that nobody sends.
+constexpr uint64_t kSilentSlot = std::numeric_limits<uint64_t>::max();
 
 // Gloo takes 0 as "no limit".
 std::chrono::milliseconds GlooTimeout(absl::Duration timeout) {
@@ -50,8 +56,8 @@ class GlooExchange final : public PendingExchange {
   ~GlooExchange() override;
   absl::Status Wait() override;
 
-  // On the group's transport; the status is kept for Wait().
-  void Start(gloo::transport::Context* transport, uint64_t slot);
+  // The status is kept for Wait().
+  void Start(uint64_t slot);
   void Interrupt();
   absl::Status* status() { return &status_; }
 
@@ -73,7 +79,9 @@ class GlooExchange final : public PendingExchange {
 class Gloo final : public GlooCollectives {
  public:
   Gloo(const GlooOptions& options, std::shared_ptr<gloo::transport::Device> device)
-      : options_(options), device_(std::move(device)) {}
+      : options_(options),
+        device_(std::move(device)),
+        buffers_(device_->createContext(options.rank, options.world_size)) {}
   ~Gloo() override {
     {
       // Not by Fail(): Gloo's close() resets connections. Destroying the pairs closes them in order: a peer
@@ -105,6 +113,18 @@ class Gloo final : public GlooCollectives {
     absl::MutexLock lock(&mutex_);
     return error_;
   }
+  // Gloo fails every pair of a buffer's context when a wait times out. These are of a context without pairs,
+  // so that a wait may be cut into slices.
+  std::unique_ptr<UnboundBuffer> MakeBuffer(const void* data, size_t bytes) const {
+    return buffers_->createUnboundBuffer(const_cast<void*>(data), bytes);
+  }
+  gloo::transport::Pair* pair(int peer) const { return transport_->getPair(peer).get(); }
+  // Throws what broke the connection to `peer`, if it is broken.
+  void CheckLink(int peer) const {
+    // An aborted wait ends at once.
+    links_[peer]->abortWaitRecv();
+    links_[peer]->waitRecv(nullptr, GlooTimeout(kLinkCheck));
+  }
   void Forget(GlooExchange* exchange) {
     absl::MutexLock lock(&mutex_);
     pending_.erase(std::remove(pending_.begin(), pending_.end(), exchange), pending_.end());
@@ -119,7 +139,10 @@ class Gloo final : public GlooCollectives {
 
   const GlooOptions options_;
   const std::shared_ptr<gloo::transport::Device> device_;
+  const std::shared_ptr<gloo::transport::Context> buffers_;
   std::shared_ptr<gloo::transport::Context> transport_;
+  // For each peer, a receive that never completes: a pair that breaks tells it.
+  std::vector<std::unique_ptr<UnboundBuffer>> links_;
   uint64_t next_slot_ = 0;
   absl::Duration operation_timeout_;
   mutable absl::Mutex mutex_;
@@ -137,16 +160,16 @@ GlooExchange::~GlooExchange() {
   group_->Forget(this);
 }
 
-void GlooExchange::Start(gloo::transport::Context* transport, uint64_t slot) {
+void GlooExchange::Start(uint64_t slot) {
   status_.Update(Guard(Describe("failed"), [&] {
     // The receive first, so that a peer's send finds it.
     if (!receive_.empty()) {
-      receive_buffer_ = transport->createUnboundBuffer(receive_.data(), receive_.size());
-      receive_buffer_->recv(from_, slot, 0, receive_.size());
+      receive_buffer_ = group_->MakeBuffer(receive_.data(), receive_.size());
+      group_->pair(from_)->recv(receive_buffer_.get(), slot, 0, receive_.size());
     }
     if (!send_.empty()) {
-      send_buffer_ = transport->createUnboundBuffer(const_cast<char*>(send_.data()), send_.size());
-      send_buffer_->send(to_, slot, 0, send_.size());
+      send_buffer_ = group_->MakeBuffer(send_.data(), send_.size());
+      group_->pair(to_)->send(send_buffer_.get(), slot, 0, send_.size());
     }
   }));
 }
@@ -170,17 +193,26 @@ absl::Status GlooExchange::Wait() {
   return status_;
 }
 
+// A pair that breaks tells the buffers that wait for their turn, not the one that it was writing or reading:
+// hence a wait in slices, with a look at the pair after each.
 absl::Status GlooExchange::WaitFor(bool receiving, absl::Time deadline) {
-  const absl::Duration left = deadline - absl::Now();
-  bool completed = false;
-  absl::Status status = Guard(Describe(absl::StrCat("failed with rank ", receiving ? from_ : to_)), [&] {
-    completed = receiving ? receive_buffer_->waitRecv(nullptr, GlooTimeout(left))
-                          : send_buffer_->waitSend(nullptr, GlooTimeout(left));
-  });
-  if (status.ok()) return completed ? status : absl::CancelledError(Describe("was interrupted"));
-  if (absl::Now() < deadline) return status;
-  return absl::DeadlineExceededError(Describe(absl::StrCat("waited ", absl::FormatDuration(group_->timeout()),
-                                                           " for rank ", receiving ? from_ : to_)));
+  UnboundBuffer* const buffer = receiving ? receive_buffer_.get() : send_buffer_.get();
+  const int peer = receiving ? from_ : to_;
+  absl::Status link;
+  while (true) {
+    const std::chrono::milliseconds slice = GlooTimeout(std::min(deadline - absl::Now(), kLinkCheck));
+    bool completed = false;
+    const absl::Status waited = Guard("wait", [&] {
+      completed = receiving ? buffer->waitRecv(nullptr, slice) : buffer->waitSend(nullptr, slice);
+    });
+    if (waited.ok()) return completed ? waited : absl::CancelledError(Describe("was interrupted"));
+    if (!link.ok()) return link;
+    // What completed before the pair broke shows in one more wait.
+    link = Guard(Describe(absl::StrCat("failed with rank ", peer)), [&] { group_->CheckLink(peer); });
+    if (link.ok() && absl::Now() >= deadline) break;
+  }
+  return absl::DeadlineExceededError(
+      Describe(absl::StrCat("waited ", absl::FormatDuration(group_->timeout()), " for rank ", peer)));
 }
 
 std::string GlooExchange::Describe(absl::string_view what) const {
@@ -196,7 +228,7 @@ absl::Status Gloo::Fail(absl::Status why) {
     // A reset before a peer's event thread has looked at the connection throws there, where nothing catches
     // it: before the group is formed, only what Connect() waits for is closed at once.
     if (peer == rank() || !(formed_ || peer == connecting_)) continue;
-    Guard("close", [&] { transport_->getPair(peer)->close(); }).IgnoreError();
+    Guard("close", [&] { pair(peer)->close(); }).IgnoreError();
   }
   for (GlooExchange* exchange : pending_) exchange->Interrupt();
   return error_;
@@ -260,6 +292,7 @@ absl::Status Gloo::Publish(RendezvousClient* rendezvous, absl::Time deadline, si
   std::string addresses;
   HW_RETURN_IF_ERROR(Guard(absl::StrCat("sockets of rank ", rank(), " on ", options_.host), [&] {
     transport_ = device_->createContext(rank(), world_size());
+    links_.resize(static_cast<size_t>(world_size()));
     // Connecting a pair takes up to five times the context's timeout.
     transport_->setTimeout(GlooTimeout(options_.connect_timeout / 5));
     for (int peer = 0; peer < world_size(); ++peer) {
@@ -294,7 +327,9 @@ absl::Status Gloo::ConnectPeer(RendezvousClient* rendezvous, int peer, size_t ad
     if (family != AF_INET && family != AF_INET6) {
       throw std::runtime_error(absl::StrCat("address family ", family));
     }
-    transport_->getPair(peer)->connect(bytes);
+    pair(peer)->connect(bytes);
+    links_[peer] = MakeBuffer(nullptr, 0);
+    pair(peer)->recv(links_[peer].get(), kSilentSlot, 0, 0);
   });
   absl::MutexLock lock(&mutex_);
   connecting_ = -1;
@@ -330,7 +365,7 @@ std::unique_ptr<PendingExchange> Gloo::StartExchange(int to, absl::Span<const ch
   if (error_.ok() && !connected_)
     *exchange->status() = absl::FailedPreconditionError("the group is not formed");
   if (exchange->status()->ok()) {
-    exchange->Start(transport_.get(), slot);
+    exchange->Start(slot);
     pending_.push_back(exchange.get());
   }
   return exchange;

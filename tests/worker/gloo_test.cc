@@ -1,3 +1,4 @@
+#include <atomic>
 #include <string>
 #include <thread>
 
@@ -132,6 +133,28 @@ TEST(GlooCollectivesTest, NamesAHostThatCannotBeBound) {
   }
   EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
   EXPECT_THAT(std::string(status.message()), HasSubstr("203.0.113.7"));
+}
+
+// More than the sockets hold: its sender goes while the message is under way.
+TEST(GlooCollectivesTest, SaysUnavailableWhenAPeerGoesWithinAMessage) {
+  GlooGroups groups;
+  const auto group = groups.Make(2, absl::Seconds(20));
+  const std::string data(64 << 20, 'x');
+  std::string incoming(data.size(), ' ');
+  const absl::Time start = absl::Now();
+  const auto sending = group[1]->StartExchange(0, absl::MakeConstSpan(data), 0, {});
+  const auto receiving = group[0]->StartExchange(1, {}, 1, absl::MakeSpan(incoming));
+  const std::atomic_ref<char> first(incoming.front());
+  while (first != 'x' && absl::Now() - start < absl::Seconds(5)) absl::SleepFor(absl::Microseconds(100));
+
+  group[1]->Abort();
+
+  EXPECT_EQ(sending->Wait().code(), absl::StatusCode::kCancelled);
+  const absl::Status status = receiving->Wait();
+  // On a slow machine the abort may come too late.
+  const bool whole = incoming == data;
+  EXPECT_EQ(status.code(), whole ? absl::StatusCode::kOk : absl::StatusCode::kUnavailable) << status;
+  EXPECT_LT(absl::Now() - start, absl::Seconds(10));
 }
 
 TEST(GlooCollectivesTest, RefusesImpossibleRanks) {
