@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rank_tokens", type=int, help="of the prompts that rank single changes, most of the passes; default: "
         "--tokens, at most 65536")
     add("--windows", type=int, default=4, help="of each text that judge; one of each text ranks")
-    add("--targets", type=int, default=16384, help="last tokens of a window, whose loss counts: at most half of it")
+    add("--targets", type=int, default=32768, help="last tokens of a window, whose loss counts: at most half of it")
     add("--own", nargs="*", choices=prompts.TASKS, default=["words", "uuids"], help="retrieval prompts made from the seed")
     add("--own_prompts", type=int, default=1, help="of a task")
     add("--questions", type=int, default=4, help="of such a prompt")
