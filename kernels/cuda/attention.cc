@@ -35,7 +35,9 @@ Status CheckGains(const CudaAttentionArgs& a) {
 
 Status ValidateCorrection(const CudaAttentionArgs& a) {
   const CudaMeanCorrection& correction = a.correction;
-  if (correction.k_means == nullptr && correction.v_means == nullptr) return {};
+  if (correction.k_means == nullptr && correction.v_means == nullptr) {
+    return correction.gains == nullptr ? Status() : InvalidArgument("gains of means without means");
+  }
   if (correction.k_means == nullptr || correction.v_means == nullptr || Misaligned(correction.k_means) ||
       Misaligned(correction.v_means)) {
     return InvalidArgument("one of k_means and v_means is null or not 16-byte aligned");

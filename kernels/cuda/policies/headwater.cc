@@ -139,7 +139,7 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
     HW_KERNELS_RETURN_IF_ERROR(CudaSelectBlocks(args, parts_.workspace, parts_.workspace_bytes, stream));
     selection->lists = {shape_.num_kv_heads, parts_.counts, parts_.offsets, parts_.blocks};
     selection->correction = parts_.means.correction();
-    if (!parameters_.mean_gains.empty()) {
+    if (parameters_.correction && !parameters_.mean_gains.empty()) {
       selection->correction.gains =
           parameters_.mean_gains.data() + int64_t{layer.layer} * shape_.num_kv_heads;
     }

@@ -103,6 +103,14 @@ INSTANTIATE_TEST_SUITE_P(
             },
             kBad, "without block lists"),
         Case(
+            "gains_without_means",
+            [](auto* a) {
+              static const float gains[] = {0, 0};
+              a->lists = Lists();
+              a->correction.gains = gains;
+            },
+            kBad, "without means"),
+        Case(
             "gain_that_is_no_number",
             [](auto* a) {
               static const float gains[] = {0, NAN};
