@@ -196,7 +196,8 @@ absl::Status CudaPolicyPass::FindEnough(const kernels::CudaPolicyLayer& layer) {
   goal.rows.positions = rows_;
   goal.rows.num_rows = log_.layer(layer.layer).rows;
   goal.mass = mass_;
-  goal.min_recall = std::min(1.0F, static_cast<float>(job_.quality.min_recall + kRounding));
+  const double least = job_.quality.min_recall;
+  goal.min_recall = static_cast<float>(least + std::min(kRounding, (1 - least) / 2));
   goal.errors = static_cast<float>(RecallContract::kErrors);
   goal.curve = curve_;
   goal.thresholds = counters_.enough;
