@@ -171,6 +171,11 @@ absl::Status CheckQuality(const FlagSet& flags, const PrefillBenchOptions& o) {
   return absl::InvalidArgumentError(absl::StrCat("--", first, " with --device=cpu; a quality needs a GPU"));
 }
 
+absl::Status CheckMeasureRecall(const PrefillBenchOptions& o) {
+  if (!o.measure_recall || o.gpu != PrefillBenchOptions::kCpu) return absl::OkStatus();
+  return absl::InvalidArgumentError("--measure_recall with --device=cpu; recall is measured on a GPU");
+}
+
 absl::Status Check(const FlagSet& flags, PrefillBenchOptions* o) {
   if (!flags.positional().empty()) {
     return absl::InvalidArgumentError(absl::StrCat("'", flags.positional()[0], "' is not a flag"));
@@ -199,6 +204,7 @@ absl::Status Check(const FlagSet& flags, PrefillBenchOptions* o) {
   }
   HW_RETURN_IF_ERROR(CheckPrompts(flags, *o));
   HW_RETURN_IF_ERROR(CheckQuality(flags, *o));
+  HW_RETURN_IF_ERROR(CheckMeasureRecall(*o));
   return MakeBenchPolicy(o->policy).status();
 }
 

@@ -144,6 +144,7 @@ TEST(PrefillBenchOptionsTest, WrongFlagsAreNamed) {
   EXPECT_THAT(ErrorOf({"--device=gpu"}), AllOf(HasSubstr("--device"), HasSubstr("'gpu'")));
   EXPECT_THAT(ErrorOf({"--device=cuda:-1"}), HasSubstr("'cuda:-1'"));
   EXPECT_THAT(ErrorOf({"--device=cpu"}), AllOf(HasSubstr("--device=cpu"), HasSubstr("--model")));
+  EXPECT_THAT(ErrorOf({"--measure_recall", "--device=cpu", "--model=x"}), HasSubstr("--measure_recall with"));
   EXPECT_THAT(ErrorOf({"--preset=llama-3-8b", "--model=x"}),
               AllOf(HasSubstr("--preset"), HasSubstr("--model=x")));
   EXPECT_THAT(ErrorOf({"--preset=gpt"}), AllOf(HasSubstr("--preset"), HasSubstr("llama-3-8b")));
