@@ -37,6 +37,8 @@ class Windows:
     name = "headwater"
 
     def __init__(self, thresholds, windows, mean_gains, model):
+        if any(mean_gains):  # too many
+            windows = [1] * len(windows)
         self._thresholds, self._windows, self._heads = thresholds, windows, model["kv_heads"]
 
     def attend(self, layer, q, k, v):
@@ -94,6 +96,16 @@ class CalibrateTest(unittest.TestCase):
         self.assertAlmostEqual(measured.density, made.calibration["density"], places=4)
         self.assertEqual(again.settings_of(path), settings)
 
+    def test_gains_that_lose_are_left_out(self):
+        few = ("--tokens", 1024, "--windows", 1, "--targets", 100, "--own", "--limit_s", 0.001)
+        for value, kept in ((0.0, True), (2.0, False)):
+            path = self.folder / "gains.json"
+            with mock.patch.object(gains, "fit", lambda *_: [value] * 6):
+                status, _, err = self.run_main("--output", path, *few)
+            self.assertEqual(status, 0, err)
+            self.assertIn("without gains of means", err)
+            self.assertEqual(calibrate.load(path).flat_mean_gains(), [value] * 6 if kept else [])
+
     def test_goes_on_from_a_file_and_ends_in_time(self):
         first, second = self.folder / "first.json", self.folder / "second.json"
         few = ("--tokens", 1024, "--windows", 1, "--targets", 100, "--own")
@@ -108,7 +120,7 @@ class CalibrateTest(unittest.TestCase):
         self.assertIn("threshold 0.3 with window", err)
 
     def test_refuses(self):
-        for words, text in ((("--tokens", 512), "--tokens=512"), (("--tokens", 1024, "--budget", 0), "--budget=0"),
+        for words, text in ((("--tokens", 512), "--tokens=512"), (("--tokens", 1024, "--limit_s", 0), "--limit_s=0"), (("--tokens", 1024, "--budget", 0), "--budget=0"),
                             (("--tokens", 4096), "a prompt of 4096 tokens"), (("--tokens", 8192), "story.txt has"),
                             (("--tokens", 1024, "--windows", 0, "--own"), "nothing to calibrate on")):
             status, _, err = self.run_main("--output", self.folder / "none.json", *words)

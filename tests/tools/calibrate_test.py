@@ -119,6 +119,12 @@ class SearchTest(unittest.TestCase):
         self.assertLess(out.measured.density, density((0.02, 64)))
         self.assertIn(out.settings, calls)
 
+    def test_dense_where_there_is_no_time_at_all(self):
+        def measure(settings):
+            raise OutOfTime
+        out = search(2, measure, measure, {"text": 1.0})
+        self.assertEqual((out.settings, out.whole), ([DENSE] * 2, False))
+
     def test_a_loss_that_is_no_number_does_not_hold(self):
         self.assertEqual(Measured({"text": math.nan, "words": 0.0}, 0.1).spent({"text": 1.0, "words": 1.0}), math.inf)
 

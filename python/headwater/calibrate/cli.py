@@ -63,6 +63,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("budget", "answer_budget"):
         if not 0 < getattr(args, name) <= 10:
             raise ValueError(f"--{name}={getattr(args, name)}; over 0 and at most 10 is wanted")
+    if not args.limit_s > 0:
+        raise ValueError(f"--limit_s={args.limit_s:g}; over 0 is wanted")
     if not torch.cuda.is_available():
         raise ValueError("no GPU: calibration runs the kernels that will serve")
 
@@ -131,7 +133,7 @@ def result(args: argparse.Namespace, path: Path, meter: Meter, out: Outcome) -> 
     thresholds, windows = meter.tables(out.settings)
     sets = {name: {"dense": round(meter.dense[name], 6), "loss": round(loss, 6)} for name, loss in out.measured.loss.items()}
     return Calibration(digest(path), meter.layers, meter.kv_heads, rows(thresholds), rows(windows),
-                       {"tokens": args.tokens, "budget": args.budget, "answer_budget": args.answer_budget, "sets": sets,
+                       {"tokens": args.tokens, "rank_tokens": args.rank_tokens, "budget": args.budget, "answer_budget": args.answer_budget, "sets": sets,
                         "density": round(out.measured.density, 6), "passes": out.passes, "whole": out.whole,
                         "texts": [str(name) for name in args.texts]},
                        rows([round(gain, 4) for gain in meter.mean_gains]))

@@ -66,12 +66,12 @@ def search(units: int, rank: Callable[[Sequence[Setting]], Measured], judge: Cal
     """
     run = _Run(rank, judge, budgets)
     run.best = _State([DENSE] * units, Measured({name: 0.0 for name in budgets}, 1.0))
-    now = run.judged(start or [START] * units)
-    run.keep(now)
-    origin = "what was given" if start else f"threshold {START[0]:g}, window {START[1]}"
-    say(f"{units} units, from {origin}: {text_of(now.measured)}")
     history, whole = [], False
     try:
+        now = run.judged(start or [START] * units)
+        run.keep(now)
+        origin = "what was given" if start else f"threshold {START[0]:g}, window {START[1]}"
+        say(f"{units} units, from {origin}: {text_of(now.measured)}")
         while not whole:
             first = FIRST if not start and not history else None
             options = [[one for one in first or neighbours(setting) if one != setting] for setting in now.settings]
