@@ -61,7 +61,6 @@ typedef struct {
   int32_t query_position; /* HW_BOTTOM_RIGHT, or the position of query 0 counted from key 0 */
   hw_block_lists lists;
   const void *k_means, *v_means; /* tables of hw_mean_tables(): mean correction; both or neither */
-  const float* mean_gains;       /* host memory [num_kv_heads], natural log, or null: 0 */
 } hw_attention_args;
 
 HW_EXPORT size_t hw_attention_workspace_bytes(const hw_attention_args* args);
@@ -306,8 +305,6 @@ typedef struct {
   int32_t num_thresholds;
   const int32_t* windows; /* likewise, in blocks */
   int32_t num_windows;
-  const float* mean_gains; /* likewise, natural log: what means count for besides their tokens */
-  int32_t num_mean_gains;
 } hw_policy_config;
 
 /* Keys to the token, per tile of 64 rows (range_attention.h); num_lists 0: none. */
@@ -327,7 +324,6 @@ typedef struct {
   uint32_t struct_size;
   hw_block_lists lists;          /* num_lists 0: dense, or key ranges */
   const void *k_means, *v_means; /* mean correction, or null */
-  const float* mean_gains;       /* of it, in host memory, or null; the policy's */
   hw_key_ranges ranges;
   const uint64_t* visited;   /* or null */
   const uint32_t* overflows; /* or null */

@@ -5,8 +5,7 @@
 
 On Q, K and V of dense prefill, tiles and lists as policy headwater has them: 128 rows, one list a KV head, sinks and a window
 always listed, one threshold a KV head. For each way to score: the density that a recall of --recall takes, the recall and the
-relative error of the output at --densities, block means standing for what is not listed: once as they are, once with a gain of
-the KV head (CudaMeanCorrection) that other queries gave. Memory: tiles * blocks * heads.
+relative error of the output at --densities, block means standing for what is not listed. Memory: tiles * blocks * heads.
 """
 
 import argparse
@@ -83,27 +82,13 @@ class Head:
         """Entries of [tiles, blocks], best first: what is always listed, then by score."""
         return score.masked_fill(always, math.inf).masked_fill(~self.visible, -1).flatten().argsort(descending=True)
 
-    def left_out(self, listed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Complete blocks that the rows' lists leave out, [rows, 1, blocks]."""
-        return (~listed & self.complete)[rows // self.positions][:, None]
-
-    def mean_logits(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("rgd,bd->rgb", self.q[rows], self.k_mean) * self.scale + math.log(BLOCK_KEYS)
-
-    def gain(self, listed: torch.Tensor, rows: torch.Tensor) -> float:
-        """Nats by which means of left-out blocks weigh too little, in sum over the rows."""
-        logits, left_out = self.logits(rows), self.left_out(listed, rows)
-        lse = logits.logsumexp(-1, keepdim=True)
-        true = (logits - lse).exp().view(len(rows), -1, self.blocks, BLOCK_KEYS).sum(-1)
-        true, by_means = (float((mass * left_out).sum()) for mass in (true, (self.mean_logits(rows) - lse).exp()))
-        return math.log(true / by_means) if true > 0 and by_means > 0 else 0.0
-
-    def error(self, listed: torch.Tensor, rows: torch.Tensor, gain: float = 0.0) -> float:
+    def error(self, listed: torch.Tensor, rows: torch.Tensor) -> float:
         """Of the rows' output, relative, under lists [tiles, blocks] and means of the complete blocks that they leave out."""
-        logits = self.logits(rows)
+        tile, logits = rows // self.positions, self.logits(rows)
         exact = logits.softmax(-1) @ self.v
-        keys = listed[rows // self.positions].repeat_interleave(BLOCK_KEYS, 1)[:, None]
-        means = (self.mean_logits(rows) + gain).masked_fill(~self.left_out(listed, rows), -math.inf)
+        keys = listed[tile].repeat_interleave(BLOCK_KEYS, 1)[:, None]
+        means = torch.einsum("rgd,bd->rgb", self.q[rows], self.k_mean) * self.scale + math.log(BLOCK_KEYS)
+        means = means.masked_fill((listed | ~self.complete)[tile][:, None], -math.inf)
         both = torch.cat([logits.masked_fill(~keys, -math.inf), means], -1).softmax(-1)
         return float((both @ torch.cat([self.v, self.v_mean]) - exact).norm() / exact.norm())
 
@@ -113,7 +98,6 @@ def study(head: Head, a: argparse.Namespace, found: Dict[str, List[List[float]]]
     own = torch.arange(head.tiles, device=head.q.device)[:, None] * head.positions // BLOCK_KEYS
     always = head.visible & ((head.block < a.sink_blocks) | (head.block > own - a.window_blocks))
     rows = torch.linspace(len(head.q) // 16, len(head.q) - 1, a.rows, device=head.q.device).long()
-    others = (rows[1:] + rows[:-1]) // 2
     possible, scores = int(head.visible.sum()), head.scores()
     for name, score in scores.items():
         order = head.order(score, always)
@@ -124,9 +108,7 @@ def study(head: Head, a: argparse.Namespace, found: Dict[str, List[List[float]]]
             count = max(int(density * possible), int(always.sum()))
             listed = torch.zeros(head.tiles * head.blocks, dtype=torch.bool, device=order.device)
             listed[order[:count]] = True
-            listed = listed.view(head.tiles, head.blocks)
-            gain = head.gain(listed, others)
-            figures += [float(held[count - 1]), head.error(listed, rows), head.error(listed, rows, gain), gain]
+            figures += [float(held[count - 1]), head.error(listed.view(head.tiles, head.blocks), rows)]
         found.setdefault(name, []).append(figures)
 
 
@@ -160,7 +142,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"score_study: {error}", file=sys.stderr)
         return 2
-    titles = [f"density for {a.recall:g}", *(f"{what} at {density:g}" for density in a.densities for what in ("recall", "error", "error with gain", "gain"))]
+    titles = [f"density for {a.recall:g}", *(f"{what} at {density:g}" for density in a.densities for what in ("recall", "error"))]
     print("| scores | " + " | ".join(titles) + " |\n|" + " --- |" * (len(titles) + 1))
     for name, rows in found.items():
         print(f"| {name} | " + " | ".join(f"{sum(column) / len(rows):.4f}" for column in zip(*rows)) + " |")

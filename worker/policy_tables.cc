@@ -1,7 +1,6 @@
 #include "worker/policy_tables.h"
 
 #include <algorithm>
-#include <cmath>
 #include <initializer_list>
 #include <limits>
 #include <set>
@@ -141,8 +140,8 @@ absl::Status ReadTable(const JsonFields& fields, const char* name, const ModelCo
 
 absl::Status ReadCalibration(const std::string& path, const ModelConfig& config, PolicyTables* tables) {
   HW_ASSIGN_OR_RETURN(const json file, ReadObject(path));
-  HW_RETURN_IF_ERROR(CheckKeys(
-      file, {"format", "model", "layers", "kv_heads", "thresholds", "windows", "mean_gains", "calibration"}));
+  HW_RETURN_IF_ERROR(
+      CheckKeys(file, {"format", "model", "layers", "kv_heads", "thresholds", "windows", "calibration"}));
   const JsonFields fields(file);
   HW_RETURN_IF_ERROR(CheckHeader(path, fields, "kv_heads", config.num_kv_heads, config));
   HW_RETURN_IF_ERROR(ReadTable(fields, "thresholds", config, "numbers from 0 to 1000000", [&](const json& x) {
@@ -153,19 +152,10 @@ absl::Status ReadCalibration(const std::string& path, const ModelConfig& config,
     tables->thresholds.push_back(static_cast<float>(value == 0 ? 0 : std::max(value, least)));
     return true;
   }));
-  if (fields.Contains("windows")) {
-    HW_RETURN_IF_ERROR(
-        ReadTable(fields, "windows", config, "whole numbers from 1 to 1048576", [&](const json& x) {
-          if (!x.is_number_unsigned() || x.get<uint64_t>() < 1 || x.get<uint64_t>() > kMostWindow)
-            return false;
-          tables->windows.push_back(x.get<int32_t>());
-          return true;
-        }));
-  }
-  if (!fields.Contains("mean_gains")) return absl::OkStatus();
-  return ReadTable(fields, "mean_gains", config, "numbers from -10 to 10", [&](const json& x) {
-    if (!x.is_number() || !(std::fabs(x.get<double>()) <= kernels::kMostMeanGain)) return false;
-    tables->mean_gains.push_back(x.get<float>());
+  if (!fields.Contains("windows")) return absl::OkStatus();
+  return ReadTable(fields, "windows", config, "whole numbers from 1 to 1048576", [&](const json& x) {
+    if (!x.is_number_unsigned() || x.get<uint64_t>() < 1 || x.get<uint64_t>() > kMostWindow) return false;
+    tables->windows.push_back(x.get<int32_t>());
     return true;
   });
 }
@@ -200,7 +190,6 @@ void AddPolicyTables(const PolicyTables& tables, const std::map<std::string, dou
   } else if (auto* const own = std::get_if<kernels::HeadwaterParameters>(parameters)) {
     if (given.count("threshold") == 0) own->thresholds = tables.thresholds;
     if (given.count("window_blocks") == 0) own->windows = tables.windows;
-    own->mean_gains = tables.mean_gains;
   } else if (auto* const skeleton = std::get_if<kernels::reference::SkeletonParameters>(parameters)) {
     if (given.count("rope_base") == 0) skeleton->frequencies = tables.frequencies;
   }

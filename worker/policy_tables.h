@@ -18,15 +18,14 @@ struct PolicyTables {
   kernels::reference::ShareClusters clusters;  // of share; empty: it shares with pivots_per_layer only
   std::vector<float> thresholds;               // of headwater, [layers * KV heads]; empty: none
   std::vector<int32_t> windows;                // likewise
-  std::vector<float> mean_gains;               // likewise
   std::vector<double> frequencies;             // of skeleton: how the model rotates
 };
 
 // Files for this model; an empty path is none. share_clusters: JSON that `python -m headwater.cluster`
 // writes. headwater_calibration: {"format": 1, "model": TEXT, "layers": L, "kv_heads": H, "thresholds": [[H
-// numbers] x L], "windows": [[H whole numbers] x L], "mean_gains": [[H numbers] x L]}, as HeadwaterParameters
-// has them; windows, mean_gains and a "calibration" object optional. INVALID_ARGUMENT names the file and what
-// is wrong in it: unknown keys, sizes that are not the model's, values out of range. NOT_FOUND.
+// numbers] x L], "windows": [[H whole numbers] x L]}, thresholds as HeadwaterParameters has them, windows and
+// a "calibration" object optional. INVALID_ARGUMENT names the file and what is wrong in it: unknown keys,
+// sizes that are not the model's, values out of range. NOT_FOUND.
 absl::StatusOr<PolicyTables> ReadPolicyTables(const std::string& share_clusters,
                                               const std::string& headwater_calibration,
                                               const ModelConfig& config);

@@ -19,31 +19,14 @@ constexpr int64_t kSectionBytes = int64_t{32} << 20;
 constexpr int64_t kMaxCorrectedKeys =
     int64_t{sm90::kMaxSuperblockBytes} * 8 * sm90::kSuperblock * sm90::kBlockKeys;
 
-Status CheckGains(const CudaAttentionArgs& a) {
-  if (a.correction.gains == nullptr) return {};
-  if (a.lists.num_lists > sm90::kMostGains) {
-    return {StatusCode::kUnimplemented, "gains of means with " + std::to_string(a.lists.num_lists) +
-                                            " lists; at most " + std::to_string(sm90::kMostGains)};
-  }
-  for (int32_t head = 0; head < a.num_kv_heads; ++head) {
-    if (std::isfinite(a.correction.gains[head])) continue;
-    return InvalidArgument("the gain of means of KV head " + std::to_string(head) + " is " +
-                           NumberText(a.correction.gains[head]));
-  }
-  return {};
-}
-
 Status ValidateCorrection(const CudaAttentionArgs& a) {
   const CudaMeanCorrection& correction = a.correction;
-  if (correction.k_means == nullptr && correction.v_means == nullptr) {
-    return correction.gains == nullptr ? Status() : InvalidArgument("gains of means without means");
-  }
+  if (correction.k_means == nullptr && correction.v_means == nullptr) return {};
   if (correction.k_means == nullptr || correction.v_means == nullptr || Misaligned(correction.k_means) ||
       Misaligned(correction.v_means)) {
     return InvalidArgument("one of k_means and v_means is null or not 16-byte aligned");
   }
   if (a.lists.num_lists == 0) return InvalidArgument("mean correction without block lists");
-  HW_KERNELS_RETURN_IF_ERROR(CheckGains(a));
   if (a.cu_seqlens_q != nullptr) {
     return {StatusCode::kUnimplemented, "mean correction with cu_seqlens"};
   }
@@ -208,9 +191,6 @@ struct Call {
       p.coarse_group = static_cast<int32_t>(CudaMeanTableCoarseRow(args.total_k) / 8);
       p.block_gain = std::log2(static_cast<float>(sm90::kBlockKeys)) / p.scale_log2;
       p.superblock_gain = std::log2(static_cast<float>(sm90::kBlockKeys * sm90::kSuperblock)) / p.scale_log2;
-      for (int head = 0; args.correction.gains != nullptr && head < plan.num_heads; ++head) {
-        p.head_gain[head] = args.correction.gains[head / plan.heads_per_kv_head] / args.softmax_scale;
-      }
       p.long_tiles = words(layout.long_tiles);
       p.long_tile_count = words(4);
       p.total_blocks = reinterpret_cast<const int64_t*>(bytes + 8);

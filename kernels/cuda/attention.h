@@ -36,10 +36,6 @@ struct CudaBlockLists {
 struct CudaMeanCorrection {
   const void* k_means = nullptr;  // bf16 [num_kv_heads, CudaMeanTableRows(total_k), head_dim]; null: none
   const void* v_means = nullptr;
-  // What the logits of means gain, natural log, finite: host memory [num_kv_heads], read by the call. The
-  // mean of exp(logit) is more than exp of the mean logit (Jensen): without a gain what is not listed counts
-  // for too little. null: 0.
-  const float* gains = nullptr;
 };
 
 // bf16 arrays in device memory, 16-byte aligned, contiguous.

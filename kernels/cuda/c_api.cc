@@ -33,7 +33,7 @@ hk::CudaAttentionArgs FromC(const hw_attention_args& c) {
   args.cu_seqlens_k = c.cu_seqlens_k;
   args.query_position = c.query_position;
   args.lists = {c.lists.num_lists, c.lists.counts, c.lists.offsets, c.lists.blocks};
-  args.correction = {c.k_means, c.v_means, c.mean_gains};
+  args.correction = {c.k_means, c.v_means};
   return args;
 }
 

@@ -51,7 +51,6 @@ hw_selection ToC(const CudaSelection& found) {
   c.lists = {found.lists.num_lists, found.lists.counts, found.lists.offsets, found.lists.blocks};
   c.k_means = found.correction.k_means;
   c.v_means = found.correction.v_means;
-  c.mean_gains = found.correction.gains;
   if (found.ranges != nullptr) {
     const headwater::kernels::CudaKeyRanges& r = *found.ranges;
     c.ranges = {

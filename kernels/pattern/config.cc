@@ -22,7 +22,6 @@ Status AddTables(const hw_policy_config& c, PolicyParameters* parameters) {
   HW_KERNELS_RETURN_IF_ERROR(CheckTable("shared_clusters", c.shared_clusters, c.num_shared_clusters));
   HW_KERNELS_RETURN_IF_ERROR(CheckTable("thresholds", c.thresholds, c.num_thresholds));
   HW_KERNELS_RETURN_IF_ERROR(CheckTable("windows", c.windows, c.num_windows));
-  HW_KERNELS_RETURN_IF_ERROR(CheckTable("mean_gains", c.mean_gains, c.num_mean_gains));
   if (auto* const skeleton = std::get_if<reference::SkeletonParameters>(parameters)) {
     if (c.rope_frequencies != nullptr) {
       if (c.head_dim < 2 || c.head_dim > 1 << 16) {
@@ -34,8 +33,8 @@ Status AddTables(const hw_policy_config& c, PolicyParameters* parameters) {
     return InvalidArgument("rope_frequencies are for policy skeleton");
   }
   auto* const headwater = std::get_if<HeadwaterParameters>(parameters);
-  if ((c.thresholds != nullptr || c.windows != nullptr || c.mean_gains != nullptr) && headwater == nullptr) {
-    return InvalidArgument("thresholds, windows and gains of means are for policy headwater");
+  if ((c.thresholds != nullptr || c.windows != nullptr) && headwater == nullptr) {
+    return InvalidArgument("thresholds and windows are for policy headwater");
   }
   for (int32_t i = 0; c.thresholds != nullptr && i < c.num_thresholds; ++i) {
     if (!(c.thresholds[i] >= 0)) {
@@ -46,8 +45,6 @@ Status AddTables(const hw_policy_config& c, PolicyParameters* parameters) {
   }
   for (int32_t i = 0; c.windows != nullptr && i < c.num_windows; ++i)
     headwater->windows.push_back(c.windows[i]);
-  for (int32_t i = 0; c.mean_gains != nullptr && i < c.num_mean_gains; ++i)
-    headwater->mean_gains.push_back(c.mean_gains[i]);
   auto* const share = std::get_if<ShareWithClusters>(parameters);
   if (share == nullptr) {
     return c.clusters == nullptr && c.shared_clusters == nullptr

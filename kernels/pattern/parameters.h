@@ -48,10 +48,7 @@ struct HeadwaterParameters {
   // head is dense; over 1: sinks and window alone, it is not searched. Empty: `threshold` for all.
   std::vector<float> thresholds;
   std::vector<int32_t> windows;  // likewise, in place of window_blocks
-  // Likewise: what the logits of means gain, natural log, within kMostMeanGain of 0 (CudaMeanCorrection).
-  std::vector<float> mean_gains;
 };
-inline constexpr double kMostMeanGain = 10;
 
 // SharePrefill's, with the map of heads that `python -m headwater.cluster` makes.
 struct ShareWithClusters {

@@ -66,7 +66,7 @@ TEST(PolicyConfig, RefusesWhatContradictsItself) {
       {"share", {{}, {}, {{2, 0, 5}}, {}, {}}, "cluster 5 of head 0 in layer 2 is outside 2 layers of 8"},
       {"flex", {{}, {}, {{0, 0, 0}}, {}, {}}, "clusters are for policy share"},
       {"headwater", {{}, {}, {}, {}, {0.1f, -0.1f}}, "threshold 1 is -0.1; 0 or more is wanted"},
-      {"flex", {{}, {}, {}, {}, {0.1f}}, "thresholds, windows and gains of means are for"},
+      {"flex", {{}, {}, {}, {}, {0.1f}}, "thresholds and windows are for policy headwater"},
   };
   for (const auto& row : rows) {
     PolicyParameters parameters;

@@ -20,7 +20,7 @@ except ImportError as error:
 sys.path.insert(0, str(ROOT / "python"))
 import tiny_model  # noqa: E402
 from headwater import calibrate  # noqa: E402
-from headwater.calibrate import cli, gains, meter  # noqa: E402
+from headwater.calibrate import cli, meter  # noqa: E402
 from headwater.calibrate.search import DENSE  # noqa: E402
 from headwater.eval.attention import Stats  # noqa: E402
 from headwater.eval.items import Item, Question  # noqa: E402
@@ -36,9 +36,7 @@ class Windows:
 
     name = "headwater"
 
-    def __init__(self, thresholds, windows, mean_gains, model):
-        if any(mean_gains):  # too many
-            windows = [1] * len(windows)
+    def __init__(self, thresholds, windows, model):
         self._thresholds, self._windows, self._heads = thresholds, windows, model["kv_heads"]
 
     def attend(self, layer, q, k, v):
@@ -96,15 +94,13 @@ class CalibrateTest(unittest.TestCase):
         self.assertAlmostEqual(measured.density, made.calibration["density"], places=4)
         self.assertEqual(again.settings_of(path), settings)
 
-    def test_gains_that_lose_are_left_out(self):
-        few = ("--tokens", 1024, "--windows", 1, "--targets", 100, "--own", "--limit_s", 0.001)
-        for value, kept in ((0.0, True), (2.0, False)):
-            path = self.folder / "gains.json"
-            with mock.patch.object(gains, "fit", lambda *_: [value] * 6):
-                status, _, err = self.run_main("--output", path, *few)
-            self.assertEqual(status, 0, err)
-            self.assertIn("without gains of means", err)
-            self.assertEqual(calibrate.load(path).flat_mean_gains(), [value] * 6 if kept else [])
+    def test_without_time_every_head_is_dense(self):
+        path = self.folder / "none.json"
+        status, _, err = self.run_main("--output", path, "--tokens", 1024, "--windows", 1, "--targets", 100, "--own",
+                                       "--limit_s", 0.000001)
+        self.assertEqual(status, 0, err)
+        self.assertIn("--limit_s=1e-06", err)
+        self.assertEqual(set(calibrate.load(path).flat_thresholds()), {0.0})
 
     def test_goes_on_from_a_file_and_ends_in_time(self):
         first, second = self.folder / "first.json", self.folder / "second.json"
@@ -120,7 +116,8 @@ class CalibrateTest(unittest.TestCase):
         self.assertIn("threshold 0.3 with window", err)
 
     def test_refuses(self):
-        for words, text in ((("--tokens", 512), "--tokens=512"), (("--tokens", 1024, "--limit_s", 0), "--limit_s=0"), (("--tokens", 1024, "--budget", 0), "--budget=0"),
+        for words, text in ((("--tokens", 512), "--tokens=512"), (("--tokens", 1024, "--limit_s", 0), "--limit_s=0"),
+                            (("--tokens", 1024, "--budget", 0), "--budget=0"),
                             (("--tokens", 4096), "a prompt of 4096 tokens"), (("--tokens", 8192), "story.txt has"),
                             (("--tokens", 1024, "--windows", 0, "--own"), "nothing to calibrate on")):
             status, _, err = self.run_main("--output", self.folder / "none.json", *words)
@@ -144,37 +141,6 @@ class MeterTest(unittest.TestCase):
             self.assertGreater(other.loss["words"], 1e-3)
             self.assertGreater(abs(other.loss["ppl:a"]), 1e-3)
             self.assertLess(other.density, 0.2)
-
-
-class GainsTest(unittest.TestCase):
-    def test_masses_of_what_is_far(self):
-        draw = torch.Generator().manual_seed(1)
-        q, k = torch.randn(3, 2, 8, generator=draw), torch.randn(6000, 8, generator=draw)
-        positions = torch.tensor([2000, 4100, 5999])
-        wanted = [0.0, 0.0]
-        for row, position in enumerate(positions.tolist()):
-            for head in range(2):
-                logits = (k[:position + 1] @ q[row, head] / 8 ** 0.5).double()
-                for first in range(1024, 6000, 1024):
-                    if first + 1024 <= position - gains.NEAR:
-                        wanted[0] += float(torch.exp(logits[first:first + 1024]).sum() / torch.exp(logits).sum())
-                        wanted[1] += float(1024 * torch.exp(logits[first:first + 1024].mean()) / torch.exp(logits).sum())
-        found = gains.far_masses(q, k, positions)
-        self.assertGreater(wanted[0], wanted[1])
-        for one, other in zip(found, wanted):
-            self.assertAlmostEqual(one, other, places=5)
-
-    def test_gains(self):
-        self.assertAlmostEqual(gains.gain_of(3.0, 1.5, 10), 0.6931, places=4)
-        self.assertEqual(gains.gain_of(1e-6, 1e-9, 10), 0.0)
-        self.assertEqual(gains.gain_of(1.0, 1e-30, 1), gains.MOST)
-        self.assertEqual(gains.gain_of(0.0, 0.0, 0), 0.0)
-        with tempfile.TemporaryDirectory() as folder:
-            tiny_model.save_model(Path(folder))
-            model = EvalModel.load(Path(folder), "cpu", torch.float32)
-            found = gains.fit(model, [[7 * n * n % 251 for n in range(6000)], [1, 2, 3]], 1)
-        self.assertEqual(len(found), 6)
-        self.assertTrue(all(0 < gain <= gains.MOST for gain in found), found)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import math
 import sys
 import tempfile
 import unittest
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
@@ -152,11 +151,6 @@ class FileTest(unittest.TestCase):
         save(self.path, self.made)
         self.assertEqual(load(self.path), self.made)
         self.assertEqual(load(self.path).flat_windows(), [4, 16, 64, 128])
-        self.assertEqual(load(self.path).flat_mean_gains(), [])
-        made = replace(self.made, mean_gains=[[0.5, -1.0], [0, 10]])
-        save(self.path, made)
-        self.assertEqual(load(self.path), made)
-        self.assertEqual(load(self.path).flat_mean_gains(), [0.5, -1.0, 0, 10])
 
     def test_refuses(self):
         save(self.path, self.made)
@@ -165,9 +159,7 @@ class FileTest(unittest.TestCase):
                               ({"windows": [[4, 16], [64, 0]]}, "windows of layer 1, KV head 1 is 0"),
                               ({"thresholds": [[0.1, -1], [0, 1]]}, "thresholds of layer 0, KV head 1 is -1"),
                               ({"thresholds": [[0.1, "x"], [0, 1]]}, "is x"), ({"kv_heads": True}, "kv_heads is True"),
-                              ({"model": 3}, "model is not a text"),
-                              ({"mean_gains": [[0, 0]]}, "mean_gains is not a list of 2 lists of 2"),
-                              ({"mean_gains": [[0, 0], [0, 11]]}, "mean_gains of layer 1, KV head 1 is 11")):
+                              ({"model": 3}, "model is not a text")):
             with self.subTest(words):
                 self.path.write_text(json.dumps({**good, **change}))
                 with self.assertRaisesRegex(ValueError, words):

@@ -73,8 +73,8 @@ class PolicyTest(unittest.TestCase):
         heads = (library.HeadCluster * 1)(library.HeadCluster(4, 0, 1))
         self.refused("cluster 1 of head 0 in layer 4", "share", clusters=ctypes.cast(heads, ctypes.c_void_p), num_clusters=1)
         thresholds, windows = array(ctypes.c_float, 0.1, 0.2, 0.3), array(ctypes.c_int32, *[4] * 8)
-        self.refused("3 thresholds, windows or gains of means; 8", thresholds=ctypes.cast(thresholds, ctypes.c_void_p), num_thresholds=3)
-        self.refused("thresholds, windows and gains of means are for policy headwater", "probe",
+        self.refused("3 thresholds or windows; 8", thresholds=ctypes.cast(thresholds, ctypes.c_void_p), num_thresholds=3)
+        self.refused("thresholds and windows are for policy headwater", "probe",
                      windows=ctypes.cast(windows, ctypes.c_void_p), num_windows=8)
         self.refused("thresholds: a count of 8 and no array", num_thresholds=8)
         self.refused("windows: a count of -1", windows=ctypes.cast(windows, ctypes.c_void_p), num_windows=-1)

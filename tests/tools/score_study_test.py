@@ -54,16 +54,6 @@ class HeadTest(unittest.TestCase):
         self.assertLess(one.error(one.visible, rows), 1e-5)
         self.assertGreater(one.error(one.visible & ~one.complete, rows), 1e-2)
 
-    def test_a_gain_makes_up_for_what_means_lack(self):
-        one, rows = head(), torch.arange(300, 1000, 10)
-        listed = one.visible & ~one.complete
-        gain = one.gain(listed, rows)
-        self.assertGreater(gain, 0)
-        # Spread the keys of blocks less about their means: there is less to make up for.
-        middle = one.k_mean.repeat_interleave(128, 0)
-        one.k = middle + 0.1 * (one.k - middle)
-        self.assertLess(one.gain(listed, rows), 0.1 * gain)
-
     def test_order_begins_with_what_is_always_listed(self):
         one = head()
         always = one.visible & (one.block < 1)
@@ -83,13 +73,11 @@ class StudyTest(unittest.TestCase):
     def test_figures(self):
         found = {}
         score_study.study(head(), settings(), found)
-        needed, recall, error, _, _, whole, none, none_with_gain, gain = found["exact"][0]
+        needed, recall, error, whole, none = found["exact"][0]
         self.assertTrue(0 < needed < 1 and 0 < recall < 1)
         self.assertGreater(error, none)
         self.assertAlmostEqual(whole, 1, places=4)
         self.assertLess(none, 1e-5)
-        self.assertEqual(none, none_with_gain)
-        self.assertEqual(gain, 0, "nothing is left out")
         for name, ((others, held, *_),) in found.items():
             self.assertGreaterEqual(others, needed, f"{name}: none needs less than exact scores")
             self.assertLessEqual(held, recall + 1e-6, name)

@@ -35,8 +35,7 @@ json Clusters() {
 
 json Calibration() {
   return json::parse(R"({"format": 1, "model": "m", "layers": 2, "kv_heads": 2,
-    "thresholds": [[0.1, 0], [2, 0.5]], "windows": [[4, 8], [1, 16]],
-    "mean_gains": [[0.5, -1], [0, 10]]})");
+    "thresholds": [[0.1, 0], [2, 0.5]], "windows": [[4, 8], [1, 16]]})");
 }
 
 class PolicyTablesTest : public ::testing::Test {
@@ -60,7 +59,6 @@ TEST_F(PolicyTablesTest, ReadsBothFiles) {
   EXPECT_EQ(tables->clusters.shareable, std::set<int32_t>{0});
   EXPECT_EQ(tables->thresholds, (std::vector<float>{0.1f, 0, 2, 0.5f}));
   EXPECT_EQ(tables->windows, (std::vector<int32_t>{4, 8, 1, 16}));
-  EXPECT_EQ(tables->mean_gains, (std::vector<float>{0.5f, -1, 0, 10}));
   EXPECT_EQ(tables->frequencies, (std::vector<double>{1, 0.5}));
 }
 
@@ -71,9 +69,7 @@ TEST_F(PolicyTablesTest, NoFileIsNoTable) {
   EXPECT_TRUE(tables->thresholds.empty());
   json without = Calibration();
   without.erase("windows");
-  without.erase("mean_gains");
   EXPECT_TRUE(Read(nullptr, without)->windows.empty());
-  EXPECT_TRUE(Read(nullptr, without)->mean_gains.empty());
 }
 
 TEST_F(PolicyTablesTest, RefusesClustersNamingTheFileAndWhatIsWrong) {
@@ -129,7 +125,6 @@ TEST_F(PolicyTablesTest, RefusesACalibrationNamingTheFileAndWhatIsWrong) {
       {[](json* j) { (*j)["thresholds"][1] = {1}; }, "thresholds[1] is [1]"},
       {[](json* j) { (*j)["thresholds"][1][0] = -0.1; }, "thresholds[1][0] is -0.1"},
       {[](json* j) { (*j)["thresholds"][1][0] = "x"; }, "thresholds[1][0] is"},
-      {[](json* j) { (*j)["mean_gains"][1][0] = 10.5; }, "mean_gains[1][0] is 10.5"},
       {[](json* j) { (*j)["windows"][0][1] = 0; }, "windows[0][1] is 0"},
       {[](json* j) { (*j)["windows"][0][1] = 1.5; }, "windows[0][1] is 1.5"},
       {[](json* j) { (*j)["windows"][0][1] = 1 << 21; }, "windows[0][1] is 2097152"},
@@ -157,7 +152,6 @@ TEST_F(PolicyTablesTest, WhatARequestGivesStands) {
   const auto own = std::get<kernels::HeadwaterParameters>(with("headwater", {}));
   EXPECT_EQ(own.thresholds.size(), 4u);
   EXPECT_EQ(own.windows.size(), 4u);
-  EXPECT_EQ(own.mean_gains.size(), 4u);
   const auto tuned = std::get<kernels::HeadwaterParameters>(with("headwater", {{"threshold", 0.2}}));
   EXPECT_TRUE(tuned.thresholds.empty());
   EXPECT_EQ(tuned.windows.size(), 4u);

@@ -139,10 +139,6 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
     HW_KERNELS_RETURN_IF_ERROR(CudaSelectBlocks(args, parts_.workspace, parts_.workspace_bytes, stream));
     selection->lists = {shape_.num_kv_heads, parts_.counts, parts_.offsets, parts_.blocks};
     selection->correction = parts_.means.correction();
-    if (parameters_.correction && !parameters_.mean_gains.empty()) {
-      selection->correction.gains =
-          parameters_.mean_gains.data() + int64_t{layer.layer} * shape_.num_kv_heads;
-    }
     selection->overflows = parts_.overflows;
     return {};
   }
@@ -199,10 +195,10 @@ int64_t HeadwaterBlocksPerTile(const HeadwaterParameters& parameters, const Cuda
 Status MakeCudaHeadwater(const HeadwaterParameters& p, const CudaPolicyShape& shape,
                          std::unique_ptr<CudaPolicy>* made) {
   const auto wanted = static_cast<size_t>(shape.num_layers) * static_cast<size_t>(shape.num_kv_heads);
-  for (const size_t given : {p.thresholds.size(), p.windows.size(), p.mean_gains.size()}) {
+  for (const size_t given : {p.thresholds.size(), p.windows.size()}) {
     if (given == 0 || given == wanted) continue;
-    return InvalidArgument(std::to_string(given) + " thresholds, windows or gains of means; " +
-                           std::to_string(wanted) + ", one for each layer and KV head, are wanted");
+    return InvalidArgument(std::to_string(given) + " thresholds or windows; " + std::to_string(wanted) +
+                           ", one for each layer and KV head, are wanted");
   }
   for (size_t i = 0; i < p.thresholds.size(); ++i) {
     if (p.thresholds[i] >= 0) continue;
@@ -213,12 +209,6 @@ Status MakeCudaHeadwater(const HeadwaterParameters& p, const CudaPolicyShape& sh
     if (p.windows[i] >= 1 && p.windows[i] <= 1 << 20) continue;
     return InvalidArgument("window " + std::to_string(i) + " is " + std::to_string(p.windows[i]) +
                            " blocks; 1 to 1048576 is wanted");
-  }
-  for (size_t i = 0; i < p.mean_gains.size(); ++i) {
-    if (std::fabs(p.mean_gains[i]) <= kMostMeanGain) continue;
-    return InvalidArgument("gain of means " + std::to_string(i) + " is " + NumberText(p.mean_gains[i]) +
-                           "; -" + NumberText(kMostMeanGain) + " to " + NumberText(kMostMeanGain) +
-                           " is wanted");
   }
   if (!(p.threshold > 0 && p.threshold <= 1)) {
     return InvalidArgument("threshold is " + NumberText(p.threshold) + "; over 0 and at most 1 is wanted");

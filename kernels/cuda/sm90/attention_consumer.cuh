@@ -236,13 +236,12 @@ struct Consumer {
   }
 
   // Scores of means: each counts for the tokens it stands for, or not at all.
-  __device__ __forceinline__ void WeighMeans(float (&s)[kScores], const MeanGroup* groups, int head) const {
+  __device__ __forceinline__ void WeighMeans(float (&s)[kScores], const MeanGroup* groups) const {
     const int column = 2 * (thread & 3);
-    const float of_head = head < kMostGains ? p.head_gain[head] : 0;
 #pragma unroll
     for (int j = 0; j < kScores / 4; ++j) {
       const MeanGroup group = groups[j];
-      const float gain = of_head + (group.coarse ? p.superblock_gain : p.block_gain);
+      const float gain = group.coarse ? p.superblock_gain : p.block_gain;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const bool live = group.live >> (column + e) & 1;
@@ -297,7 +296,7 @@ struct Consumer {
     PassTurn();
     if constexpr (kMasked) MaskStep(t, step);
     if constexpr (kMeans) {
-      WeighMeans(t.s, shared.groups[k_stage], Uniform(shared.tiles[t.slot].head));
+      WeighMeans(t.s, shared.groups[k_stage]);
       SyncWarpgroup();  // everyone has read the groups
       Release(&shared.k_empty[k_stage]);
     }

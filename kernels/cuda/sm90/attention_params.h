@@ -9,8 +9,6 @@ namespace headwater::kernels::sm90 {
 
 inline constexpr int kBlockKeys = 128;  // keys of one step, and of one block of an index
 
-inline constexpr int kMostGains = 128;  // heads
-
 // Query rows of one tile belong to `pack` neighbouring query heads at tile_positions positions: row r is
 // position r / pack, head r % pack. pack is the GQA ratio, or 1 where every query head has lists of its own.
 struct AttentionParams {
@@ -40,7 +38,6 @@ struct AttentionParams {
   int32_t coarse_group;
   float block_gain;
   float superblock_gain;
-  float head_gain[kMostGains];  // what means gain besides, by head as lists have them; 0 without gains
   // Segments of uncommon length go first: one of them drawn last would outlast everything else. null: none.
   const int32_t* long_tiles;       // their tile numbers
   const int32_t* long_tile_count;  // [1]

@@ -13,7 +13,6 @@ The file, which load() reads and checks:
      "layers": 32, "kv_heads": 8,
      "thresholds": [[...] ...],     [layers][KV heads]: over 0 and at most 1 a threshold, 0 dense, over 1 not searched
      "windows": [[...] ...],        likewise: last blocks of 128 keys that a tile always attends to
-     "mean_gains": [[...] ...],     likewise, optional: nats that the logits of means gain, see .gains
      "calibration": {"tokens", "rank_tokens", "budget", "answer_budget", "density", "passes", "texts": [names],
                      "whole": false where the time ended it,
                      "sets": {NAME: {"dense": NLL, "loss": in excess of it; of answers, KL divergence}}}}

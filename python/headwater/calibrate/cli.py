@@ -10,10 +10,9 @@ from typing import Callable, List, Optional, Sequence, Union
 
 import torch
 
-from headwater.calibrate import gains
 from headwater.calibrate.file import Calibration, save
 from headwater.calibrate.meter import Meter, is_text, scored
-from headwater.calibrate.search import FIRST, HALVINGS, START, Measured, Outcome, OutOfTime, Setting, search, text_of
+from headwater.calibrate.search import FIRST, HALVINGS, Measured, Outcome, OutOfTime, Setting, search, text_of
 from headwater.cluster.cli import digest
 from headwater.eval import prompts, texts
 from headwater.eval.cli import load_tokenizer
@@ -113,19 +112,6 @@ class Watch:
         return watched
 
 
-def choose_gains(args: argparse.Namespace, model: EvalModel, judge: Meter, rank: Meter, say: Callable[[str], None]) -> None:
-    """Gives both what means gain where that loses less at the settings that the search begins with."""
-    start = [START] * judge.units
-    without = judge(start)
-    judge.mean_gains = gains.fit(model, [scored(prompt)[1] for prompt in judge.prompts], args.seed)
-    found = judge(start)
-    say(f"without gains of means: {text_of(without)}; with: {text_of(found)}")
-    lost = [sum(max(0.0, loss) for loss in one.loss.values()) for one in (without, found)]
-    if lost[1] > lost[0]:
-        judge.mean_gains = ()
-    rank.mean_gains = judge.mean_gains
-
-
 def result(args: argparse.Namespace, path: Path, meter: Meter, out: Outcome) -> Calibration:
     def rows(values: list) -> list:
         return [values[at:at + meter.kv_heads] for at in range(0, len(values), meter.kv_heads)]
@@ -135,8 +121,7 @@ def result(args: argparse.Namespace, path: Path, meter: Meter, out: Outcome) -> 
     return Calibration(digest(path), meter.layers, meter.kv_heads, rows(thresholds), rows(windows),
                        {"tokens": args.tokens, "rank_tokens": args.rank_tokens, "budget": args.budget, "answer_budget": args.answer_budget, "sets": sets,
                         "density": round(out.measured.density, 6), "passes": out.passes, "whole": out.whole,
-                        "texts": [str(name) for name in args.texts]},
-                       rows([round(gain, 4) for gain in meter.mean_gains]))
+                        "texts": [str(name) for name in args.texts]})
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -159,7 +144,6 @@ def main(arguments: Optional[List[str]] = None) -> int:
         if set(judge.dense) != set(rank.dense):
             raise ValueError(f"sets at {args.tokens} tokens: {', '.join(sorted(judge.dense))}; at --rank_tokens={args.rank_tokens}: "
                              f"{', '.join(sorted(rank.dense))}; the same are wanted")
-        choose_gains(args, model, judge, rank, say)
         budgets = {name: args.budget if is_text(name) else args.answer_budget for name in judge.dense}
         watch = Watch(args.limit_s, say)
         out = search(judge.units, watch(rank), watch(judge), budgets,

@@ -3,11 +3,10 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Mapping, Sequence
+from typing import List, Mapping
 
 FORMAT = 1
 MOST_WINDOW = 1 << 20
-MOST_GAIN = 10
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,6 @@ class Calibration:
     thresholds: List[List[float]]  # [layers][kv_heads]
     windows: List[List[int]]
     calibration: Mapping[str, object]
-    mean_gains: Sequence[Sequence[float]] = ()  # likewise; empty: 0
 
     def flat_thresholds(self) -> List[float]:
         return [value for layer in self.thresholds for value in layer]
@@ -26,16 +24,12 @@ class Calibration:
     def flat_windows(self) -> List[int]:
         return [value for layer in self.windows for value in layer]
 
-    def flat_mean_gains(self) -> List[float]:
-        return [value for layer in self.mean_gains for value in layer]
-
 
 def save(path: Path, made: Calibration) -> None:
     from headwater.eval.files import write_text
 
     write_text(path, json.dumps({"format": FORMAT, "model": made.model, "layers": made.layers, "kv_heads": made.kv_heads,
                                  "thresholds": made.thresholds, "windows": made.windows,
-                                 **({"mean_gains": made.mean_gains} if made.mean_gains else {}),
                                  "calibration": made.calibration}, indent=1) + "\n")
 
 
@@ -47,8 +41,8 @@ def load(path) -> Calibration:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     wanted = {"format", "model", "layers", "kv_heads", "thresholds", "windows", "calibration"}
-    if not isinstance(found, dict) or set(found) - {"mean_gains"} != wanted:
-        names = sorted(set(found) - {"mean_gains"} ^ wanted) if isinstance(found, dict) else type(found).__name__
+    if not isinstance(found, dict) or set(found) != wanted:
+        names = sorted(set(found) ^ wanted) if isinstance(found, dict) else type(found).__name__
         raise ValueError(f"{path}: keys missing or not known: {names}")
     if found["format"] != FORMAT:
         raise ValueError(f"{path}: format {found['format']}; {FORMAT} is known")
@@ -56,10 +50,7 @@ def load(path) -> Calibration:
     for name, value in (("layers", layers), ("kv_heads", heads)):
         if type(value) is not int or not 1 <= value <= 1 << 20:
             raise ValueError(f"{path}: {name} is {value}; 1 to {1 << 20} is wanted")
-    tables = [("thresholds", (int, float), 0, 1e9), ("windows", (int,), 1, MOST_WINDOW)]
-    if "mean_gains" in found:
-        tables.append(("mean_gains", (int, float), -MOST_GAIN, MOST_GAIN))
-    for name, kinds, least, most in tables:
+    for name, kinds, least, most in (("thresholds", (int, float), 0, 1e9), ("windows", (int,), 1, MOST_WINDOW)):
         rows = found[name]
         if not isinstance(rows, list) or len(rows) != layers or any(not isinstance(row, list) or len(row) != heads for row in rows):
             raise ValueError(f"{path}: {name} is not a list of {layers} lists of {heads}")
@@ -69,5 +60,4 @@ def load(path) -> Calibration:
                     raise ValueError(f"{path}: {name} of layer {layer}, KV head {head} is {value}; {least} to {most} is wanted")
     if not isinstance(found["model"], str) or not isinstance(found["calibration"], dict):
         raise ValueError(f"{path}: model is not a text, or calibration not an object")
-    return Calibration(found["model"], layers, heads, found["thresholds"], found["windows"], found["calibration"],
-                       found.get("mean_gains", ()))
+    return Calibration(found["model"], layers, heads, found["thresholds"], found["windows"], found["calibration"])

@@ -33,15 +33,14 @@ def scored(prompt: Union[Window, Item]) -> tuple:
 
 
 class Trial:
-    """Policy headwater on one choice of settings, as headwater.eval takes policies."""
+    """Policy headwater on one choice of rungs, as headwater.eval takes policies."""
 
     name = "headwater"
 
-    def __init__(self, thresholds: Sequence[float], windows: Sequence[int], mean_gains: Sequence[float], model: dict):
+    def __init__(self, thresholds: Sequence[float], windows: Sequence[int], model: dict):
         from headwater import ops
 
-        self._run = ops.PatternPolicy("headwater", {"dense_below_tokens": 0}, thresholds=thresholds, windows=windows,
-                                      mean_gains=mean_gains, **model)
+        self._run = ops.PatternPolicy("headwater", {"dense_below_tokens": 0}, thresholds=thresholds, windows=windows, **model)
 
     def attend(self, layer, q, k, v):
         if layer == 0:
@@ -51,17 +50,14 @@ class Trial:
 
 
 class Meter:
-    """What choices of settings lose on prompts beside dense attention. mean_gains: those of headwater.calibrate.gains, or
-    none."""
-
-    mean_gains: Sequence[float] = ()
+    """What choices of settings lose on prompts beside dense attention."""
 
     def __init__(self, model: EvalModel, found: Sequence[Union[Window, Item]], per_unit: int):
         config = model.model.config
         self.kv_heads, self.layers = config.num_key_value_heads, config.num_hidden_layers
         self._shape = {"layers": self.layers, "q_heads": config.num_attention_heads, "kv_heads": self.kv_heads,
                        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads}
-        self._model, self.prompts, self._per_unit = model, found, per_unit
+        self._model, self._prompts, self._per_unit = model, found, per_unit
         self.units = self.layers * self.kv_heads // per_unit
         self._exact: List[torch.Tensor] = []  # hidden states that give the answers
         self._first = True
@@ -90,7 +86,7 @@ class Meter:
     def __call__(self, settings: Sequence[Setting]) -> Measured:
         """Nats a token. Texts: NLL in excess of dense attention's. Answers, which are too few tokens for that: KL divergence from
         dense attention's distributions."""
-        nll, divergence, density = self._measure(Trial(*self.tables(settings), self.mean_gains, self._shape))
+        nll, divergence, density = self._measure(Trial(*self.tables(settings), self._shape))
         loss = {name: divergence[name] if name in divergence else nll[name] - self.dense[name] for name in nll}
         return Measured(loss, density)
 
@@ -101,7 +97,7 @@ class Meter:
         self._first = False
         losses: Dict[str, List[float]] = {}
         divergences: Dict[str, List[float]] = {}
-        for prompt in self.prompts:
+        for prompt in self._prompts:
             name, ids, spans = scored(prompt)
             one = self._model.prefill(ids, policy)
             densities.append(one.density())

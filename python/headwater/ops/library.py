@@ -36,7 +36,7 @@ AttentionArgs = _sized("AttentionArgs", [
     *_pointers("q", "k", "v", "out", "out_f32", "lse_ln"), ("total_q", ctypes.c_int64), ("total_k", ctypes.c_int64),
     *_ints("num_q_heads", "num_kv_heads", "head_dim"), ("softmax_scale", ctypes.c_float), *_ints("num_sequences"),
     *_pointers("cu_seqlens_q", "cu_seqlens_k"), *_ints("query_position"), ("lists", BlockLists),
-    *_pointers("k_means", "v_means", "mean_gains")])
+    *_pointers("k_means", "v_means")])
 
 SearchArgs = _sized("SearchArgs", [
     *_pointers("q", "k"), ("total_q", ctypes.c_int64), ("total_k", ctypes.c_int64),
@@ -123,7 +123,7 @@ PolicyConfig = _sized("PolicyConfig", [
     *_ints("num_parameters", "num_layers", "num_q_heads", "num_kv_heads", "head_dim"), ("softmax_scale", ctypes.c_float),
     *_pointers("rope_frequencies", "clusters"), *_ints("num_clusters"), *_pointers("shared_clusters"),
     *_ints("num_shared_clusters"), *_pointers("thresholds"), *_ints("num_thresholds"), *_pointers("windows"),
-    *_ints("num_windows"), *_pointers("mean_gains"), *_ints("num_mean_gains")])
+    *_ints("num_windows")])
 
 
 class KeyRanges(ctypes.Structure):
@@ -132,7 +132,7 @@ class KeyRanges(ctypes.Structure):
 
 
 Selection = _sized("Selection", [
-    ("lists", BlockLists), *_pointers("k_means", "v_means", "mean_gains"), ("ranges", KeyRanges), *_pointers("visited", "overflows"),
+    ("lists", BlockLists), *_pointers("k_means", "v_means"), ("ranges", KeyRanges), *_pointers("visited", "overflows"),
     ("possible", ctypes.c_uint64)])
 
 ReferenceLists = _sized("ReferenceLists", [

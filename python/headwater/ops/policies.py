@@ -41,7 +41,6 @@ class PolicyConfig:
     shared_clusters: Sequence[int] = ()
     thresholds: Sequence[float] = ()  # "headwater": [layers * kv_heads]
     windows: Sequence[int] = ()  # likewise, in blocks
-    mean_gains: Sequence[float] = ()  # likewise: nats that means count for besides their tokens
 
     def structure(self) -> "library.PolicyConfig":
         """For the C interface; owns what it points to."""
@@ -52,7 +51,6 @@ class PolicyConfig:
         shared = (ctypes.c_int32 * max(1, len(self.shared_clusters)))(*self.shared_clusters)
         thresholds = (ctypes.c_float * max(1, len(self.thresholds)))(*self.thresholds)
         windows = (ctypes.c_int32 * max(1, len(self.windows)))(*self.windows)
-        gains = (ctypes.c_float * max(1, len(self.mean_gains)))(*self.mean_gains)
         frequencies = None
         if self.rope_frequencies is not None:
             if len(self.rope_frequencies) != self.head_dim // 2:
@@ -69,9 +67,8 @@ class PolicyConfig:
             num_shared_clusters=len(self.shared_clusters),
             thresholds=ctypes.cast(thresholds, ctypes.c_void_p) if self.thresholds else None,
             num_thresholds=len(self.thresholds),
-            windows=ctypes.cast(windows, ctypes.c_void_p) if self.windows else None, num_windows=len(self.windows),
-            mean_gains=ctypes.cast(gains, ctypes.c_void_p) if self.mean_gains else None, num_mean_gains=len(self.mean_gains))
-        made.owned = (keys, values, heads, shared, frequencies, thresholds, windows, gains)
+            windows=ctypes.cast(windows, ctypes.c_void_p) if self.windows else None, num_windows=len(self.windows))
+        made.owned = (keys, values, heads, shared, frequencies, thresholds, windows)
         return made
 
 

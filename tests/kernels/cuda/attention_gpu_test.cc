@@ -85,9 +85,6 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"corrected_position", 8, 2, 128, 300, 4000, 1029, Lists::kPerKvHead, false, true},
         Case{"corrected_gqa3", 9, 3, 128, 333, 9000, kAligned, Lists::kPerKvHead, false, true},
         Case{"corrected_two_steps", 8, 2, 128, 300, 20000, kAligned, Lists::kPerKvHead, false, true},
-        Case{"gains", 8, 2, 128, 1500, 1500, kAligned, Lists::kPerKvHead, false, true, true},
-        Case{"gains_query_heads", 12, 4, 128, 300, 9001, kAligned, Lists::kPerQueryHead, true, true, true},
-        Case{"gains_gqa3_d64", 9, 3, 64, 333, 9000, kAligned, Lists::kPerKvHead, false, true, true},
         Case{"corrected_d64", 8, 2, 64, 700, 9001, kAligned, Lists::kPerKvHead, false, true},
         Case{"corrected_d64_query_heads", 4, 2, 64, 300, 20000, kAligned, Lists::kPerQueryHead, false, true}),
     [](const auto& test) { return test.param.name; });

@@ -34,7 +34,6 @@ struct Case {
   Lists lists = Lists::kNone;
   bool f32 = false;
   bool corrected = false;  // by means
-  bool gains = false;      // of means, by KV head
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Case& c) { return out << c.name; }
@@ -47,7 +46,6 @@ struct Problem {
   std::vector<int32_t> counts, blocks;
   std::vector<int64_t> offsets;
   std::vector<float> k_means, v_means;  // tables, with correction
-  std::vector<float> gains;
 
   Problem(const Case& test_case, uint32_t seed) : c(test_case) {
     position = c.q_position == CudaAttentionArgs::kBottomRightAligned ? c.kv_len - c.q_len : c.q_position;
@@ -59,7 +57,6 @@ struct Problem {
     if (c.corrected) {
       k_means = Means(k);
       v_means = Means(v);
-      for (int head = 0; head < c.kv_heads; ++head) gains.push_back(1.5f - 0.8f * static_cast<float>(head));
     }
   }
 
@@ -137,8 +134,7 @@ struct Problem {
     for (const reference::MeanKey& mean :
          reference::MeanKeys({begin, begin + counts[Segment(head, row)]}, complete, c.kv_len)) {
       const size_t at = (static_cast<size_t>(kv_head) * rows + mean.table_row) * d;
-      const double gain = c.gains ? gains[static_cast<size_t>(kv_head)] : 0;
-      keys.push_back({&k_means[at], &v_means[at], std::log(static_cast<double>(mean.tokens)) + gain});
+      keys.push_back({&k_means[at], &v_means[at], std::log(static_cast<double>(mean.tokens))});
     }
     return keys;
   }
@@ -225,8 +221,7 @@ struct DeviceProblem {
     args.softmax_scale = static_cast<float>(1 / std::sqrt(c.head_dim));
     args.query_position = c.q_position;
     args.lists = {problem.NumLists(), counts.data(), offsets.data(), blocks.data()};
-    if (c.corrected)
-      args.correction = {k_means.data(), v_means.data(), c.gains ? problem.gains.data() : nullptr};
+    if (c.corrected) args.correction = {k_means.data(), v_means.data()};
   }
 
   Status Run() const {

@@ -103,22 +103,6 @@ INSTANTIATE_TEST_SUITE_P(
             },
             kBad, "without block lists"),
         Case(
-            "gains_without_means",
-            [](auto* a) {
-              static const float gains[] = {0, 0};
-              a->lists = Lists();
-              a->correction.gains = gains;
-            },
-            kBad, "without means"),
-        Case(
-            "gain_that_is_no_number",
-            [](auto* a) {
-              static const float gains[] = {0, NAN};
-              a->lists = Lists();
-              a->correction = {kAligned, kAligned, gains};
-            },
-            kBad, "KV head 1 is nan"),
-        Case(
             "correction_of_sequences",
             [](auto* a) {
               a->lists = Lists();

@@ -78,8 +78,6 @@ void TakeLists(const CudaSelection& selection, Problem* problem) {
     c.corrected = true;
     problem->k_means = problem->Means(problem->k);
     problem->v_means = problem->Means(problem->v);
-    c.gains = selection.correction.gains != nullptr;
-    if (c.gains) problem->gains.assign(selection.correction.gains, selection.correction.gains + c.kv_heads);
   }
 }
 
@@ -216,36 +214,6 @@ TEST(HeadwaterGpu, HeadsHaveThresholdsAndWindowsOfTheirOwn) {
     EXPECT_EQ(none[i], own[i]) << "with no head searched, list " << i;
 }
 
-TEST(HeadwaterGpu, MeansGainWhatTheLayersTableSays) {
-  HW_REQUIRE_SM90();
-  const PolicyCase c{"headwater", {}};
-  HeadwaterParameters parameters;
-  parameters.dense_below_tokens = 0;
-  parameters.threshold = 0.6;
-  parameters.window_blocks = 2;
-  const auto heads = static_cast<size_t>(c.kv_heads);
-  for (size_t i = 0; i < 6 * heads; ++i) parameters.mean_gains.push_back(0.4f * static_cast<float>(i) - 3);
-  Problem problem(ProblemOf(c), 11);
-  DeviceProblem device(problem);
-  Runner runner(parameters, ShapeOf(c), c.tokens);
-  for (const size_t layer : {0, 5}) {
-    CudaSelection selection;
-    const Status status = runner.Run(static_cast<int>(layer), device, &selection);
-    ASSERT_TRUE(status.ok()) << status.message();
-    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-    Problem under = problem;
-    TakeLists(selection, &under);
-    const auto first = parameters.mean_gains.begin() + static_cast<std::ptrdiff_t>(layer * heads);
-    EXPECT_EQ(under.gains, std::vector<float>(first, first + c.kv_heads));
-    std::vector<double> out, lse, without;
-    under.Reference(&out, &lse);
-    EXPECT_LE(RelativeError(ToFloat(device.out.Host()), out), kRelativeError) << "layer " << layer;
-    under.c.gains = false;
-    under.Reference(&without, &lse);
-    EXPECT_GT(RelativeError(ToFloat(device.out.Host()), without), 10 * kRelativeError) << "layer " << layer;
-  }
-}
-
 TEST(DenseBelowGpu, ShortPromptsAreDenseAndTakeNoMemory) {
   HW_REQUIRE_SM90();
   const PolicyCase c{"share", {{"pivots_per_layer", 1}, {"dense_below_tokens", 3001}}};
@@ -271,9 +239,7 @@ TEST(PolicyGpuRefusals, NamesWhatIsWrong) {
   HeadwaterParameters parameters;
   std::unique_ptr<CudaPolicy> policy;
   parameters.thresholds.assign(3, 0.1f);
-  EXPECT_NE(MakeCudaPolicy(parameters, ShapeOf(c), &policy)
-                .message()
-                .find("3 thresholds, windows or gains of means; 12"),
+  EXPECT_NE(MakeCudaPolicy(parameters, ShapeOf(c), &policy).message().find("3 thresholds or windows; 12"),
             std::string::npos);
   parameters.thresholds.clear();
   ASSERT_TRUE(MakeCudaPolicy(parameters, ShapeOf(c), &policy).ok());

@@ -38,8 +38,7 @@ class Headwater(Published):
         from headwater import calibrate
 
         found = calibrate.load(self.calibration)
-        return {"layers": found.layers, "thresholds": found.flat_thresholds(), "windows": found.flat_windows(),
-                "mean_gains": found.flat_mean_gains()}
+        return {"layers": found.layers, "thresholds": found.flat_thresholds(), "windows": found.flat_windows()}
 
     def attend(self, layer, q, k, v):
         if q.is_cuda:
