@@ -32,12 +32,14 @@ STORY = "".join(f"In year {n} the river rose {n * n % 97} feet and fell again. "
 
 
 class Windows:
-    """A KV head attends to its last `window` * 4 keys and the first one; threshold 0: to all."""
+    """A KV head attends to its last `window` * 4 keys and the first one; threshold 0: to all. Those of the last `exact` that are
+    no text's attend to all, too."""
 
     name = "headwater"
 
-    def __init__(self, thresholds, windows, model):
+    def __init__(self, thresholds, windows, model, exact):
         self._thresholds, self._windows, self._heads = thresholds, windows, model["kv_heads"]
+        self._exact = exact if exact != meter.EXACT_LAST else 0
 
     def attend(self, layer, q, k, v):
         group, seen, total = q.shape[1] // k.shape[1], 0, 0
@@ -48,7 +50,8 @@ class Windows:
             mask = distance >= 0
             total += int(mask.sum())
             if self._thresholds[unit] > 0:
-                mask &= (distance < 4 * self._windows[unit]) | (torch.arange(len(k)) == 0)
+                mask &= ((distance < 4 * self._windows[unit]) | (torch.arange(len(k)) == 0) |
+                         (torch.arange(len(q)) >= len(q) - self._exact)[:, None])
             seen += int(mask.sum())
             scores = (q[:, head] @ k[:, head // group].T / q.shape[2] ** 0.5).masked_fill(~mask, float("-inf"))
             out[:, head] = torch.softmax(scores, dim=-1) @ v[:, head // group]
@@ -141,6 +144,23 @@ class MeterTest(unittest.TestCase):
             self.assertGreater(other.loss["words"], 1e-3)
             self.assertGreater(abs(other.loss["ppl:a"]), 1e-3)
             self.assertLess(other.density, 0.2)
+
+    def test_questions_attend_to_all(self):
+        seen = []
+
+        class Notes(Windows):
+            def __init__(self, *args):
+                seen.append(args[-1])
+                super().__init__(*args)
+
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(meter, "Trial", Notes):
+            tiny_model.save_model(Path(folder))
+            model = EvalModel.load(Path(folder), "cpu", torch.float32)
+            ids = [7 * n * n % 251 for n in range(300)]
+            items = [Item("words", f"words:{n}", ids[:200], [Question([3, 4], [5, 6, 7]), Question([8], [9])]) for n in range(2)]
+            measure = meter.Meter(model, [Window("ppl:a", "a", ids, 100), *items], 1)
+            measure([(2.0, 4)] * 6)
+            self.assertEqual(seen, [256, 7])
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ def parser() -> argparse.ArgumentParser:
         description="Thresholds and windows of policy headwater for a model, within an error budget, on a GPU.")
     add = flags.add_argument
     add("model", help="model directory, or a name under HW_MODELS")
-    add("--texts", nargs="+", required=True, metavar="FILE", help="calibration texts; names as in headwater.eval")
+    add("--texts", nargs="+", required=True, metavar="FILE",
+        help="calibration texts, of what will be served and not of what the model was trained on; names as in headwater.eval")
     add("--output", type=Path, required=True, metavar="FILE.json")
     add("--tokens", type=int, default=32768, help="of the prompts that judge a choice: the longest that is to be served")
     add("--rank_tokens", type=int, help="of the prompts that rank single changes, most of the passes; default: "
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prompts", nargs="+", type=Path, default=[], metavar="FILE.jsonl", help="retrieval prompts, as in headwater.eval")
     add("--start", type=Path, metavar="FILE.json", help="goes on from this calibration, as of shorter prompts; saves most passes")
     add("--budget", type=float, default=0.003, help="nats a token that a text may lose: 0.003 is 0.3 %% of perplexity")
-    add("--answer_budget", type=float, default=0.02, help="nats a token: KL divergence of answers from dense attention's")
+    add("--answer_budget", type=float, default=0.005, help="nats a token: KL divergence of answers from dense attention's")
     add("--unit", choices=("head", "layer"), default="head", help="what has a setting of its own: a KV head, or a layer")
     add("--max_passes", type=int, default=5000, help="of the model over all prompts")
     add("--limit_s", type=float, default=math.inf, help="time of the search; the best choice until then is written")
@@ -150,6 +151,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
                      start=judge.settings_of(args.start) if args.start else None, most_passes=args.max_passes, say=say)
         save(args.output, result(args, path, judge, out))
         print(f"{out.passes} passes; at {args.tokens} tokens {text_of(out.measured)}")
+        if out.measured.density == 1:
+            say(f"headwater.calibrate: nothing sparser than dense attention was found within --budget={args.budget:g} and "
+                f"--answer_budget={args.answer_budget:g}: every head is dense")
         if not out.whole:
             say(f"headwater.calibrate: ended by --max_passes={args.max_passes} or --limit_s={args.limit_s:g}; sparser choices "
                 "may hold too")

@@ -1,8 +1,9 @@
 """What a choice of settings costs and loses on a model, beside dense attention."""
 
+import functools
 import math
 from pathlib import Path
-from typing import Dict, List, Sequence, Union
+from typing import Callable, Dict, List, Sequence, Union
 
 import torch
 
@@ -13,6 +14,8 @@ from headwater.eval.attention import Stats
 from headwater.eval.items import Item
 from headwater.eval.model import EvalModel
 from headwater.eval.runner import Window
+
+EXACT_LAST = 256  # tokens of a text: the policy's default
 
 
 def is_text(set_name: str) -> bool:
@@ -33,14 +36,15 @@ def scored(prompt: Union[Window, Item]) -> tuple:
 
 
 class Trial:
-    """Policy headwater on one choice of rungs, as headwater.eval takes policies."""
+    """Policy headwater on one choice of settings, as headwater.eval takes policies. The last `exact` tokens attend to all."""
 
     name = "headwater"
 
-    def __init__(self, thresholds: Sequence[float], windows: Sequence[int], model: dict):
+    def __init__(self, thresholds: Sequence[float], windows: Sequence[int], model: dict, exact: int):
         from headwater import ops
 
-        self._run = ops.PatternPolicy("headwater", {"dense_below_tokens": 0}, thresholds=thresholds, windows=windows, **model)
+        self._run = ops.PatternPolicy("headwater", {"dense_below_tokens": 0, "dense_last_tokens": exact}, thresholds=thresholds,
+                                      windows=windows, **model)
 
     def attend(self, layer, q, k, v):
         if layer == 0:
@@ -61,7 +65,7 @@ class Meter:
         self.units = self.layers * self.kv_heads // per_unit
         self._exact: List[torch.Tensor] = []  # hidden states that give the answers
         self._first = True
-        self.dense = self._measure(policies.make("dense"))[0]
+        self.dense = self._measure(lambda exact: policies.make("dense"))[0]
         for name, loss in self.dense.items():
             if not math.isfinite(loss):
                 raise ValueError(f"dense attention's loss on {name} is {loss}")
@@ -86,20 +90,25 @@ class Meter:
     def __call__(self, settings: Sequence[Setting]) -> Measured:
         """Nats a token. Texts: NLL in excess of dense attention's. Answers, which are too few tokens for that: KL divergence from
         dense attention's distributions."""
-        nll, divergence, density = self._measure(Trial(*self.tables(settings), self._shape))
+        nll, divergence, density = self._measure(functools.partial(Trial, *self.tables(settings), self._shape))
         loss = {name: divergence[name] if name in divergence else nll[name] - self.dense[name] for name in nll}
         return Measured(loss, density)
 
-    def _measure(self, policy) -> tuple:
-        """Means by set, in nats a token: NLL of all, divergence of answers; and the mean density. The first call is dense
-        attention's."""
+    def _measure(self, make: Callable[[int], policies.Policy]) -> tuple:
+        """Means by set, in nats a token: NLL of all, divergence of answers; and the mean density. `make` is given how many of the
+        last tokens attend to all: questions do, as in serving the end of a prompt does, and what is decoded. The first call is
+        dense attention's."""
         first, number, densities = self._first, 0, []
         self._first = False
+        made: Dict[int, policies.Policy] = {}
         losses: Dict[str, List[float]] = {}
         divergences: Dict[str, List[float]] = {}
         for prompt in self._prompts:
             name, ids, spans = scored(prompt)
-            one = self._model.prefill(ids, policy)
+            exact = EXACT_LAST if isinstance(prompt, Window) else len(ids) - len(prompt.context_ids)
+            if exact not in made:
+                made[exact] = make(exact)
+            one = self._model.prefill(ids, made[exact])
             densities.append(one.density())
             if isinstance(prompt, Window):
                 nll = self._model.score_last(one, ids, prompt.targets)
