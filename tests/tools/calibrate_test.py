@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
 from headwater.calibrate.file import Calibration, load, save  # noqa: E402
-from headwater.calibrate.search import (DENSE, FIRST, HALVINGS, START, THRESHOLDS, WINDOWS, Measured, OutOfTime,  # noqa: E402
+from headwater.calibrate.search import (DENSE, FIRST, START, THRESHOLDS, WINDOWS, Measured, OutOfTime,  # noqa: E402
                                         neighbours, search)
 
 
@@ -82,7 +82,8 @@ class SearchTest(unittest.TestCase):
         def measure(settings):
             calls.append(list(settings))
             return model([(2.0, 4)] * 6)(settings)
-        first = 1 + 1 + 6 * (len(FIRST) - 1) + HALVINGS + 3
+        changes = 6 * (len(FIRST) - 1)
+        first = 1 + 1 + changes + (changes + 1).bit_length()
         out = search(6, measure, measure, {"text": 0.001}, most_passes=first)
         self.assertFalse(out.whole)
         self.assertEqual(out.passes, len(calls))

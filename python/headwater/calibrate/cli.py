@@ -12,7 +12,7 @@ import torch
 
 from headwater.calibrate.file import Calibration, save
 from headwater.calibrate.meter import Meter, is_text, scored
-from headwater.calibrate.search import FIRST, HALVINGS, Measured, Outcome, OutOfTime, Setting, search, text_of
+from headwater.calibrate.search import FIRST, Measured, Outcome, OutOfTime, Setting, search, text_of
 from headwater.cluster.cli import digest
 from headwater.eval import prompts, texts
 from headwater.eval.cli import load_tokenizer
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prompts", nargs="+", type=Path, default=[], metavar="FILE.jsonl", help="retrieval prompts, as in headwater.eval")
     add("--start", type=Path, metavar="FILE.json", help="goes on from this calibration, as of shorter prompts; saves most passes")
     add("--budget", type=float, default=0.003, help="nats a token that a text may lose: 0.003 is 0.3 %% of perplexity")
-    add("--answer_budget", type=float, default=0.005, help="nats a token: KL divergence of answers from dense attention's")
+    add("--answer_budget", type=float, default=0.02, help="nats a token: KL divergence of answers from dense attention's")
     add("--unit", choices=("head", "layer"), default="head", help="what has a setting of its own: a KV head, or a layer")
     add("--max_passes", type=int, default=5000, help="of the model over all prompts")
     add("--limit_s", type=float, default=math.inf, help="time of the search; the best choice until then is written")
@@ -57,7 +57,7 @@ def check(args: argparse.Namespace) -> None:
     if args.rank_tokens is None:
         args.rank_tokens = min(args.tokens, 65536)
     for name, least in (("windows", 0), ("targets", 1), ("own_prompts", 0), ("questions", 1), ("tokens", 1024),
-                        ("rank_tokens", 1024), ("max_passes", len(FIRST) + HALVINGS + 2)):
+                        ("rank_tokens", 1024), ("max_passes", 2 * len(FIRST))):
         if getattr(args, name) < least:
             raise ValueError(f"--{name}={getattr(args, name)}; at least {least} is wanted")
     for name in ("budget", "answer_budget"):

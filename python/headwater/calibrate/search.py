@@ -12,7 +12,6 @@ DENSE: Setting = (0.0, WINDOWS[-1])
 FIRST = (*((threshold, window) for threshold in (2.0, 0.2, 0.05) for window in WINDOWS), (0.005, 16))
 START: Setting = (0.05, 64)
 LEAST_GAIN = 0.02  # of the density: a round that saves less is the last
-HALVINGS = 8  # of the range of prices
 
 
 def neighbours(setting: Setting) -> List[Setting]:
@@ -59,10 +58,10 @@ def search(units: int, rank: Callable[[Sequence[Setting]], Measured], judge: Cal
 
     A round ranks: it measures by `rank`, whose sets are the judge's, what each option of each unit changes, the others where
     they are: the neighbours of each unit's setting. The first round stands on `start`; without it on START, and its options are
-    all of FIRST. At a price for what is lost every unit takes the option that costs least, density and loss together. The lowest
-    price whose choice holds, by bisection, with each choice judged, and as many units of the next lower price's choice as hold
-    give the state that the next round stands on. Sets that spend more of their budgets weigh more in the next round. Dense
-    attention, which loses nothing, is the answer where nothing holds. Passes are calls of rank and of judge.
+    all of FIRST. From the options that lose least units step to sparser ones, those first that save most density for what they
+    lose; as many steps as hold, by bisection with each choice judged, give the state that the next round stands on. Sets that
+    spend more of their budgets weigh more. Dense attention, which loses nothing, is the answer where nothing holds. Passes are
+    calls of rank and of judge.
     """
     run = _Run(rank, judge, budgets)
     run.best = _State([DENSE] * units, Measured({name: 0.0 for name in budgets}, 1.0))
@@ -75,7 +74,8 @@ def search(units: int, rank: Callable[[Sequence[Setting]], Measured], judge: Cal
         while not whole:
             first = FIRST if not start and not history else None
             options = [[one for one in first or neighbours(setting) if one != setting] for setting in now.settings]
-            if run.passes + 1 + sum(map(len, options)) + HALVINGS + units.bit_length() > most_passes:
+            changes = sum(map(len, options))
+            if run.passes + 1 + changes + (changes + 1).bit_length() > most_passes:
                 break
             before = run.best.measured.density
             now = run.round(now, options)
@@ -97,12 +97,14 @@ class _State:
     measured: Measured  # by the judge
 
 
+_Change = Tuple[float, float, Setting]  # of the density, of the loss in budgets by weight, to the setting
+
+
 class _Run:
     best: _State  # of those that hold
 
     def __init__(self, rank, judge, budgets):
         self._rank, self._judge, self._budgets = rank, judge, budgets
-        self._weights = {name: 1.0 / len(budgets) for name in budgets}
         self.passes = 0
 
     def judged(self, settings: Sequence[Setting]) -> _State:
@@ -117,55 +119,59 @@ class _Run:
         return holds
 
     def round(self, now: _State, options: Sequence[Sequence[Setting]]) -> _State:
-        """The best state that holds, of those that prices lead to and what was known; else the one that spends least."""
-        changes = self._changes(now, options)
-        low, high, least = math.log(1e-4), math.log(1e4), now
-        holds = now.settings if now.measured.spent(self._budgets) <= 1 else None
-        breaks = None
-        for _ in range(HALVINGS):
-            price = (low + high) / 2
-            chosen = [min(some, key=lambda one: one[0] + math.exp(price) * one[1])[2] for some in changes]
-            state = self.judged(chosen)
+        """The best state that holds, of those that steps lead to and what was known; else the one that spends least."""
+        paths = [_path(some) for some in self._changes(now, options)]
+        steps = sorted(step for unit, path in enumerate(paths) for step in _steps(unit, path))
+        least, low, high = now, -1, len(steps) + 1  # so many steps hold, so many do not
+        while high - low > 1:
+            middle = (low + high) // 2
+            at = [0] * len(paths)
+            for _, unit, place in steps[:middle]:
+                at[unit] = place
+            state = self.judged([path[place][2] for path, place in zip(paths, at)])
             if self.keep(state):
-                high, holds = price, chosen
+                low = middle
             else:
-                low, breaks = price, chosen
+                high = middle
             least = min(least, state, key=lambda one: one.measured.spent(self._budgets))
-        if breaks and holds:
-            self._part_way(holds, breaks)
-        state = self.best if self.best.measured.density < 1 else least
-        shares = {name: max(0.1, loss / self._budgets[name]) for name, loss in state.measured.loss.items()}
-        self._weights = {name: share / sum(shares.values()) for name, share in shares.items()}
-        return state
+        return self.best if self.best.measured.density < 1 else least
 
-    def _changes(self, now: _State, options: Sequence[Sequence[Setting]]) -> List[List[Tuple[float, float, Setting]]]:
-        """For each unit: (density, loss in budgets by weight, setting) of staying and of each option."""
+    def _changes(self, now: _State, options: Sequence[Sequence[Setting]]) -> List[List[_Change]]:
+        """Of staying and of each option, for each unit."""
+        shares = {name: min(100.0, max(0.1, loss / self._budgets[name])) for name, loss in now.measured.loss.items()}
+        weights = {name: share / sum(shares.values()) for name, share in shares.items()}
+
         def ranked(settings: Sequence[Setting]) -> Measured:
             self.passes += 1
             return self._rank(settings)
 
         base = ranked(now.settings)
-        changes = [[(0.0, 0.0, setting)] for setting in now.settings]
+        changes: List[List[_Change]] = [[(0.0, 0.0, setting)] for setting in now.settings]
         for unit, settings in enumerate(options):
             for setting in settings:
                 found = ranked([*now.settings[:unit], setting, *now.settings[unit + 1:]])
                 lost = sum(weight * (found.loss[name] - base.loss[name]) / self._budgets[name]
-                           for name, weight in self._weights.items())
+                           for name, weight in weights.items())
                 if math.isfinite(lost):
                     changes[unit].append((found.density - base.density, lost, setting))
         return changes
 
-    def _part_way(self, holds: Sequence[Setting], breaks: Sequence[Setting]) -> None:
-        """As many units as hold from one choice to the other, by bisection."""
-        others = [unit for unit, setting in enumerate(breaks) if setting != holds[unit]]
-        low, high = 0, len(others)
-        while high - low > 1:
-            middle = (low + high) // 2
-            moved = set(others[:middle])
-            if self.keep(self.judged([breaks[unit] if unit in moved else setting for unit, setting in enumerate(holds)])):
-                low = middle
-            else:
-                high = middle
+
+def _path(changes: Sequence[_Change]) -> List[_Change]:
+    """From the one that loses least to the sparsest, each the next by least loss for the density that it saves."""
+    path = [min(changes, key=lambda one: (one[1], one[0]))]
+    while sparser := [one for one in changes if one[0] < path[-1][0]]:
+        path.append(min(sparser, key=lambda one: (_slope(path[-1], one), one[0])))
+    return path
+
+
+def _slope(one: _Change, sparser: _Change) -> float:
+    return (sparser[1] - one[1]) / (one[0] - sparser[0])
+
+
+def _steps(unit: int, path: Sequence[_Change]) -> List[Tuple[float, int, int]]:
+    """(slope, unit, place on the path that it leads to); slopes rise."""
+    return [(_slope(one, other), unit, place) for place, (one, other) in enumerate(zip(path, path[1:]), 1)]
 
 
 def text_of(found: Measured) -> str:
