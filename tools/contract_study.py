@@ -5,6 +5,8 @@
     headwater bench prefill --model=MODEL_DIR --prompts=prompts.jsonl --policy=headwater --min_recall=0.95
         --warm_up=0 --repeat=1 --json --output=bench.jsonl
     contract_study.py check MODEL_DIR --prompts prompts.jsonl --results bench.jsonl --details details.jsonl --output rows.jsonl
+    headwater bench prefill ... --output=free.jsonl, and with --measure_recall --output=measured.jsonl, in turn
+    contract_study.py overhead --free free.jsonl --measured measured.jsonl --output rows.jsonl
 
 `make` deals kinds and lengths out in turn; names are KIND:LENGTH:NUMBER. `check` makes the lists of every prompt again from
 the bench's report (tools/contract_recall.py) and holds the exact recall of each layer and KV head (a group) against
@@ -17,7 +19,9 @@ A group is dense by its calibration, or falls back to dense where the contract e
 - kept_sparse: not dense and recall holds, of all groups;
 - kept_of_sparse: the same, of groups that are not dense.
 
-Exit status 0: `kept` is at least 99 %, at most 10 % of the groups are dense, the mean density is at most 0.25 at 32768 tokens
+`overhead` holds what measuring adds to the time to the first token, the medians of a prompt beside each other, against 2 %.
+
+Exit status of check 0: `kept` is at least 99 %, at most 10 % of the groups are dense, the mean density is at most 0.25 at 32768 tokens
 and 0.10 at 131072, and no group's lists as made again are more than 0.01 off the reported density; 1: one of these fails, or
 prompts have not been measured; 2: input that cannot be used. Lengths count for the next power of two.
 """
@@ -51,6 +55,7 @@ KINDS = ("text", *own.TASKS)
 MOST_PROMPTS = 100000
 KEPT, MOST_DENSE = 0.99, 0.10
 MOST_DENSITY = {32768: 0.25, 131072: 0.10}
+MOST_ADDED = 0.02  # to the time to the first token, by measuring
 REBUILT = 0.01  # density of a group's lists as they were made again, off what was reported
 
 
@@ -269,6 +274,41 @@ def check(args: argparse.Namespace, kernels: Optional[Kernels] = None, dtype: to
     return 0 if holds and not missing else 1
 
 
+def times(path: Path, measured: bool) -> dict:
+    """Of the bench's rows by prompt and length: seconds to the first token, each run's. ValueError where one measured recall and
+    should not, or the reverse."""
+    found: Dict[object, list] = {}
+    for row in read_lines(path):
+        params = row["params"]
+        if bool(params.get("measure_recall")) != measured:
+            raise ValueError(f"{path}: a row {'without' if measured else 'with'} measure_recall")
+        found.setdefault((params["model"], params["tokens"], params.get("prompt", "")), []).append(row["metrics"]["ttft_s"])
+        found.setdefault("run", []).append((row["device"], row["commit"]))
+    return found
+
+
+def overhead(args: argparse.Namespace) -> int:
+    """Of each model and length (the next power of two)."""
+    free, measured = times(args.free, False), times(args.measured, True)
+    runs = {*free.pop("run", []), *measured.pop("run", [])}
+    if len(runs) != 1 or free.keys() != measured.keys():
+        raise ValueError(f"{args.free} and {args.measured}: the same prompts, device and commit are wanted in both")
+    rows, ratios = Rows(args.output, *runs.pop()), {}
+    for key in free:
+        bucket = 1 << (key[1] - 1).bit_length()
+        ratios.setdefault((key[0], bucket), []).append(
+            [*(statistics.median(one[key]) for one in (free, measured)), len(free[key])])
+    holds = True
+    for (model, tokens), pairs in sorted(ratios.items()):
+        added = statistics.median(with_it / without - 1 for without, with_it, _ in pairs)
+        holds = holds and added <= MOST_ADDED
+        free_s = statistics.median(without for without, *_ in pairs)
+        print(f"{model}, {tokens} tokens, prompts {len(pairs)}: {free_s:.6g} s, measuring adds {100 * added:+.2f} %")
+        rows.write({"model": model, "policy": "headwater", "set": "measuring", "tokens": tokens},
+                   {"prompts": len(pairs), "runs": min(runs for *_, runs in pairs), "ttft_s": free_s, "added": added})
+    return 0 if holds else 1
+
+
 def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = flags.add_subparsers(dest="command", required=True)
@@ -291,13 +331,17 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--limit_s", type=float, default=math.inf, help="no prompt is begun after it")
     one.add_argument("--device", default="cuda:0")
     one.add_argument("--commit", default="", help="where the checkout has no git history")
+    one = commands.add_parser("overhead", help="what measuring recall costs")
+    one.add_argument("--free", type=Path, required=True, metavar="ROWS.jsonl", help="of the bench")
+    one.add_argument("--measured", type=Path, required=True, metavar="ROWS.jsonl", help="of the bench with --measure_recall")
+    one.add_argument("--output", type=Path, required=True, metavar="ROWS.jsonl", help="appended to")
     return flags
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     args = parser().parse_args(arguments)
     try:
-        return {"make": make, "check": check}[args.command](args)
+        return {"make": make, "check": check, "overhead": overhead}[args.command](args)
     except (ValueError, KeyError, OSError) as error:
         print(f"contract_study: {error!r}" if isinstance(error, KeyError) else f"contract_study: {error}", file=sys.stderr)
         return 2

@@ -277,6 +277,30 @@ class StudyTest(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "another run"):
             self.check(FakeKernels())
 
+    def test_overhead_is_the_median_of_prompts(self):
+        free, measured = self.folder / "free.jsonl", self.folder / "measured.jsonl"
+        words = ("overhead", "--free", free, "--measured", measured, "--output", self.rows)
+
+        def rows(path, times, **more):
+            path.write_text("".join(json.dumps({
+                "device": "D", "commit": "c", "params": {"model": "m", "tokens": tokens, "prompt": f"text:{tokens}:{number}", **more},
+                "metrics": {"ttft_s": one}}) + "\n" for tokens, some in times.items() for number, runs in enumerate(some) for one in runs))
+
+        rows(free, {900: [[1, 2, 9], [4, 4, 4], [8, 8, 8]], 2048: [[10, 10, 10]]})
+        rows(measured, {900: [[2, 2, 2], [4.4, 4.4, 0], [8, 8.08, 9]], 2048: [[10.1, 10.1, 10.1]]}, measure_recall=True)
+        status, out, err = tiny_model.command(contract_study.main, *words)
+        self.assertEqual((status, err), (0, ""))
+        self.assertIn("m, 1024 tokens, prompts 3: 4 s, measuring adds +1.00 %", out)
+        self.assertEqual([json.loads(line)["metrics"]["added"] for line in self.rows.read_text().splitlines()], [0.01, 0.01])
+        rows(measured, {900: [[2.1], [4.4], [8]], 2048: [[10.1]]}, measure_recall=True)
+        self.assertEqual(tiny_model.command(contract_study.main, *words)[0], 1)
+        rows(measured, {900: [[2]]}, measure_recall=True)
+        status, _, err = tiny_model.command(contract_study.main, *words)
+        self.assertEqual((status, "the same prompts" in err), (2, True))
+        rows(measured, {900: [[2]]})
+        status, _, err = tiny_model.command(contract_study.main, *words)
+        self.assertEqual((status, "without measure_recall" in err), (2, True))
+
     def test_input_that_cannot_be_used_ends_with_2(self):
         made = self.make("--count", 1, "--tokens", 300)
         self.write_results([*made, *made])
