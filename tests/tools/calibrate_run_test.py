@@ -90,7 +90,7 @@ class CalibrateTest(unittest.TestCase):
         args = cli.parser().parse_args([str(self.model), "--texts", str(self.folder / "story.txt"), "--output", "x", "--tokens",
                                         "1024", "--windows", "2", "--targets", "400", "--own"])
         model = EvalModel.load(self.model, "cpu", torch.float32)
-        again = meter.Meter(model, cli.gather(args, cli.load_tokenizer(self.model), 1024, 2), 1)
+        again = meter.Meter(model, cli.gather(args, cli.load_tokenizer(self.model)), 1)
         settings = list(zip(made.flat_thresholds(), made.flat_windows()))
         measured = again(settings)
         self.assertAlmostEqual(measured.loss["ppl:story"], found["loss"], places=4)
@@ -136,7 +136,8 @@ class MeterTest(unittest.TestCase):
             ids = [7 * n * n % 251 for n in range(300)]
             item = Item("words", "words:0", ids[:200], [Question([3, 4], [5, 6, 7]), Question([8], [9])])
             measure = meter.Meter(model, [Window("ppl:a", "a", ids, 100), item], 1)
-            self.assertEqual(meter.scored(item)[1:], ([*ids[:200], 3, 4, 5, 6, 7, 8, 9], [(202, 205), (206, 207)]))
+            prompt = meter.Prompt.of(item)
+            self.assertEqual((prompt.ids, prompt.answers), ([*ids[:200], 3, 4, 5, 6, 7, 8, 9], [(202, 205), (206, 207)]))
             same = measure([DENSE] * 6)
             for loss in same.loss.values():
                 self.assertAlmostEqual(loss, 0, places=5)
@@ -144,6 +145,26 @@ class MeterTest(unittest.TestCase):
             self.assertGreater(other.loss["words"], 1e-3)
             self.assertGreater(abs(other.loss["ppl:a"]), 1e-3)
             self.assertLess(other.density, 0.2)
+
+    def test_ranks_as_a_whole_pass_does(self):
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(meter, "Trial", Windows):
+            tiny_model.save_model(Path(folder))
+            model = EvalModel.load(Path(folder), "cpu", torch.float32)
+            ids = [7 * n * n % 251 for n in range(300)]
+            item = Item("words", "words:0", ids[:200], [Question([3, 4], [5, 6, 7]), Question([8], [9])])
+            windows = [Window("ppl:a", "a", ids[n:], 100) for n in range(2)]
+            measure, one = (meter.Meter(model, [*some, item], 1) for some in (windows, windows[:1]))
+            base = [(2.0, 16)] * 6
+            for step in (1, 2):  # inputs of every layer, of every second one
+                with mock.patch.object(meter.Meter, "_layers_per_input", lambda _, step=step: step):
+                    for settings in (base, *([*base[:unit], (2.0, 4), *base[unit + 1:]] for unit in range(6)), [(2.0, 64)] * 6):
+                        found, whole = measure.rank(base, settings), one(settings)
+                        self.assertAlmostEqual(found.density, whole.density, places=9)
+                        for name, loss in whole.loss.items():
+                            self.assertAlmostEqual(found.loss[name], loss, places=5)
+                    self.assertEqual(sorted(measure._prompts[0].inputs), [1, 2][step - 1:])
+                base = [(2.0, 4)] * 6
+            self.assertEqual(len(model.model.base_model.layers), 3)
 
     def test_questions_attend_to_all(self):
         seen = []

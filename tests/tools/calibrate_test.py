@@ -10,10 +10,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
 from headwater.calibrate.file import Calibration, load, save  # noqa: E402
 from headwater.calibrate.search import (DENSE, FIRST, START, THRESHOLDS, WINDOWS, Measured, OutOfTime,  # noqa: E402
-                                        neighbours, search)
+                                        neighbours)
+from headwater.calibrate.search import search as search_by  # noqa: E402
 
 
 DENSITY = {2.0: 0.01, 0.2: 0.05, 0.1: 0.1, 0.05: 0.2, 0.02: 0.4, 0.005: 0.6}
+
+
+def search(units, rank, judge, budgets, **more):
+    return search_by(units, lambda base, settings: rank(settings), judge, budgets, **more)
 
 
 def density(setting):

@@ -2,9 +2,9 @@
 
 Every KV head of every layer has a threshold and a window of its own, or is dense. All start alike; in rounds each head's
 other settings are tried in the company of the others' present ones, and where the model's own loss rises least for the density
-that is saved the setting changes, as far as the error budget goes. What is measured is the loss on calibration texts, most of it
-on shorter prompts (--rank_tokens), and the answers to retrieval prompts; what is kept is judged on more and longer ones
-(--tokens). No threshold is set by hand. Texts that the model was trained on mislead: it knows them by heart and needs
+that is saved the setting changes, as far as the error budget goes. What is measured is the loss on calibration texts and the answers
+to retrieval prompts, all of the length that is to be served: at half of it nothing shows of what 131,072 tokens lose in answers
+(longctx-36m, UUIDs). What is kept is judged on more windows. No threshold is set by hand. Texts that the model was trained on mislead: it knows them by heart and needs
 little of what is far (longctx-36m, 131,072 tokens, one setting for all heads: +0.0013 nats a token on novels of its training,
 +0.016 on a novel and +0.024 on code that it has not seen). The same model, texts and flags on the same kind of GPU give the same file.
 
@@ -15,7 +15,7 @@ The file, which load() reads and checks:
      "layers": 32, "kv_heads": 8,
      "thresholds": [[...] ...],     [layers][KV heads]: over 0 and at most 1 a threshold, 0 dense, over 1 not searched
      "windows": [[...] ...],        likewise: last blocks of 128 keys that a tile always attends to
-     "calibration": {"tokens", "rank_tokens", "budget", "answer_budget", "density", "passes", "texts": [names],
+     "calibration": {"tokens", "budget", "answer_budget", "density", "passes", "texts": [names],
                      "whole": false where the time ended it,
                      "sets": {NAME: {"dense": NLL, "loss": in excess of it; of answers, KL divergence}}}}
 """

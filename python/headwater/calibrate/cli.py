@@ -11,7 +11,7 @@ from typing import Callable, List, Optional, Sequence, Union
 import torch
 
 from headwater.calibrate.file import Calibration, save
-from headwater.calibrate.meter import Meter, is_text, scored
+from headwater.calibrate.meter import Meter, Prompt, is_text
 from headwater.calibrate.search import FIRST, Measured, Outcome, OutOfTime, Setting, search, text_of
 from headwater.cluster.cli import digest
 from headwater.eval import prompts, texts
@@ -32,9 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add("--texts", nargs="+", required=True, metavar="FILE",
         help="calibration texts, of what will be served and not of what the model was trained on; names as in headwater.eval")
     add("--output", type=Path, required=True, metavar="FILE.json")
-    add("--tokens", type=int, default=32768, help="of the prompts that judge a choice: the longest that is to be served")
-    add("--rank_tokens", type=int, help="of the prompts that rank single changes, most of the passes; default: "
-        "--tokens, at most 65536")
+    add("--tokens", type=int, default=32768, help="of the prompts: the longest that is to be served")
     add("--windows", type=int, default=4, help="of each text that judge; one of each text ranks")
     add("--targets", type=int, default=32768, help="last tokens of a window, whose loss counts: at most half of it")
     add("--own", nargs="*", choices=prompts.TASKS, default=["words", "uuids"], help="retrieval prompts made from the seed")
@@ -43,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prompts", nargs="+", type=Path, default=[], metavar="FILE.jsonl", help="retrieval prompts, as in headwater.eval")
     add("--start", type=Path, metavar="FILE.json", help="goes on from this calibration, as of shorter prompts; saves most passes")
     add("--budget", type=float, default=0.003, help="nats a token that a text may lose: 0.003 is 0.3 %% of perplexity")
-    add("--answer_budget", type=float, default=0.02, help="nats a token: KL divergence of answers from dense attention's")
+    add("--answer_budget", type=float, default=0.01, help="nats a token: KL divergence of answers from dense attention's")
     add("--unit", choices=("head", "layer"), default="head", help="what has a setting of its own: a KV head, or a layer")
     add("--max_passes", type=int, default=5000, help="of the model over all prompts")
     add("--limit_s", type=float, default=math.inf, help="time of the search; the best choice until then is written")
@@ -53,11 +51,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """ValueError where a flag is out of range. Fills in what has no default."""
-    if args.rank_tokens is None:
-        args.rank_tokens = min(args.tokens, 65536)
+    """ValueError where a flag is out of range."""
     for name, least in (("windows", 0), ("targets", 1), ("own_prompts", 0), ("questions", 1), ("tokens", 1024),
-                        ("rank_tokens", 1024), ("max_passes", 2 * len(FIRST))):
+                        ("max_passes", 2 * len(FIRST))):
         if getattr(args, name) < least:
             raise ValueError(f"--{name}={getattr(args, name)}; at least {least} is wanted")
     for name in ("budget", "answer_budget"):
@@ -69,7 +65,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("no GPU: calibration runs the kernels that will serve")
 
 
-def gather(args: argparse.Namespace, tokenizer, tokens: int, most_windows: int) -> List[Union[Window, Item]]:
+def gather(args: argparse.Namespace, tokenizer) -> List[Union[Window, Item]]:
     """Windows of texts and retrieval questions, of `tokens` each."""
     prefix = tokenizer.encode("").ids
     found: List[Union[Window, Item]] = []
@@ -78,17 +74,17 @@ def gather(args: argparse.Namespace, tokenizer, tokens: int, most_windows: int) 
         title, text = texts.read_text(name)
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         hay = hay or ids
-        room = tokens - len(prefix)
+        room = args.tokens - len(prefix)
         if len(ids) < room:
             raise ValueError(f"text {name} has {len(ids)} tokens; {room} are wanted")
         targets = min(args.targets, room // 2)
-        for end in texts.window_ends(len(ids), room, targets, min(args.windows, most_windows)) if args.windows else []:
-            found.append(Window(f"ppl:{title}", title, texts.window(ids, end, tokens, prefix), targets))
+        for end in texts.window_ends(len(ids), room, targets, args.windows) if args.windows else []:
+            found.append(Window(f"ppl:{title}", title, texts.window(ids, end, args.tokens, prefix), targets))
     for task in args.own:
-        found += prompts.make_items(task, tokenizer, length=tokens - QUESTION_ROOM * args.questions, count=args.own_prompts,
+        found += prompts.make_items(task, tokenizer, length=args.tokens - QUESTION_ROOM * args.questions, count=args.own_prompts,
                                     seed=args.seed, questions=args.questions, text_ids=hay)
     for path in args.prompts:
-        found += by_length(list(read_items(path, tokenizer)), [tokens]).get(tokens, [])
+        found += by_length(list(read_items(path, tokenizer)), [args.tokens]).get(args.tokens, [])
     if not found:
         raise ValueError("nothing to calibrate on: give --windows, --own or --prompts")
     return found
@@ -101,15 +97,15 @@ class Watch:
         self._limit_s, self._say = limit_s, say
         self._start, self._passes = time.monotonic(), 0
 
-    def __call__(self, measure: Callable[[Sequence[Setting]], Measured]) -> Callable[[Sequence[Setting]], Measured]:
-        def watched(settings: Sequence[Setting]) -> Measured:
+    def __call__(self, measure: Callable[..., Measured]) -> Callable[..., Measured]:
+        def watched(*settings: Sequence[Setting]) -> Measured:
             elapsed = time.monotonic() - self._start
             if elapsed > self._limit_s:
                 raise OutOfTime
             self._passes += 1
             if self._passes == 20:
                 self._say(f"{elapsed / 19:.2f} s a pass")
-            return measure(settings)
+            return measure(*settings)
         return watched
 
 
@@ -120,7 +116,7 @@ def result(args: argparse.Namespace, path: Path, meter: Meter, out: Outcome) -> 
     thresholds, windows = meter.tables(out.settings)
     sets = {name: {"dense": round(meter.dense[name], 6), "loss": round(loss, 6)} for name, loss in out.measured.loss.items()}
     return Calibration(digest(path), meter.layers, meter.kv_heads, rows(thresholds), rows(windows),
-                       {"tokens": args.tokens, "rank_tokens": args.rank_tokens, "budget": args.budget, "answer_budget": args.answer_budget, "sets": sets,
+                       {"tokens": args.tokens, "budget": args.budget, "answer_budget": args.answer_budget, "sets": sets,
                         "density": round(out.measured.density, 6), "passes": out.passes, "whole": out.whole,
                         "texts": [str(name) for name in args.texts]})
 
@@ -135,21 +131,17 @@ def main(arguments: Optional[List[str]] = None) -> int:
         check(args)
         path = find_model(args.model)
         tokenizer = load_tokenizer(path)
-        found = [gather(args, tokenizer, *size) for size in ((args.tokens, args.windows), (args.rank_tokens, 1))]
+        found = gather(args, tokenizer)
         model = EvalModel.load(path, args.device, torch.bfloat16)
-        longest = max(len(scored(prompt)[1]) for some in found for prompt in some)
+        longest = max(len(Prompt.of(one).ids) for one in found)
         if longest > model.max_tokens:
             raise ModelError(f"a prompt of {longest} tokens; {path} is for {model.max_tokens} at most")
-        per_unit = model.model.config.num_key_value_heads if args.unit == "layer" else 1
-        judge, rank = (Meter(model, some, per_unit) for some in found)
-        if set(judge.dense) != set(rank.dense):
-            raise ValueError(f"sets at {args.tokens} tokens: {', '.join(sorted(judge.dense))}; at --rank_tokens={args.rank_tokens}: "
-                             f"{', '.join(sorted(rank.dense))}; the same are wanted")
-        budgets = {name: args.budget if is_text(name) else args.answer_budget for name in judge.dense}
+        meter = Meter(model, found, model.model.config.num_key_value_heads if args.unit == "layer" else 1)
+        budgets = {name: args.budget if is_text(name) else args.answer_budget for name in meter.dense}
         watch = Watch(args.limit_s, say)
-        out = search(judge.units, watch(rank), watch(judge), budgets,
-                     start=judge.settings_of(args.start) if args.start else None, most_passes=args.max_passes, say=say)
-        save(args.output, result(args, path, judge, out))
+        out = search(meter.units, watch(meter.rank), watch(meter), budgets,
+                     start=meter.settings_of(args.start) if args.start else None, most_passes=args.max_passes, say=say)
+        save(args.output, result(args, path, meter, out))
         print(f"{out.passes} passes; at {args.tokens} tokens {text_of(out.measured)}")
         if out.measured.density == 1:
             say(f"headwater.calibrate: nothing sparser than dense attention was found within --budget={args.budget:g} and "

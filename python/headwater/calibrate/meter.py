@@ -2,8 +2,9 @@
 
 import functools
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Dict, List, Sequence, Union
+from typing import Dict, List, Optional, Sequence, Union
 
 import torch
 
@@ -12,27 +13,68 @@ from headwater.calibrate.search import DENSE, THRESHOLDS, WINDOWS, Measured, Set
 from headwater.eval import policies
 from headwater.eval.attention import Stats
 from headwater.eval.items import Item
-from headwater.eval.model import EvalModel
+from headwater.eval.model import EvalModel, Pass
 from headwater.eval.runner import Window
 
-EXACT_LAST = 256  # tokens of a text: the policy's default
+EXACT_LAST = 256  # tokens of a text that attend to all: the policy's default
 
 
 def is_text(set_name: str) -> bool:
     return set_name.startswith("ppl:")
 
 
-def scored(prompt: Union[Window, Item]) -> tuple:
-    """(set, token ids, [(first, behind the last)] of the answers). The questions of a context follow it in one prompt, each after
-    the answers of those before."""
-    if isinstance(prompt, Window):
-        return prompt.set, prompt.ids, []
-    ids, spans = list(prompt.context_ids), []
-    for question in prompt.questions:
-        ids += question.prompt_ids
-        spans.append((len(ids), len(ids) + len(question.answer_ids)))
-        ids += question.answer_ids
-    return prompt.task, ids, spans
+@dataclass
+class Prompt:
+    """What is measured on, with what dense attention makes of it."""
+
+    set: str
+    ids: List[int]
+    exact: int  # last tokens that attend to all
+    targets: int = 0  # of a text
+    answers: list = field(default_factory=list)  # (first, behind the last)
+    dense_nll: float = math.nan  # nats a token, of targets or answers
+    dense_hidden: List[torch.Tensor] = field(default_factory=list)  # of the answers
+    # Of the pass that rank() stands on: inputs of layers, and densities of all.
+    inputs: Dict[int, torch.Tensor] = field(default_factory=dict)
+    densities: List[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, given: Union[Window, Item]) -> "Prompt":
+        """The questions of a context follow it in one prompt, each after the answers of those before. They attend to all, as in
+        serving the end of a prompt and what is decoded do."""
+        if isinstance(given, Window):
+            return cls(given.set, list(given.ids), EXACT_LAST, given.targets)
+        ids, answers = list(given.context_ids), []
+        for question in given.questions:
+            ids += question.prompt_ids
+            answers.append((len(ids), len(ids) + len(question.answer_ids)))
+            ids += question.answer_ids
+        return cls(given.task, ids, len(ids) - len(given.context_ids), answers=answers)
+
+    def take_dense(self, model: EvalModel, one: Pass) -> None:
+        """Measures dense attention's pass."""
+        if not self.answers:
+            self.dense_nll = self._nll(model, one)
+            return
+        self.dense_hidden = [one.hidden[begin - 1:end - 1].clone() for begin, end in self.answers]
+        self.dense_nll = _mean(model.divergence(hidden, hidden, self.ids[begin:end])[1]
+                               for hidden, (begin, end) in zip(self.dense_hidden, self.answers))
+
+    def loss(self, model: EvalModel, one: Pass) -> float:
+        """Nats a token. Of a text: NLL in excess of dense attention's. Of answers, which are too few tokens for that: KL divergence
+        from dense attention's distributions."""
+        if not self.answers:
+            return self._nll(model, one) - self.dense_nll
+        return _mean(model.divergence(one.hidden[begin - 1:end - 1], exact, self.ids[begin:end])[0]
+                     for exact, (begin, end) in zip(self.dense_hidden, self.answers))
+
+    def _nll(self, model: EvalModel, one: Pass) -> float:
+        return float(model.score_last(one, self.ids, self.targets).double().mean())
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
 
 
 class Trial:
@@ -45,10 +87,12 @@ class Trial:
 
         self._run = ops.PatternPolicy("headwater", {"dense_below_tokens": 0, "dense_last_tokens": exact}, thresholds=thresholds,
                                       windows=windows, **model)
+        self._last = model["layers"]
 
     def attend(self, layer, q, k, v):
-        if layer == 0:
+        if layer <= self._last:  # a prompt's first, which need not be 0
             self._run.begin(len(q))
+        self._last = layer
         out, found = self._run.attention(layer, q, k, v)
         return out, Stats(self.name, found.density)
 
@@ -61,14 +105,18 @@ class Meter:
         self.kv_heads, self.layers = config.num_key_value_heads, config.num_hidden_layers
         self._shape = {"layers": self.layers, "q_heads": config.num_attention_heads, "kv_heads": self.kv_heads,
                        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads}
-        self._model, self._prompts, self._per_unit = model, found, per_unit
+        self._model, self._per_unit = model, per_unit
         self.units = self.layers * self.kv_heads // per_unit
-        self._exact: List[torch.Tensor] = []  # hidden states that give the answers
-        self._first = True
-        self.dense = self._measure(lambda exact: policies.make("dense"))[0]
-        for name, loss in self.dense.items():
-            if not math.isfinite(loss):
-                raise ValueError(f"dense attention's loss on {name} is {loss}")
+        self._prompts = [Prompt.of(one) for one in found]
+        self._base: Optional[List[Setting]] = None
+        for prompt in self._prompts:
+            prompt.take_dense(model, model.prefill(prompt.ids, policies.make("dense")))
+            if not math.isfinite(prompt.dense_nll):
+                raise ValueError(f"dense attention's loss on {prompt.set} is {prompt.dense_nll}")
+        sets = {prompt.set: [one.dense_nll for one in self._prompts if one.set == prompt.set] for prompt in self._prompts}
+        self.dense = {name: _mean(each) for name, each in sets.items()}
+        firsts = {prompt.set: prompt for prompt in reversed(self._prompts)}
+        self._ranking = [one for one in self._prompts if one.answers or firsts[one.set] is one]
 
     def tables(self, settings: Sequence[Setting]) -> tuple:
         """(thresholds, windows), [layers * kv_heads] each."""
@@ -88,39 +136,45 @@ class Meter:
         return found
 
     def __call__(self, settings: Sequence[Setting]) -> Measured:
-        """Nats a token. Texts: NLL in excess of dense attention's. Answers, which are too few tokens for that: KL divergence from
-        dense attention's distributions."""
-        nll, divergence, density = self._measure(functools.partial(Trial, *self.tables(settings), self._shape))
-        loss = {name: divergence[name] if name in divergence else nll[name] - self.dense[name] for name in nll}
-        return Measured(loss, density)
+        return self._measured(settings, self._prompts)
 
-    def _measure(self, make: Callable[[int], policies.Policy]) -> tuple:
-        """Means by set, in nats a token: NLL of all, divergence of answers; and the mean density. `make` is given how many of the
-        last tokens attend to all: questions do, as in serving the end of a prompt does, and what is decoded. The first call is
-        dense attention's."""
-        first, number, densities = self._first, 0, []
-        self._first = False
-        made: Dict[int, policies.Policy] = {}
+    def rank(self, base: Sequence[Setting], settings: Sequence[Setting]) -> Measured:
+        """On one window of each text and all answers; the layers before the first where `settings` differs from `base` are not run
+        again. What they gave is kept until another base comes, in at most half of the GPU's free memory."""
+        if list(base) != self._base:
+            self._base = None
+            for prompt in self._ranking:
+                prompt.inputs = {}
+            self._step = self._layers_per_input()
+            self._base_measured = self._measured(base, self._ranking, keep=range(self._step, self.layers, self._step))
+            self._base = list(base)
+        differing = [unit for unit, (one, other) in enumerate(zip(base, settings)) if one != other]
+        if not differing:
+            return self._base_measured
+        layer = differing[0] * self._per_unit // self.kv_heads
+        return self._measured(settings, self._ranking, first=layer - layer % self._step)
+
+    def _layers_per_input(self) -> int:
+        if self._model.device.type != "cuda":
+            return 1
+        width = self._model.model.config.hidden_size * self._model.model.dtype.itemsize
+        layer = sum(len(prompt.ids) for prompt in self._ranking) * width
+        return max(1, math.ceil(2 * self.layers * layer / max(1, torch.cuda.mem_get_info(self._model.device)[0])))
+
+    def _measured(self, settings: Sequence[Setting], prompts: Sequence[Prompt], *, first: int = 0,
+                  keep: Optional[Sequence[int]] = None) -> Measured:
+        """first: the layer to begin with, by what a call with `keep` kept of it."""
+        make = functools.cache(functools.partial(Trial, *self.tables(settings), self._shape))
         losses: Dict[str, List[float]] = {}
-        divergences: Dict[str, List[float]] = {}
-        for prompt in self._prompts:
-            name, ids, spans = scored(prompt)
-            exact = EXACT_LAST if isinstance(prompt, Window) else len(ids) - len(prompt.context_ids)
-            if exact not in made:
-                made[exact] = make(exact)
-            one = self._model.prefill(ids, made[exact])
-            densities.append(one.density())
-            if isinstance(prompt, Window):
-                nll = self._model.score_last(one, ids, prompt.targets)
-                losses.setdefault(name, []).append(float(nll.double().mean()))
-                continue
-            for begin, end in spans:
-                hidden = one.hidden[begin - 1:end - 1]
-                if first:
-                    self._exact.append(hidden.clone())
-                divergence, loss = self._model.divergence(hidden, self._exact[number], ids[begin:end])
-                divergences.setdefault(name, []).append(divergence)
-                losses.setdefault(name, []).append(loss)
-                number += 1
-        means = [{name: sum(each) / len(each) for name, each in sums.items()} for sums in (losses, divergences)]
-        return (*means, sum(densities) / len(densities))
+        densities = []
+        for prompt in prompts:
+            if first > 0:
+                one = self._model.prefill_from(first, prompt.inputs[first], make(prompt.exact))
+            else:
+                one = self._model.prefill(prompt.ids, make(prompt.exact), keep_inputs=keep or ())
+            of_layers = [*prompt.densities[:first], *(stats.density() for stats in one.stats)]
+            if keep is not None:
+                prompt.inputs, prompt.densities = one.inputs, of_layers
+            losses.setdefault(prompt.set, []).append(prompt.loss(self._model, one))
+            densities.append(_mean(of_layers))
+        return Measured({name: _mean(each) for name, each in losses.items()}, _mean(densities))

@@ -9,7 +9,7 @@ Setting = Tuple[float, int]
 THRESHOLDS = (2.0, 0.2, 0.1, 0.05, 0.02, 0.005)  # from sparse to dense; over 1: nothing is searched
 WINDOWS = (4, 16, 64, 128)  # blocks of 128 keys
 DENSE: Setting = (0.0, WINDOWS[-1])
-FIRST = (*((threshold, window) for threshold in (2.0, 0.2, 0.05) for window in WINDOWS), (0.005, 16))
+FIRST = (*((2.0, window) for window in WINDOWS), (0.2, 16), (0.2, 128), (0.05, 16), (0.05, 64), (0.05, 128), (0.005, 16))
 START: Setting = (0.05, 64)
 LEAST_GAIN = 0.02  # of the density: a round that saves less is the last
 
@@ -51,13 +51,13 @@ class Outcome:
     history: List[Tuple[float, float]]  # (share of the budget spent, density) after each round
 
 
-def search(units: int, rank: Callable[[Sequence[Setting]], Measured], judge: Callable[[Sequence[Setting]], Measured],
+def search(units: int, rank: Callable[[Sequence[Setting], Sequence[Setting]], Measured], judge: Callable[[Sequence[Setting]], Measured],
            budgets: Dict[str, float], *, start: Optional[Sequence[Setting]] = None, most_passes: int = 10**9,
            say: Callable[[str], None] = lambda text: None) -> Outcome:
     """Settings for `units` under which every set of `judge` holds its budget, at a density as low as is found.
 
-    A round ranks: it measures by `rank`, whose sets are the judge's, what each option of each unit changes, the others where
-    they are: the neighbours of each unit's setting. The first round stands on `start`; without it on START, and its options are
+    A round ranks: it measures what each option of each unit changes, the others where they are, by rank(where all are, with the
+    option), whose sets are the judge's. Options are the neighbours of each unit's setting. The first round stands on `start`; without it on START, and its options are
     all of FIRST. From the options that lose least units step to sparser ones, those first that save most density for what they
     lose; as many steps as hold, by bisection with each choice judged, give the state that the next round stands on. Sets that
     spend more of their budgets weigh more. Dense attention, which loses nothing, is the answer where nothing holds. Passes are
@@ -143,7 +143,7 @@ class _Run:
 
         def ranked(settings: Sequence[Setting]) -> Measured:
             self.passes += 1
-            return self._rank(settings)
+            return self._rank(now.settings, settings)
 
         base = ranked(now.settings)
         changes: List[List[_Change]] = [[(0.0, 0.0, setting)] for setting in now.settings]

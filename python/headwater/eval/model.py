@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
@@ -56,6 +56,7 @@ class Pass:
     hidden: Optional[torch.Tensor] = None  # [tokens, width], after the last norm
     cache: Any = None
     prefill_ms: float = 0.0
+    inputs: Dict[int, torch.Tensor] = field(default_factory=dict)  # of layers that were asked for, [tokens, width]
     _spans: list = field(default_factory=list)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -135,17 +136,44 @@ class EvalModel:
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int], policy: Policy, *, keep_cache: bool = False,
-                sample: Optional[Sample] = None) -> Pass:
-        """The whole prompt (token ids) and the logits of its last token, timed; synchronises."""
+                sample: Optional[Sample] = None, keep_inputs: Sequence[int] = ()) -> Pass:
+        """The whole prompt (token ids) and the logits of its last token, timed; synchronises. keep_inputs: layers."""
         one = Pass(policy, sample, cache=DynamicCache() if keep_cache else None)
         tokens = torch.tensor([list(ids)], device=self.device)
         self._synchronize()
         start = time.perf_counter()
-        one.hidden = self._forward(tokens, one)
+        with self._keeping(one, keep_inputs):
+            one.hidden = self._forward(tokens, one)
         self._head(one.hidden[-1:])
         self._synchronize()
         one.prefill_ms = (time.perf_counter() - start) * 1e3
         return one
+
+    @torch.inference_mode()
+    def prefill_from(self, layer: int, inputs: torch.Tensor, policy: Policy) -> Pass:
+        """A prompt from a layer on, by what prefill() kept of its inputs."""
+        one = Pass(policy)
+        base = self.model.base_model
+        layers, base.layers = base.layers, base.layers[layer:]
+        try:
+            one.hidden = base(inputs_embeds=inputs[None], use_cache=False, headwater_pass=one).last_hidden_state[0]
+        finally:
+            base.layers = layers
+        return one
+
+    @contextmanager
+    def _keeping(self, one: Pass, layers: Sequence[int]):
+        def hook(layer: int):
+            def keep(_, args, more):
+                one.inputs[layer] = (args[0] if args else more["hidden_states"])[0]
+            return keep
+
+        hooks = [self.model.base_model.layers[layer].register_forward_pre_hook(hook(layer), with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for one_hook in hooks:
+                one_hook.remove()
 
     @torch.inference_mode()
     def score_last(self, one: Pass, ids: Sequence[int], targets: int) -> torch.Tensor:
