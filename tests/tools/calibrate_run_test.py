@@ -166,6 +166,20 @@ class MeterTest(unittest.TestCase):
                 base = [(2.0, 4)] * 6
             self.assertEqual(len(model.model.base_model.layers), 3)
 
+    def test_density_is_that_of_what_is_served(self):
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(meter, "Trial", Windows):
+            tiny_model.save_model(Path(folder))
+            model = EvalModel.load(Path(folder), "cpu", torch.float32)
+            ids = [7 * n * n % 251 for n in range(300)]
+            text = Window("ppl:a", "a", ids, 100)
+            own, given = (Item(task, f"{task}:0", ids[:200], [Question([3, 4], [5, 6, 7])]) for task in ("own_words", "words"))
+            density = {name: meter.Meter(model, some, 1)([(2.0, 4)] * 6).density
+                       for name, some in (("text", [text]), ("own", [own]), ("given", [given]), ("both", [text, own]),
+                                          ("all", [text, given, own]))}
+            self.assertEqual(density["both"], density["text"])
+            self.assertNotEqual(density["text"], density["own"])
+            self.assertAlmostEqual(density["all"], (density["text"] + density["given"]) / 2)
+
     def test_questions_attend_to_all(self):
         seen = []
 

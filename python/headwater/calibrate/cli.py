@@ -35,7 +35,8 @@ def parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=32768, help="of the prompts: the longest that is to be served")
     add("--windows", type=int, default=4, help="of each text that judge; one of each text ranks")
     add("--targets", type=int, default=32768, help="last tokens of a window, whose loss counts: at most half of it")
-    add("--own", nargs="*", choices=prompts.TASKS, default=["words", "uuids"], help="retrieval prompts made from the seed")
+    add("--own", nargs="*", choices=prompts.TASKS, default=["words", "uuids"],
+        help="retrieval prompts made from the seed; what they lose counts, not how dense they are")
     add("--own_prompts", type=int, default=1, help="of a task")
     add("--questions", type=int, default=4, help="of such a prompt")
     add("--prompts", nargs="+", type=Path, default=[], metavar="FILE.jsonl", help="retrieval prompts, as in headwater.eval")

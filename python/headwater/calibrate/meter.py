@@ -23,6 +23,11 @@ def is_text(set_name: str) -> bool:
     return set_name.startswith("ppl:")
 
 
+def is_own(set_name: str) -> bool:
+    """Made here: what is asked for, not what will be served."""
+    return set_name.startswith("own_")
+
+
 @dataclass
 class Prompt:
     """What is measured on, with what dense attention makes of it."""
@@ -117,6 +122,7 @@ class Meter:
         self.dense = {name: _mean(each) for name, each in sets.items()}
         firsts = {prompt.set: prompt for prompt in reversed(self._prompts)}
         self._ranking = [one for one in self._prompts if one.answers or firsts[one.set] is one]
+        self._all_own = all(map(is_own, self.dense))
 
     def tables(self, settings: Sequence[Setting]) -> tuple:
         """(thresholds, windows), [layers * kv_heads] each."""
@@ -163,7 +169,7 @@ class Meter:
 
     def _measured(self, settings: Sequence[Setting], prompts: Sequence[Prompt], *, first: int = 0,
                   keep: Optional[Sequence[int]] = None) -> Measured:
-        """first: the layer to begin with, by what a call with `keep` kept of it."""
+        """first: the layer to begin with, by what a call with `keep` kept of it. The density is that of prompts not made here."""
         make = functools.cache(functools.partial(Trial, *self.tables(settings), self._shape))
         losses: Dict[str, List[float]] = {}
         densities = []
@@ -176,5 +182,6 @@ class Meter:
             if keep is not None:
                 prompt.inputs, prompt.densities = one.inputs, of_layers
             losses.setdefault(prompt.set, []).append(prompt.loss(self._model, one))
-            densities.append(_mean(of_layers))
+            if self._all_own or not is_own(prompt.set):
+                densities.append(_mean(of_layers))
         return Measured({name: _mean(each) for name, each in losses.items()}, _mean(densities))

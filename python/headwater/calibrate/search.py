@@ -29,7 +29,7 @@ class Measured:
     """Of one choice of settings."""
 
     loss: Dict[str, float]  # by set: what the budget is for
-    density: float  # mean over layers and heads
+    density: float  # mean over layers and heads, of what will be served
 
     def spent(self, budgets: Dict[str, float]) -> float:
         """The largest share of a budget that a set uses; infinite where a loss is no number."""
