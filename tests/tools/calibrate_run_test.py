@@ -81,10 +81,10 @@ class CalibrateTest(unittest.TestCase):
         status, out, err = self.run_main("--output", path, "--tokens", 1024, "--windows", 2, "--targets", 400, "--own",
                                          "--budget", budget)
         self.assertEqual(status, 0, err)
-        self.assertIn("passes; at 1024 tokens density", out)
+        self.assertIn("passes; density", out)
         made = calibrate.load(path)
         self.assertEqual((made.layers, made.kv_heads), (3, 2))
-        found = made.calibration["sets"]["ppl:story"]
+        found = made.calibration["sets"]["ppl:story:1024"]
         self.assertLess(made.calibration["density"], 1)
         self.assertLessEqual(found["loss"], budget)
         args = cli.parser().parse_args([str(self.model), "--texts", str(self.folder / "story.txt"), "--output", "x", "--tokens",
@@ -93,9 +93,17 @@ class CalibrateTest(unittest.TestCase):
         again = meter.Meter(model, cli.gather(args, cli.load_tokenizer(self.model)), 1)
         settings = list(zip(made.flat_thresholds(), made.flat_windows()))
         measured = again(settings)
-        self.assertAlmostEqual(measured.loss["ppl:story"], found["loss"], places=4)
+        self.assertAlmostEqual(measured.loss["ppl:story:1024"], found["loss"], places=4)
         self.assertAlmostEqual(measured.density, made.calibration["density"], places=4)
         self.assertEqual(again.settings_of(path), settings)
+
+    def test_every_length_has_sets_of_its_own(self):
+        path = self.folder / "lengths.json"
+        status, _, err = self.run_main("--output", path, "--tokens", 1024, 1536, "--windows", 1, "--targets", 100, "--own", "words",
+                                       "--questions", 1, "--budget", 0.5, "--unit", "layer")
+        self.assertEqual(status, 0, err)
+        self.assertEqual(set(calibrate.load(path).calibration["sets"]),
+                         {"ppl:story:1024", "ppl:story:1536", "own_words:1024", "own_words:1536"})
 
     def test_without_time_every_head_is_dense(self):
         path = self.folder / "none.json"
@@ -119,7 +127,7 @@ class CalibrateTest(unittest.TestCase):
         self.assertIn("threshold 0.3 with window", err)
 
     def test_refuses(self):
-        for words, text in ((("--tokens", 512), "--tokens=512"), (("--tokens", 1024, "--limit_s", 0), "--limit_s=0"),
+        for words, text in ((("--tokens", 512), "--tokens=512"), (("--tokens", 1024, 1024), "--tokens=1024 1024"), (("--tokens", 1024, "--limit_s", 0), "--limit_s=0"),
                             (("--tokens", 1024, "--budget", 0), "--budget=0"),
                             (("--tokens", 4096), "a prompt of 4096 tokens"), (("--tokens", 8192), "story.txt has"),
                             (("--tokens", 1024, "--windows", 0, "--own"), "nothing to calibrate on")):

@@ -19,7 +19,7 @@ The file, which load() reads and checks:
      "layers": 32, "kv_heads": 8,
      "thresholds": [[...] ...],     [layers][KV heads]: over 0 and at most 1 a threshold, 0 dense, over 1 not searched
      "windows": [[...] ...],        likewise: last blocks of 128 keys that a tile always attends to
-     "calibration": {"tokens", "budget", "answer_budget", "density", "passes", "texts": [names],
+     "calibration": {"tokens": [lengths], "budget", "answer_budget", "density", "passes", "texts": [names],
                      "whole": false where the time ended it,
                      "sets": {NAME: {"dense": NLL, "loss": in excess of it; of answers, KL divergence}}}}
 """

@@ -4,7 +4,7 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, List, Optional, Sequence, Union
 
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add("--texts", nargs="+", required=True, metavar="FILE",
         help="calibration texts, of what will be served and not of what the model was trained on; names as in headwater.eval")
     add("--output", type=Path, required=True, metavar="FILE.json")
-    add("--tokens", type=int, default=32768, help="of the prompts: the longest that is to be served")
+    add("--tokens", type=int, nargs="+", default=[32768], help="of the prompts: lengths that are to be served, the longest among them")
     add("--windows", type=int, default=4, help="of each text that judge; one of each text ranks")
     add("--targets", type=int, default=32768, help="last tokens of a window, whose loss counts: at most half of it")
     add("--own", nargs="*", choices=prompts.TASKS, default=["words", "uuids"],
@@ -53,10 +53,11 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """ValueError where a flag is out of range."""
-    for name, least in (("windows", 0), ("targets", 1), ("own_prompts", 0), ("questions", 1), ("tokens", 1024),
-                        ("max_passes", 2 * len(FIRST))):
+    for name, least in (("windows", 0), ("targets", 1), ("own_prompts", 0), ("questions", 1), ("max_passes", 2 * len(FIRST))):
         if getattr(args, name) < least:
             raise ValueError(f"--{name}={getattr(args, name)}; at least {least} is wanted")
+    if min(args.tokens) < 1024 or len(set(args.tokens)) < len(args.tokens):
+        raise ValueError(f"--tokens={' '.join(map(str, args.tokens))}; different lengths of at least 1024 are wanted")
     for name in ("budget", "answer_budget"):
         if not 0 < getattr(args, name) <= 10:
             raise ValueError(f"--{name}={getattr(args, name)}; over 0 and at most 10 is wanted")
@@ -67,25 +68,28 @@ def check(args: argparse.Namespace) -> None:
 
 
 def gather(args: argparse.Namespace, tokenizer) -> List[Union[Window, Item]]:
-    """Windows of texts and retrieval questions, of `tokens` each."""
+    """Windows of texts and retrieval questions. A set is a text or a task at one length."""
     prefix = tokenizer.encode("").ids
     found: List[Union[Window, Item]] = []
-    hay: Sequence[int] = []
+    read = []
     for name in args.texts:
         title, text = texts.read_text(name)
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        hay = hay or ids
-        room = args.tokens - len(prefix)
-        if len(ids) < room:
-            raise ValueError(f"text {name} has {len(ids)} tokens; {room} are wanted")
+        read.append((name, title, tokenizer.encode(text, add_special_tokens=False).ids))
+    given = [item for path in args.prompts for item in read_items(path, tokenizer)]
+    for tokens in args.tokens:
+        room = tokens - len(prefix)
         targets = min(args.targets, room // 2)
-        for end in texts.window_ends(len(ids), room, targets, args.windows) if args.windows else []:
-            found.append(Window(f"ppl:{title}", title, texts.window(ids, end, args.tokens, prefix), targets))
-    for task in args.own:
-        found += prompts.make_items(task, tokenizer, length=args.tokens - QUESTION_ROOM * args.questions, count=args.own_prompts,
-                                    seed=args.seed, questions=args.questions, text_ids=hay)
-    for path in args.prompts:
-        found += by_length(list(read_items(path, tokenizer)), [args.tokens]).get(args.tokens, [])
+        for name, title, ids in read:
+            if len(ids) < room:
+                raise ValueError(f"text {name} has {len(ids)} tokens; {room} are wanted")
+            for end in texts.window_ends(len(ids), room, targets, args.windows) if args.windows else []:
+                found.append(Window(f"ppl:{title}:{tokens}", title, texts.window(ids, end, tokens, prefix), targets))
+        items = by_length(given, [tokens]).get(tokens, [])
+        for task in args.own:
+            items = [*items, *prompts.make_items(task, tokenizer, length=tokens - QUESTION_ROOM * args.questions,
+                                                 count=args.own_prompts, seed=args.seed, questions=args.questions,
+                                                 text_ids=read[0][2])]
+        found += [replace(item, task=f"{item.task}:{tokens}") for item in items]
     if not found:
         raise ValueError("nothing to calibrate on: give --windows, --own or --prompts")
     return found
@@ -143,7 +147,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         out = search(meter.units, watch(meter.rank), watch(meter), budgets,
                      start=meter.settings_of(args.start) if args.start else None, most_passes=args.max_passes, say=say)
         save(args.output, result(args, path, meter, out))
-        print(f"{out.passes} passes; at {args.tokens} tokens {text_of(out.measured)}")
+        print(f"{out.passes} passes; {text_of(out.measured)}")
         if out.measured.density == 1:
             say(f"headwater.calibrate: nothing sparser than dense attention was found within --budget={args.budget:g} and "
                 f"--answer_budget={args.answer_budget:g}: every head is dense")
