@@ -32,8 +32,8 @@ struct ModelConfig {
   bool output_bias = false;  // attention's output projection (Llama's attention_bias)
   bool mlp_bias = false;
   bool qk_norm = false;
-  kernels::RopeFrequencies rope;
-  std::string rope_text;  // what `rope` was made from; equal for equal parameters only
+  kernels::RopeFrequencies rope;  // with yarn's attention factor
+  std::string rope_text;          // what `rope` was made from; equal for equal parameters only
   // Tokens that end a generation; may be empty. generation_config.json's, where it names any, else
   // config.json's.
   std::vector<int32_t> eos_token_ids;
@@ -41,9 +41,11 @@ struct ModelConfig {
 
 // Parses config.json. Takes both spellings that transformers 4 and 5 write (torch_dtype/dtype; rope_theta +
 // rope_scaling / rope_parameters). Refuses by name what would silently change the result: unknown
-// architectures, an active sliding window, rope types other than default and llama3, partial_rotary_factor
-// other than 1, quantization_config, dual-chunk attention, activations other than SiLU, sizes out of range.
-// Fields that are absent take transformers' defaults for the architecture.
+// architectures, an active sliding window, rope types other than default, linear, llama3 and yarn, unknown
+// keys of a rope's block, partial_rotary_factor other than 1, quantization_config, dual-chunk attention,
+// activations other than SiLU, sizes out of range. max_position_embeddings is the limit as it stands,
+// whatever the rope's factor: who adds yarn to a checkpoint raises it, as with transformers. Fields that are
+// absent take transformers' defaults for the architecture.
 //
 // UNIMPLEMENTED: well-formed, but not supported; INVALID_ARGUMENT: malformed, contradictory or out of range.
 // The message names the field, its value and what is taken.

@@ -108,10 +108,10 @@ TEST_P(GoldenGeneratorTest, ReadsBf16CachesInPlace) {
   ExpectReadsAsF32(GetParam(), v1::KV_DTYPE_BF16, kernels::DType::kBF16);
 }
 
-// bf16 moves the logits of the qwens, which are large, by up to half a unit, and the llamas' by up to 0.02;
+// bf16 moves the logits of the qwens, which are large, by up to half a unit, and the llamas' by up to 0.07;
 // wider choices must not change.
 TEST_P(GoldenGeneratorTest, MakesTheSameClearChoicesInBf16) {
-  const float margin = GetParam().starts_with("llama") ? 0.05f : 1.0f;
+  const float margin = GetParam().starts_with("llama") ? 0.1f : 1.0f;
   const Golden golden = ReadGolden(GetParam());
   const auto exact = LoadModel(golden.directory);
   const auto model = LoadModel(golden.directory, kernels::DType::kBF16);

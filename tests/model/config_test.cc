@@ -1,5 +1,6 @@
 #include "model/config.h"
 
+#include <cmath>
 #include <string>
 #include <utility>
 #include <vector>
@@ -93,6 +94,20 @@ TEST(ParseModelConfig, ReadsBothSpellingsAlike) {
   ASSERT_TRUE(new_config.ok()) << new_config.status();
   EXPECT_EQ(old_config->rope.inverse, new_config->rope.inverse);
   EXPECT_EQ(old_config->rope_text, new_config->rope_text);
+}
+
+TEST(ParseModelConfig, TakesYarnToTheFrequenciesAndLeavesTheLimit) {
+  json config = Qwen2Json();
+  const auto plain = ParseModelConfig(config.dump());
+  config["rope_scaling"] = {{"type", "yarn"}, {"factor", 4.0}, {"original_max_position_embeddings", 16384}};
+  const auto yarn = ParseModelConfig(config.dump());
+  ASSERT_TRUE(plain.ok()) << plain.status();
+  ASSERT_TRUE(yarn.ok()) << yarn.status();
+  EXPECT_DOUBLE_EQ(yarn->rope.attention_factor, 1 + 0.1 * std::log(4.0));
+  EXPECT_EQ(yarn->rope.inverse.front(), plain->rope.inverse.front());
+  EXPECT_DOUBLE_EQ(yarn->rope.inverse.back(), plain->rope.inverse.back() / 4);
+  EXPECT_NE(yarn->rope_text, plain->rope_text);
+  EXPECT_EQ(yarn->max_position, plain->max_position);
 }
 
 TEST(ParseModelConfig, ReadsQwenAndMistral) {
@@ -230,31 +245,21 @@ INSTANTIATE_TEST_SUITE_P(
                {{"layer_types", {"full_attention", "sliding_attention"}}},
                kUnimplemented,
                {"layer_types", "sliding_attention"}},
-        Change{"rope_linear",
-               LlamaJson(),
-               {{"rope_scaling", {{"type", "linear"}, {"factor", 2.0}}}},
-               kUnimplemented,
-               {"rope_scaling.type is \"linear\"", "default, llama3"}},
         Change{"rope_dynamic",
                LlamaJson(),
                {{"rope_scaling", {{"rope_type", "dynamic"}, {"factor", 2.0}}}},
                kUnimplemented,
-               {"rope_scaling.rope_type is \"dynamic\""}},
-        Change{"rope_yarn",
-               Qwen2Json(),
-               {{"rope_parameters", {{"rope_type", "yarn"}, {"factor", 4.0}}}},
-               kUnimplemented,
-               {"rope_parameters.rope_type is \"yarn\""}},
+               {"rope_scaling.rope_type is \"dynamic\"", "default, linear, llama3, yarn"}},
         Change{"rope_longrope",
                LlamaJson(),
                {{"rope_scaling", {{"rope_type", "longrope"}}}},
                kUnimplemented,
                {"longrope"}},
-        Change{"rope_yarn_nested",
+        Change{"rope_longrope_nested",
                Qwen3Json(),
-               {{"rope_parameters", {{"full_attention", {{"rope_type", "yarn"}}}}}},
+               {{"rope_parameters", {{"full_attention", {{"type", "longrope"}}}}}},
                kUnimplemented,
-               {"rope_parameters.full_attention.rope_type is \"yarn\""}},
+               {"rope_parameters.full_attention.type is \"longrope\""}},
         Change{"partial",
                LlamaJson(),
                {{"partial_rotary_factor", 0.5}},

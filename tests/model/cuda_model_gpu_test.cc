@@ -291,7 +291,7 @@ TEST(CudaModelFp8GpuTest, RandomWeightsAreThoseOfBf16Quantized) {
 
 TEST(CudaModelGpuTest, EqualsTransformers) {
   HW_REQUIRE_SM90();
-  for (const char* name : {"llama_d128", "qwen3_d64"}) {
+  for (const char* name : {"llama_d128", "qwen3_d64", "qwen3_yarn"}) {
     const testing::Golden golden = testing::ReadGolden(name);
     const auto device = CudaModel::Load({golden.directory});
     ASSERT_TRUE(device.ok()) << name << ": " << device.status();

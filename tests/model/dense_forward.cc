@@ -68,11 +68,15 @@ absl::StatusOr<DenseResult> ForwardDense(const Model& model, absl::Span<const in
   return result;
 }
 
-Golden ReadGolden(absl::string_view name) {
-  Golden golden;
+std::string GoldenPath(absl::string_view name) {
   // The variable: for test programs that run away from their checkout.
   const char* const moved = std::getenv("HW_GOLDEN_DIR");
-  golden.directory = absl::StrCat(moved != nullptr ? moved : HW_GOLDEN_DIR, "/", name);
+  return absl::StrCat(moved != nullptr ? moved : HW_GOLDEN_DIR, "/", name);
+}
+
+Golden ReadGolden(absl::string_view name) {
+  Golden golden;
+  golden.directory = GoldenPath(name);
   const OwnedTensors tensors = ReadTensors(golden.directory + "/golden.safetensors");
   golden.tokens = ElementsOf<int32_t>(tensors, "tokens");
   golden.expected.logits = ElementsOf<float>(tensors, "logits");
@@ -84,7 +88,9 @@ Golden ReadGolden(absl::string_view name) {
   return golden;
 }
 
-std::vector<std::string> GoldenNames() { return {"llama", "llama_d128", "qwen2", "qwen3", "qwen3_d64"}; }
+std::vector<std::string> GoldenNames() {
+  return {"llama", "llama_d128", "llama_linear", "qwen2", "qwen3", "qwen3_d64", "qwen3_yarn"};
+}
 
 double RelativeError(absl::Span<const float> a, absl::Span<const float> b) {
   if (a.size() != b.size()) return std::numeric_limits<double>::infinity();

@@ -23,6 +23,9 @@ struct DenseResult {
 
 absl::StatusOr<DenseResult> ForwardDense(const Model& model, absl::Span<const int32_t> tokens);
 
+// Of a file or folder of tests/model/golden.
+std::string GoldenPath(absl::string_view name);
+
 // One folder of tests/model/golden; README.md there describes the files.
 struct Golden {
   std::string directory;

@@ -90,9 +90,10 @@ TEST(BeforeAttention, DoesNotDependOnHowTokensAreCut) {
   EXPECT_LE(RelativeError(joined.v, whole->v), 1e-6);
 }
 
-// Rotating what position 0 gives (no rotation) by angles in long double must give what a far position gives.
+// Rotating what position 0 gives (no rotation, but yarn's factor) by angles in long double must give what a
+// far position gives.
 TEST(BeforeAttention, RotatesExactlyAtFarPositions) {
-  for (const char* name : {"llama", "qwen2"}) {
+  for (const char* name : {"llama", "qwen2", "qwen3_yarn"}) {
     const auto model = LoadGolden(name);
     const ModelConfig& config = model->config();
     const int half = config.head_dim / 2;

@@ -304,6 +304,22 @@ TEST(Fingerprint, ChangesWithOneBitOfAnyTensorAndWithTheConfig) {
   EXPECT_EQ((*LoadFrom(dir))->fingerprint(), plain);
 }
 
+TEST(Fingerprint, ChangesWithWhatScalesTheRotation) {
+  const Source source = ReadSource("qwen3_yarn");
+  const std::string plain =
+      (*Model::Load({ReadGolden("qwen3_yarn").directory, DType::kF32, 0}))->fingerprint();
+  const std::pair<const char*, const char*> edits[] = {
+      {"\"factor\": 4.0", "\"factor\": 4.5"},
+      {"\"factor\": 4.0", "\"factor\": 4.0, \"attention_factor\": 1.0"},
+      {"\"beta_fast\": 4.0", "\"beta_fast\": 32.0"},
+      {"\"original_max_position_embeddings\": 64", "\"original_max_position_embeddings\": 128"}};
+  for (const auto& [from, to] : edits) {
+    TempDir dir;
+    WriteSource(dir, {Replaced(source.config, from, to), source.tensors});
+    EXPECT_NE((*LoadFrom(dir))->fingerprint(), plain) << to;
+  }
+}
+
 // RFC 3720, B.4.
 TEST(Crc32c, AgreesWithTheStandard) {
   const std::vector<uint8_t> zeros(32, 0);

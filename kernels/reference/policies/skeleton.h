@@ -44,7 +44,8 @@ struct SkeletonParameters {
   double budget_blocks = 0;
   double rope_base = 500000;  // 1 to 1e12: theta_m = base^(-2m / head_dim); token t is at position t
   // Not empty: theta_m themselves, head_dim / 2 of them (models that scale them). They rotate pairs (m, m +
-  // head_dim / 2) as CudaSplitQkv() does.
+  // head_dim / 2) as CudaSplitQkv() does. A factor on cos and sin (yarn's) stays in khat, and kappa is fitted
+  // to it.
   std::vector<double> frequencies;
 };
 
