@@ -89,7 +89,7 @@ TEST(AssignmentCheckTest, AnAssignmentWithoutAPolicyGetsTheDefaultWithItsTables)
   EXPECT_EQ(job->policy->name(), "headwater");
   const auto& own = std::get<kernels::HeadwaterParameters>(job->policy->parameters());
   EXPECT_EQ(own.thresholds, std::vector<float>{0.5f});
-  EXPECT_EQ(own.dense_below_tokens, 8192);
+  EXPECT_EQ(own.dense_below_tokens, 16384);
 
   (*assignment.mutable_policy()->mutable_parameters())["threshold"] = 0.2;
   const auto tuned = CheckAssignment(assignment, {&backend, "w1"});

@@ -144,8 +144,8 @@ TEST_F(CudaPolicyGpuTest, GroupsShortOfRecallReadMoreOrGoDense) {
   QualityBound quality;
   quality.min_recall = 0.95;
   // Sinks, window and the best block of nearly even attention hold little of it.
-  const auto got = Run(12'000, "headwater", {{"threshold", 1}}, quality);
-  const auto free = Run(12'000, "headwater", {{"threshold", 1}});
+  const auto got = Run(12'000, "headwater", {{"threshold", 1}, {"dense_below_tokens", 0}}, quality);
+  const auto free = Run(12'000, "headwater", {{"threshold", 1}, {"dense_below_tokens", 0}});
   ASSERT_TRUE(got->result.ok()) << got->result.status();
   ASSERT_TRUE(free->result.ok()) << free->result.status();
 

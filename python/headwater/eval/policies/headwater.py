@@ -24,7 +24,7 @@ class Headwater(Published):
     window_blocks: int = 16
     dense_last_tokens: int = 256
     correction: int = 1
-    dense_below_tokens: int = 8192
+    dense_below_tokens: int = 16384
     calibration: str = dataclasses.field(default="", metadata={"table": True})
     name = "headwater"
 
