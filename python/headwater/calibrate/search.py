@@ -77,6 +77,7 @@ def search(units: int, rank: Callable[[Sequence[Setting], Sequence[Setting]], Me
             changes = sum(map(len, options))
             if run.passes + 1 + changes + (changes + 1).bit_length() > most_passes:
                 break
+            say(f"round {len(history) + 1} ranks {changes} changes")
             before = run.best.measured.density
             now = run.round(now, options)
             history.append((now.measured.spent(budgets), now.measured.density))
