@@ -6,11 +6,13 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
+from headwater.calibrate import search as calibrate_search  # noqa: E402
 from headwater.calibrate.file import Calibration, load, save  # noqa: E402
-from headwater.calibrate.search import (DENSE, FIRST, START, THRESHOLDS, WINDOWS, Measured, OutOfTime,  # noqa: E402
-                                        neighbours)
+from headwater.calibrate.search import (DENSE, FIRST, START, THRESHOLDS, WEIGHINGS, WINDOWS, Measured,  # noqa: E402
+                                        OutOfTime, neighbours)
 from headwater.calibrate.search import search as search_by  # noqa: E402
 
 
@@ -67,6 +69,30 @@ class SearchTest(unittest.TestCase):
         self.assertLessEqual(out.measured.spent({"text": 0.5}), 1)
         self.assertLess(out.measured.density, 0.4)
 
+    def test_weighs_the_set_that_is_short(self):
+        # By both sets together the third unit would follow the first, whose set then has no room; the second costs the other set.
+        saves, loses = (0.5, 0.35, 0.4), ({"a": 0.9, "b": 0.0}, {"a": 0.0, "b": 0.9}, {"a": 0.9, "b": 0.0})
+
+        def measure(settings):
+            low = [setting == (2.0, 4) for setting in settings]
+            if any(setting not in (START, DENSE, (2.0, 4)) for setting in settings):
+                return Measured({"a": math.nan, "b": math.nan}, 0.5)
+            return Measured({name: sum(lost[name] for lost, is_low in zip(loses, low) if is_low) for name in "ab"},
+                            1 - sum(saved for saved, is_low in zip(saves, low) if is_low) / 3)
+        out = search(3, measure, measure, {"a": 1.0, "b": 1.0})
+        self.assertEqual([setting == (2.0, 4) for setting in out.settings], [True, True, False])
+        with mock.patch.object(calibrate_search, "WEIGHINGS", 1):
+            out = search(3, measure, measure, {"a": 1.0, "b": 1.0})
+        self.assertEqual([setting == (2.0, 4) for setting in out.settings], [True, False, False])
+
+    def test_partly_dense_where_little_holds(self):
+        # Half of the units must be dense, and all that single changes tell points the other way.
+        def measure(settings):
+            dense = sum(setting == DENSE for setting in settings)
+            return Measured({"text": 0.0 if dense >= 2 else 5.0 - dense}, sum(map(density, settings)) / 4)
+        out = search(4, measure, measure, {"text": 1.0})
+        self.assertEqual(sum(setting == DENSE for setting in out.settings), 2)
+
     def test_dense_where_nothing_holds(self):
         def measure(settings):
             return Measured({"text": 0.0 if all(one == DENSE for one in settings) else 1.0}, 0.5)
@@ -88,7 +114,7 @@ class SearchTest(unittest.TestCase):
             calls.append(list(settings))
             return model([(2.0, 4)] * 6)(settings)
         changes = 6 * (len(FIRST) - 1)
-        first = 1 + 1 + changes + (changes + 1).bit_length()
+        first = 1 + 1 + changes + WEIGHINGS * (changes + 6).bit_length()
         out = search(6, measure, measure, {"text": 0.001}, most_passes=first)
         self.assertFalse(out.whole)
         self.assertEqual(out.passes, len(calls))
@@ -143,7 +169,7 @@ class SearchTest(unittest.TestCase):
         self.assertEqual(set(neighbours((0.1, 16))), {(0.2, 16), (0.05, 16), (0.1, 4), (0.1, 64)})
         self.assertEqual(set(neighbours((0.005, 128))), {(0.02, 128), (0.005, 64), DENSE})
         self.assertIn(START, FIRST)
-        self.assertTrue(set(FIRST) <= {(threshold, window) for threshold in THRESHOLDS for window in WINDOWS})
+        self.assertTrue(set(FIRST) <= {DENSE} | {(threshold, window) for threshold in THRESHOLDS for window in WINDOWS})
 
 
 class FileTest(unittest.TestCase):

@@ -9,9 +9,11 @@ Setting = Tuple[float, int]
 THRESHOLDS = (2.0, 0.2, 0.1, 0.05, 0.02, 0.005)  # from sparse to dense; over 1: nothing is searched
 WINDOWS = (4, 16, 64, 128)  # blocks of 128 keys
 DENSE: Setting = (0.0, WINDOWS[-1])
-FIRST = (*((2.0, window) for window in WINDOWS), (0.2, 16), (0.2, 128), (0.05, 16), (0.05, 64), (0.05, 128), (0.005, 16))
+FIRST = (*((2.0, window) for window in WINDOWS), (0.2, 16), (0.2, 128), (0.05, 16), (0.05, 64), (0.05, 128), (0.005, 16), DENSE)
 START: Setting = (0.05, 64)
 LEAST_GAIN = 0.02  # of the density: a round that saves less is the last
+WEIGHINGS = 3  # of the sets against each other, in a round
+MOST_SHIFT = 4.0  # of a set's weight from one to the next
 
 
 def neighbours(setting: Setting) -> List[Setting]:
@@ -57,11 +59,11 @@ def search(units: int, rank: Callable[[Sequence[Setting], Sequence[Setting]], Me
     """Settings for `units` under which every set of `judge` holds its budget, at a density as low as is found.
 
     A round ranks: it measures what each option of each unit changes, the others where they are, by rank(where all are, with the
-    option), whose sets are the judge's. Options are the neighbours of each unit's setting. The first round stands on `start`; without it on START, and its options are
-    all of FIRST. From the options that lose least units step to sparser ones, those first that save most density for what they
-    lose; as many steps as hold, by bisection with each choice judged, give the state that the next round stands on. Sets that
-    spend more of their budgets weigh more. Dense attention, which loses nothing, is the answer where nothing holds. Passes are
-    calls of rank and of judge.
+    option), whose sets are the judge's. Options are the neighbours of each unit's setting. The first round stands on `start`;
+    without it on START, and its options are all of FIRST. From their densest options units step to sparser ones, those first that
+    save most density for what they lose; as many steps as hold, by bisection with each choice judged, give the state that the next
+    round stands on. That is done again with more weight on the sets that end it and less on the others. Dense attention, which
+    loses nothing, is the answer where nothing holds. Passes are calls of rank and of judge.
     """
     run = _Run(rank, judge, budgets)
     run.best = _State([DENSE] * units, Measured({name: 0.0 for name in budgets}, 1.0))
@@ -75,7 +77,7 @@ def search(units: int, rank: Callable[[Sequence[Setting], Sequence[Setting]], Me
             first = FIRST if not start and not history else None
             options = [[one for one in first or neighbours(setting) if one != setting] for setting in now.settings]
             changes = sum(map(len, options))
-            if run.passes + 1 + changes + (changes + 1).bit_length() > most_passes:
+            if run.passes + 1 + changes + WEIGHINGS * (changes + units).bit_length() > most_passes:
                 break
             say(f"round {len(history) + 1} ranks {changes} changes")
             before = run.best.measured.density
@@ -98,7 +100,16 @@ class _State:
     measured: Measured  # by the judge
 
 
-_Change = Tuple[float, float, Setting]  # of the density, of the loss in budgets by weight, to the setting
+@dataclass
+class _Change:
+    """From where a unit stands to a setting."""
+
+    setting: Setting
+    density: float
+    loss: Dict[str, float]  # in budgets, by set
+
+    def lost(self, weights: Dict[str, float]) -> float:
+        return sum(weight * self.loss[name] for name, weight in weights.items())
 
 
 class _Run:
@@ -106,11 +117,15 @@ class _Run:
 
     def __init__(self, rank, judge, budgets):
         self._rank, self._judge, self._budgets = rank, judge, budgets
+        self._known: Dict[Tuple[Setting, ...], Measured] = {}
         self.passes = 0
 
     def judged(self, settings: Sequence[Setting]) -> _State:
-        self.passes += 1
-        return _State(list(settings), self._judge(settings))
+        key = tuple(settings)
+        if key not in self._known:
+            self.passes += 1
+            self._known[key] = self._judge(settings)
+        return _State(list(settings), self._known[key])
 
     def keep(self, state: _State) -> bool:
         """Whether it holds; the best of those is kept."""
@@ -121,58 +136,73 @@ class _Run:
 
     def round(self, now: _State, options: Sequence[Sequence[Setting]]) -> _State:
         """The best state that holds, of those that steps lead to and what was known; else the one that spends least."""
-        paths = [_path(some) for some in self._changes(now, options)]
-        steps = sorted(step for unit, path in enumerate(paths) for step in _steps(unit, path))
-        least, low, high = now, -1, len(steps) + 1  # so many steps hold, so many do not
+        changes = self._changes(now, options)
+        weights = self._shifted({name: 1.0 for name in self._budgets}, now.measured)
+        least = now
+        for _ in range(WEIGHINGS):
+            tried = self._descend(changes, weights)
+            least = min(least, *tried, key=lambda one: one.measured.spent(self._budgets))
+            fails = [state for state in tried if state.measured.spent(self._budgets) > 1]
+            if not fails:
+                break
+            weights = self._shifted(weights, fails[-1].measured)
+        return self.best if self.best.measured.density < 1 else least
+
+    def _shifted(self, weights: Dict[str, float], found: Measured) -> Dict[str, float]:
+        shares = {name: min(MOST_SHIFT, max(1 / MOST_SHIFT, loss / self._budgets[name])) for name, loss in found.loss.items()}
+        weights = {name: weight * shares[name] for name, weight in weights.items()}
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+    def _descend(self, changes: Sequence[Sequence[_Change]], weights: Dict[str, float]) -> List[_State]:
+        """Bisects the steps; the states that were judged, of which the last that fails takes one step too many."""
+        paths = [_path(some, weights) for some in changes]
+        steps = sorted(step for unit, path in enumerate(paths) for step in _steps(unit, path, weights))
+        tried = []
+        low, high = -1, len(steps) + 1  # so many steps hold, so many do not
         while high - low > 1:
             middle = (low + high) // 2
             at = [0] * len(paths)
             for _, unit, place in steps[:middle]:
                 at[unit] = place
-            state = self.judged([path[place][2] for path, place in zip(paths, at)])
-            if self.keep(state):
+            tried.append(self.judged([path[place].setting for path, place in zip(paths, at)]))
+            if self.keep(tried[-1]):
                 low = middle
             else:
                 high = middle
-            least = min(least, state, key=lambda one: one.measured.spent(self._budgets))
-        return self.best if self.best.measured.density < 1 else least
+        return tried
 
     def _changes(self, now: _State, options: Sequence[Sequence[Setting]]) -> List[List[_Change]]:
         """Of staying and of each option, for each unit."""
-        shares = {name: min(100.0, max(0.1, loss / self._budgets[name])) for name, loss in now.measured.loss.items()}
-        weights = {name: share / sum(shares.values()) for name, share in shares.items()}
-
         def ranked(settings: Sequence[Setting]) -> Measured:
             self.passes += 1
             return self._rank(now.settings, settings)
 
         base = ranked(now.settings)
-        changes: List[List[_Change]] = [[(0.0, 0.0, setting)] for setting in now.settings]
+        changes = [[_Change(setting, 0.0, {name: 0.0 for name in self._budgets})] for setting in now.settings]
         for unit, settings in enumerate(options):
             for setting in settings:
                 found = ranked([*now.settings[:unit], setting, *now.settings[unit + 1:]])
-                lost = sum(weight * (found.loss[name] - base.loss[name]) / self._budgets[name]
-                           for name, weight in weights.items())
-                if math.isfinite(lost):
-                    changes[unit].append((found.density - base.density, lost, setting))
+                loss = {name: (found.loss[name] - base.loss[name]) / budget for name, budget in self._budgets.items()}
+                if all(map(math.isfinite, loss.values())):
+                    changes[unit].append(_Change(setting, found.density - base.density, loss))
         return changes
 
 
-def _path(changes: Sequence[_Change]) -> List[_Change]:
-    """From the one that loses least to the sparsest, each the next by least loss for the density that it saves."""
-    path = [min(changes, key=lambda one: (one[1], one[0]))]
-    while sparser := [one for one in changes if one[0] < path[-1][0]]:
-        path.append(min(sparser, key=lambda one: (_slope(path[-1], one), one[0])))
+def _path(changes: Sequence[_Change], weights: Dict[str, float]) -> List[_Change]:
+    """From the densest to the sparsest, each the next by least loss for the density that it saves: the lower hull."""
+    path = [min(changes, key=lambda one: (-one.density, one.lost(weights)))]
+    while sparser := [one for one in changes if one.density < path[-1].density]:
+        path.append(min(sparser, key=lambda one: (_slope(path[-1], one, weights), one.density)))
     return path
 
 
-def _slope(one: _Change, sparser: _Change) -> float:
-    return (sparser[1] - one[1]) / (one[0] - sparser[0])
+def _slope(one: _Change, sparser: _Change, weights: Dict[str, float]) -> float:
+    return (sparser.lost(weights) - one.lost(weights)) / (one.density - sparser.density)
 
 
-def _steps(unit: int, path: Sequence[_Change]) -> List[Tuple[float, int, int]]:
+def _steps(unit: int, path: Sequence[_Change], weights: Dict[str, float]) -> List[Tuple[float, int, int]]:
     """(slope, unit, place on the path that it leads to); slopes rise."""
-    return [(_slope(one, other), unit, place) for place, (one, other) in enumerate(zip(path, path[1:]), 1)]
+    return [(_slope(one, other, weights), unit, place) for place, (one, other) in enumerate(zip(path, path[1:]), 1)]
 
 
 def text_of(found: Measured) -> str:
