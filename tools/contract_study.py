@@ -21,9 +21,9 @@ A group is dense by its calibration, or falls back to dense where the contract e
 
 `overhead` holds what measuring adds to the time to the first token, the medians of a prompt beside each other, against 2 %.
 
-Exit status of check 0: `kept` is at least 99 %, at most 10 % of the groups are dense, the mean density is at most 0.25 at 32768 tokens
-and 0.10 at 131072, and no group's lists as made again are more than 0.01 off the reported density; 1: one of these fails, or
-prompts have not been measured; 2: input that cannot be used. Lengths count for the next power of two.
+Exit status 0 of check: `kept` is at least 99 %, at most 10 % of the groups are dense, the mean density is at most 0.25 at 32768
+tokens and 0.10 at 131072, and no group's lists as made again are more than 0.01 off the reported density; of overhead: it holds.
+1: one of these fails, or prompts have not been measured; 2: input that cannot be used. Lengths count for the next power of two.
 """
 
 import argparse
@@ -282,13 +282,16 @@ def times(path: Path, measured: bool) -> dict:
         params = row["params"]
         if bool(params.get("measure_recall")) != measured:
             raise ValueError(f"{path}: a row {'without' if measured else 'with'} measure_recall")
+        if params["policy"] != "headwater" or "min_recall" in params:
+            raise ValueError(f"{path}: a row of policy {params['policy']}{' and min_recall' if 'min_recall' in params else ''}; headwater "
+                             "alone is wanted")
         found.setdefault((params["model"], params["tokens"], params.get("prompt", "")), []).append(row["metrics"]["ttft_s"])
         found.setdefault("run", []).append((row["device"], row["commit"]))
     return found
 
 
 def overhead(args: argparse.Namespace) -> int:
-    """Of each model and length (the next power of two)."""
+    """Of each model and length (the next power of two). 0: measuring adds at most MOST_ADDED."""
     free, measured = times(args.free, False), times(args.measured, True)
     runs = {*free.pop("run", []), *measured.pop("run", [])}
     if len(runs) != 1 or free.keys() != measured.keys():

@@ -1,11 +1,13 @@
 """python -m headwater.calibrate on a tiny random Llama, with windows in place of the GPU's policy. Skipped where torch or
 transformers is not installed."""
 
+import base64
 import json
 import sys
 import tempfile
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +23,7 @@ sys.path.insert(0, str(ROOT / "python"))
 import tiny_model  # noqa: E402
 from headwater import calibrate  # noqa: E402
 from headwater.calibrate import cli, meter  # noqa: E402
-from headwater.calibrate.search import DENSE  # noqa: E402
+from headwater.calibrate.search import DENSE, START  # noqa: E402
 from headwater.eval.attention import Stats  # noqa: E402
 from headwater.eval.items import Item, Question  # noqa: E402
 from headwater.eval.model import EvalModel  # noqa: E402
@@ -37,7 +39,7 @@ class Windows:
 
     name = "headwater"
 
-    def __init__(self, thresholds, windows, model, exact):
+    def __init__(self, thresholds, windows, model, device, exact):
         self._thresholds, self._windows, self._heads = thresholds, windows, model["kv_heads"]
         self._exact = exact if exact != meter.EXACT_LAST else 0
 
@@ -105,13 +107,31 @@ class CalibrateTest(unittest.TestCase):
         self.assertEqual(set(calibrate.load(path).calibration["sets"]),
                          {"ppl:story:1024", "ppl:story:1536", "own_words:1024", "own_words:1536"})
 
-    def test_without_time_every_head_is_dense(self):
+    def test_without_time_nothing_is_ranked(self):
         path = self.folder / "none.json"
-        status, _, err = self.run_main("--output", path, "--tokens", 1024, "--windows", 1, "--targets", 100, "--own",
-                                       "--limit_s", 0.000001)
+        status, _, err = self.run_main("--output", path, "--tokens", 1024, "--windows", 1, "--targets", 100, "--own", "words",
+                                       "--questions", 1, "--answer_budget", 1e-6, "--limit_s", 0.000001)
         self.assertEqual(status, 0, err)
         self.assertIn("--limit_s=1e-06", err)
+        self.assertIn("every head is dense", err)
         self.assertEqual(set(calibrate.load(path).flat_thresholds()), {0.0})
+
+    def test_what_was_found_is_there_when_it_fails_later(self):
+        path, count = self.folder / "found.json", 0
+        rank = meter.Meter.rank
+
+        def fails(self_, base, settings):
+            nonlocal count
+            count += 1
+            if base != [START] * 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return rank(self_, base, settings)
+        few = ("--tokens", 1024, "--windows", 1, "--targets", 100, "--own", "--budget", 0.5, "--unit", "layer")
+        with mock.patch.object(meter.Meter, "rank", fails):
+            status, _, err = self.run_main("--output", path, *few)
+        self.assertEqual(status, 2)
+        self.assertIn("out of memory", err)
+        self.assertLess(calibrate.load(path).calibration["density"], 1)
 
     def test_goes_on_from_a_file_and_ends_in_time(self):
         first, second = self.folder / "first.json", self.folder / "second.json"
@@ -127,8 +147,12 @@ class CalibrateTest(unittest.TestCase):
         self.assertIn("threshold 0.3 with window", err)
 
     def test_refuses(self):
+        long = self.folder / "long.jsonl"
+        long.write_text(json.dumps({"prompt_ids_u16_b64": base64.b64encode(bytes(2 * 1100)).decode(), "answer_ids": [2]}))
         for words, text in ((("--tokens", 512), "--tokens=512"), (("--tokens", 1024, 1024), "--tokens=1024 1024"), (("--tokens", 1024, "--limit_s", 0), "--limit_s=0"),
                             (("--tokens", 1024, "--budget", 0), "--budget=0"),
+                            (("--tokens", 1024, "--max_passes", 70), "--max_passes=70; a first round of 6 units takes up to"),
+                            (("--tokens", 1024, "--prompts", long), "long:1 has 1101 tokens"),
                             (("--tokens", 4096), "a prompt of 4096 tokens"), (("--tokens", 8192), "story.txt has"),
                             (("--tokens", 1024, "--windows", 0, "--own"), "nothing to calibrate on")):
             status, _, err = self.run_main("--output", self.folder / "none.json", *words)
@@ -141,46 +165,48 @@ class MeterTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(meter, "Trial", Windows):
             tiny_model.save_model(Path(folder))
             model = EvalModel.load(Path(folder), "cpu", torch.float32)
-            ids = [7 * n * n % 251 for n in range(300)]
-            item = Item("words", "words:0", ids[:200], [Question([3, 4], [5, 6, 7]), Question([8], [9])])
+            ids = [7 * n * n % 251 for n in range(700)]
+            item = Item("words", "words:0", ids[:600], [Question([3, 4], [5, 6, 7]), Question([8], [9])])
             measure = meter.Meter(model, [Window("ppl:a", "a", ids, 100), item], 1)
             prompt = meter.Prompt.of(item)
-            self.assertEqual((prompt.ids, prompt.answers), ([*ids[:200], 3, 4, 5, 6, 7, 8, 9], [(202, 205), (206, 207)]))
+            self.assertEqual((prompt.ids, prompt.answers), ([*ids[:600], 3, 4, 5, 6, 7, 8, 9], [(602, 605), (606, 607)]))
             same = measure([DENSE] * 6)
             for loss in same.loss.values():
                 self.assertAlmostEqual(loss, 0, places=5)
             other = measure([(2.0, 4)] * 6)
             self.assertGreater(other.loss["words"], 1e-3)
             self.assertGreater(abs(other.loss["ppl:a"]), 1e-3)
-            self.assertLess(other.density, 0.2)
+            self.assertLess(other.density, 0.5)  # the end of the item attends to all
 
     def test_ranks_as_a_whole_pass_does(self):
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(meter, "Trial", Windows):
             tiny_model.save_model(Path(folder))
             model = EvalModel.load(Path(folder), "cpu", torch.float32)
-            ids = [7 * n * n % 251 for n in range(300)]
-            item = Item("words", "words:0", ids[:200], [Question([3, 4], [5, 6, 7]), Question([8], [9])])
+            ids = [7 * n * n % 251 for n in range(700)]
+            item = Item("words", "words:0", ids[:600], [Question([3, 4], [5, 6, 7]), Question([8], [9])])
             windows = [Window("ppl:a", "a", ids[n:], 100) for n in range(2)]
             measure, one = (meter.Meter(model, [*some, item], 1) for some in (windows, windows[:1]))
-            base = [(2.0, 16)] * 6
+            base, begun = [(2.0, 16)] * 6, []
+            model.prefill_from = lambda layer, *more: begun.append(layer) or EvalModel.prefill_from(model, layer, *more)
             for step in (1, 2):  # inputs of every layer, of every second one
                 with mock.patch.object(meter.Meter, "_layers_per_input", lambda _, step=step: step):
-                    for settings in (base, *([*base[:unit], (2.0, 4), *base[unit + 1:]] for unit in range(6)), [(2.0, 64)] * 6):
+                    for settings in (base, *([*base[:unit], (2.0, 32), *base[unit + 1:]] for unit in range(6)), [(2.0, 64)] * 6):
                         found, whole = measure.rank(base, settings), one(settings)
                         self.assertAlmostEqual(found.density, whole.density, places=9)
                         for name, loss in whole.loss.items():
                             self.assertAlmostEqual(found.loss[name], loss, places=5)
                     self.assertEqual(sorted(measure._prompts[0].inputs), [1, 2][step - 1:])
                 base = [(2.0, 4)] * 6
+            self.assertEqual(begun, [1] * 4 + [2] * 4 + [2] * 4)  # two prompts, two heads a layer; the second time in twos
             self.assertEqual(len(model.model.base_model.layers), 3)
 
     def test_density_is_that_of_what_is_served(self):
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(meter, "Trial", Windows):
             tiny_model.save_model(Path(folder))
             model = EvalModel.load(Path(folder), "cpu", torch.float32)
-            ids = [7 * n * n % 251 for n in range(300)]
+            ids = [7 * n * n % 251 for n in range(700)]
             text = Window("ppl:a", "a", ids, 100)
-            own, given = (Item(task, f"{task}:0", ids[:200], [Question([3, 4], [5, 6, 7])]) for task in ("own_words", "words"))
+            own, given = (Item(task, f"{task}:0", ids[:600], [Question([3, 4], [5, 6, 7])]) for task in ("own_words", "words"))
             density = {name: meter.Meter(model, some, 1)([(2.0, 4)] * 6).density
                        for name, some in (("text", [text]), ("own", [own]), ("given", [given]), ("both", [text, own]),
                                           ("all", [text, given, own]))}
@@ -199,11 +225,36 @@ class MeterTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(meter, "Trial", Notes):
             tiny_model.save_model(Path(folder))
             model = EvalModel.load(Path(folder), "cpu", torch.float32)
-            ids = [7 * n * n % 251 for n in range(300)]
-            items = [Item("words", f"words:{n}", ids[:200], [Question([3, 4], [5, 6, 7]), Question([8], [9])]) for n in range(2)]
-            measure = meter.Meter(model, [Window("ppl:a", "a", ids, 100), *items], 1)
+            ids = [7 * n * n % 251 for n in range(700)]
+            items = [Item("words", f"words:{n}", ids[:600], [Question([3, 4], [5, 6, 7]), Question([8], [9])]) for n in range(2)]
+            whole = Item("ruler", "ruler:0", ids[:690], [Question([], [9])])  # its question is at the end of the context
+            measure = meter.Meter(model, [Window("ppl:a", "a", ids, 100), *items, whole], 1)
+            seen.clear()
             measure([(2.0, 4)] * 6)
-            self.assertEqual(seen, [256, 7])
+            self.assertEqual(seen, [256, 261, 257])
+
+    def test_a_trial_begins_with_every_prompt(self):
+        calls = []
+
+        class Policy:
+            def __init__(self, name, parameters, **more):
+                calls.append((name, parameters["dense_last_tokens"], more["device"], more["layers"]))
+
+            def begin(self, tokens):
+                calls.append(tokens)
+
+            def attention(self, layer, q, k, v):
+                calls.append(f"layer {layer}")
+                return q, SimpleNamespace(density=lambda: 0.5)
+
+        q = {tokens: torch.zeros(tokens, 1, 8) for tokens in (4, 6)}
+        with mock.patch("headwater.ops.PatternPolicy", Policy):
+            trial = meter.Trial([0.1], [4], {"layers": 2}, "cuda:1", 17)
+            for tokens, first in ((4, 0), (6, 0), (6, 1), (4, 1)):
+                for layer in range(first, 2):
+                    trial.attend(layer, q[tokens], q[tokens], q[tokens])
+        self.assertEqual(calls, [("headwater", 17, "cuda:1", 2), 4, "layer 0", "layer 1", 6, "layer 0", "layer 1", 6, "layer 1", 4,
+                                 "layer 1"])
 
 
 if __name__ == "__main__":

@@ -137,24 +137,32 @@ class SearchTest(unittest.TestCase):
         for call in calls[2:2 + len(neighbours(start[0])) + len(neighbours(start[1]))]:
             self.assertEqual(sum(one != other for one, other in zip(call, start)), 1)
 
-    def test_ends_out_of_time_with_the_best_so_far(self):
-        calls = []
+    def test_out_of_time_chooses_among_what_was_ranked(self):
+        needs, ranked = [(2.0, 4), (2.0, 4), (2.0, 4)], []
 
-        def measure(settings):
-            calls.append(list(settings))
-            if len(calls) > 40:
+        def rank_some(settings):
+            if len(ranked) == 1 + 2 * (len(FIRST) - 1):
                 raise OutOfTime
-            return model([(2.0, 4)] * 2)(settings)
-        out = search(2, measure, measure, {"text": 1.0}, start=[(0.005, 128)] * 2)
-        self.assertFalse(out.whole)
-        self.assertLess(out.measured.density, density((0.02, 64)))
-        self.assertIn(out.settings, calls)
+            ranked.append(settings)
+            return model(needs)(settings)
+        out = search(3, rank_some, model(needs), {"text": 1.0})
+        self.assertEqual((out.settings, out.whole), ([(2.0, 4), (2.0, 4), START], False))
 
     def test_dense_where_there_is_no_time_at_all(self):
-        def measure(settings):
+        def late(settings):
             raise OutOfTime
-        out = search(2, measure, measure, {"text": 1.0})
+        out = search(2, late, model([(0.005, 128)] * 2), {"text": 1.0})
         self.assertEqual((out.settings, out.whole), ([DENSE] * 2, False))
+
+    def test_every_better_answer_is_kept(self):
+        kept = []
+        needs = [(2.0, 4), (0.1, 16), (2.0, 128)]
+        out = search(3, model(needs), model(needs), {"text": 0.5}, keep=kept.append)
+        self.assertEqual(kept[-1].settings, out.settings)
+        densities = [one.measured.density for one in kept]
+        self.assertEqual(densities, sorted(densities, reverse=True))
+        self.assertGreater(len(kept), 1)
+        self.assertFalse(any(one.whole for one in kept))
 
     def test_a_loss_that_is_no_number_does_not_hold(self):
         self.assertEqual(Measured({"text": math.nan, "words": 0.0}, 0.1).spent({"text": 1.0, "words": 1.0}), math.inf)

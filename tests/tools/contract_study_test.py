@@ -283,7 +283,8 @@ class StudyTest(unittest.TestCase):
 
         def rows(path, times, **more):
             path.write_text("".join(json.dumps({
-                "device": "D", "commit": "c", "params": {"model": "m", "tokens": tokens, "prompt": f"text:{tokens}:{number}", **more},
+                "device": "D", "commit": "c",
+                "params": {"model": "m", "policy": "headwater", "tokens": tokens, "prompt": f"text:{tokens}:{number}", **more},
                 "metrics": {"ttft_s": one}}) + "\n" for tokens, some in times.items() for number, runs in enumerate(some) for one in runs))
 
         rows(free, {900: [[1, 2, 9], [4, 4, 4], [8, 8, 8]], 2048: [[10, 10, 10]]})
@@ -297,6 +298,9 @@ class StudyTest(unittest.TestCase):
         rows(measured, {900: [[2]]}, measure_recall=True)
         status, _, err = tiny_model.command(contract_study.main, *words)
         self.assertEqual((status, "the same prompts" in err), (2, True))
+        rows(measured, {900: [[2]]}, measure_recall=True, min_recall=0.9)
+        status, _, err = tiny_model.command(contract_study.main, *words)
+        self.assertEqual((status, "headwater and min_recall" in err), (2, True))
         rows(measured, {900: [[2]]})
         status, _, err = tiny_model.command(contract_study.main, *words)
         self.assertEqual((status, "without measure_recall" in err), (2, True))

@@ -20,7 +20,7 @@ The file, which load() reads and checks:
      "thresholds": [[...] ...],     [layers][KV heads]: over 0 and at most 1 a threshold, 0 dense, over 1 not searched
      "windows": [[...] ...],        likewise: last blocks of 128 keys that a tile always attends to
      "calibration": {"tokens": [lengths], "budget", "answer_budget", "density", "passes", "texts": [names],
-                     "whole": false where the time ended it,
+                     "whole": false where --limit_s or --max_passes ended it,
                      "sets": {NAME: {"dense": NLL, "loss": in excess of it; of answers, KL divergence}}}}
 """
 

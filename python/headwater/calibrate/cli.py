@@ -12,12 +12,13 @@ import torch
 
 from headwater.calibrate.file import Calibration, save
 from headwater.calibrate.meter import Meter, Prompt, is_text
-from headwater.calibrate.search import FIRST, Measured, Outcome, OutOfTime, Setting, search, text_of
+from headwater.calibrate.search import Measured, Outcome, OutOfTime, Setting, most_of_first_round, search, text_of
 from headwater.cluster.cli import digest
 from headwater.eval import prompts, texts
 from headwater.eval.cli import load_tokenizer
 from headwater.eval.items import Item, by_length, read_items
 from headwater.eval.model import EvalModel, ModelError, find_model
+from headwater.eval.policies.headwater import Headwater
 from headwater.eval.runner import Window
 
 QUESTION_ROOM = 128  # tokens of a prompt made here that a question may take
@@ -44,8 +45,8 @@ def parser() -> argparse.ArgumentParser:
     add("--budget", type=float, default=0.003, help="nats a token that a text may lose: 0.003 is 0.3 %% of perplexity")
     add("--answer_budget", type=float, default=0.01, help="nats a token: KL divergence of answers from dense attention's")
     add("--unit", choices=("head", "layer"), default="head", help="what has a setting of its own: a KV head, or a layer")
-    add("--max_passes", type=int, default=5000, help="of the model over all prompts")
-    add("--limit_s", type=float, default=math.inf, help="time of the search; the best choice until then is written")
+    add("--max_passes", type=int, default=50000, help="of the model over all prompts")
+    add("--limit_s", type=float, default=math.inf, help="time of ranking; what was ranked until then is chosen from")
     add("--seed", type=int, default=1)
     add("--device", default="cuda")
     return flags
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """ValueError where a flag is out of range."""
-    for name, least in (("windows", 0), ("targets", 1), ("own_prompts", 0), ("questions", 1), ("max_passes", 2 * len(FIRST))):
+    for name, least in (("windows", 0), ("targets", 1), ("own_prompts", 0), ("questions", 1), ("max_passes", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name}={getattr(args, name)}; at least {least} is wanted")
     if min(args.tokens) < 1024 or len(set(args.tokens)) < len(args.tokens):
@@ -74,8 +75,13 @@ def gather(args: argparse.Namespace, tokenizer) -> List[Union[Window, Item]]:
     read = []
     for name in args.texts:
         title, text = texts.read_text(name)
+        if title in [other for _, other, _ in read]:
+            raise ValueError(f"--texts: {name} is called {title} as another is; different names are wanted")
         read.append((name, title, tokenizer.encode(text, add_special_tokens=False).ids))
-    given = [item for path in args.prompts for item in read_items(path, tokenizer)]
+    given = by_length([item for path in args.prompts for item in read_items(path, tokenizer)], args.tokens)
+    if None in given:
+        raise ValueError(f"--prompts: {given[None][0].name} has {given[None][0].tokens()} tokens; --tokens has {max(args.tokens)} at "
+                         "most")
     for tokens in args.tokens:
         room = tokens - len(prefix)
         targets = min(args.targets, room // 2)
@@ -84,7 +90,7 @@ def gather(args: argparse.Namespace, tokenizer) -> List[Union[Window, Item]]:
                 raise ValueError(f"text {name} has {len(ids)} tokens; {room} are wanted")
             for end in texts.window_ends(len(ids), room, targets, args.windows) if args.windows else []:
                 found.append(Window(f"ppl:{title}:{tokens}", title, texts.window(ids, end, tokens, prefix), targets))
-        items = by_length(given, [tokens]).get(tokens, [])
+        items = given.get(tokens, [])
         for task in args.own:
             items = [*items, *prompts.make_items(task, tokenizer, length=tokens - QUESTION_ROOM * args.questions,
                                                  count=args.own_prompts, seed=args.seed, questions=args.questions,
@@ -95,32 +101,32 @@ def gather(args: argparse.Namespace, tokenizer) -> List[Union[Window, Item]]:
     return found
 
 
-class Watch:
-    """Measures, tells what a pass costs and stops the search when its time is over."""
+def watched(rank: Callable[..., Measured], limit_s: float, say: Callable[[str], None]) -> Callable[..., Measured]:
+    """Stops ranking when its time is over, and tells what it takes."""
+    start, calls = time.monotonic(), 0
 
-    def __init__(self, limit_s: float, say: Callable[[str], None]):
-        self._limit_s, self._say = limit_s, say
-        self._start, self._passes = time.monotonic(), 0
+    def ranked(*settings: Sequence[Setting]) -> Measured:
+        nonlocal calls
+        begin = time.monotonic()
+        if begin - start > limit_s:
+            raise OutOfTime
+        found = rank(*settings)
+        calls += 1
+        if calls == 10:  # the first layers'
+            say(f"{time.monotonic() - begin:.2f} s a change at most, half of that on average")
+        if calls % 500 == 0:
+            say(f"{calls} changes in {time.monotonic() - start:.0f} s")
+        return found
+    return ranked
 
-    def __call__(self, measure: Callable[..., Measured]) -> Callable[..., Measured]:
-        def watched(*settings: Sequence[Setting]) -> Measured:
-            elapsed = time.monotonic() - self._start
-            if elapsed > self._limit_s:
-                raise OutOfTime
-            self._passes += 1
-            if self._passes == 20:
-                self._say(f"{elapsed / 19:.2f} s a pass")
-            return measure(*settings)
-        return watched
 
-
-def result(args: argparse.Namespace, path: Path, meter: Meter, out: Outcome) -> Calibration:
+def result(args: argparse.Namespace, name: str, meter: Meter, out: Outcome) -> Calibration:
     def rows(values: list) -> list:
         return [values[at:at + meter.kv_heads] for at in range(0, len(values), meter.kv_heads)]
 
     thresholds, windows = meter.tables(out.settings)
     sets = {name: {"dense": round(meter.dense[name], 6), "loss": round(loss, 6)} for name, loss in out.measured.loss.items()}
-    return Calibration(digest(path), meter.layers, meter.kv_heads, rows(thresholds), rows(windows),
+    return Calibration(name, meter.layers, meter.kv_heads, rows(thresholds), rows(windows),
                        {"tokens": args.tokens, "budget": args.budget, "answer_budget": args.answer_budget, "sets": sets,
                         "density": round(out.measured.density, 6), "passes": out.passes, "whole": out.whole,
                         "texts": [str(name) for name in args.texts]})
@@ -138,15 +144,25 @@ def main(arguments: Optional[List[str]] = None) -> int:
         tokenizer = load_tokenizer(path)
         found = gather(args, tokenizer)
         model = EvalModel.load(path, args.device, torch.bfloat16)
+        if short := [tokens for tokens in args.tokens if tokens < Headwater.dense_below_tokens]:
+            say(f"headwater.calibrate: prompts shorter than {Headwater.dense_below_tokens} tokens, as those of {short[0]}, are served "
+                "dense unless dense_below_tokens says otherwise")
         longest = max(len(Prompt.of(one).ids) for one in found)
         if longest > model.max_tokens:
             raise ModelError(f"a prompt of {longest} tokens; {path} is for {model.max_tokens} at most")
-        meter = Meter(model, found, model.model.config.num_key_value_heads if args.unit == "layer" else 1)
+        meter = Meter(model, found, model.model.config.num_key_value_heads if args.unit == "layer" else 1, args.start)
+        least = most_of_first_round(meter.units, args.start is not None)
+        if args.max_passes < least:
+            raise ValueError(f"--max_passes={args.max_passes}; a first round of {meter.units} units takes up to {least}")
         budgets = {name: args.budget if is_text(name) else args.answer_budget for name in meter.dense}
-        watch = Watch(args.limit_s, say)
-        out = search(meter.units, watch(meter.rank), watch(meter), budgets,
-                     start=meter.settings_of(args.start) if args.start else None, most_passes=args.max_passes, say=say)
-        save(args.output, result(args, path, meter, out))
+        made_for = digest(path)
+
+        def keep(found: Outcome) -> None:
+            save(args.output, result(args, made_for, meter, found))
+
+        out = search(meter.units, watched(meter.rank, args.limit_s, say), meter, budgets, start=meter.start,
+                     most_passes=args.max_passes, say=say, keep=keep)
+        keep(out)
         print(f"{out.passes} passes; {text_of(out.measured)}")
         if out.measured.density == 1:
             say(f"headwater.calibrate: nothing sparser than dense attention was found within --budget={args.budget:g} and "
@@ -156,6 +172,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
                 "may hold too")
         say(f"written: {args.output}")
         return 0
-    except (ValueError, OSError) as error:
-        say(f"headwater.calibrate: {error}")
+    except (ValueError, OSError, RuntimeError) as error:  # the GPU's memory among them
+        say(f"headwater.calibrate: {type(error).__name__ + ': ' if isinstance(error, RuntimeError) else ''}{error}")
         return 2
+    except KeyboardInterrupt:
+        say(f"headwater.calibrate: broken off; {args.output} has the best choice until then, if one was found")
+        return 130

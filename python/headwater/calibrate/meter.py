@@ -9,7 +9,7 @@ from typing import Dict, List, Optional, Sequence, Union
 import torch
 
 from headwater.calibrate.file import load
-from headwater.calibrate.search import DENSE, THRESHOLDS, WINDOWS, Measured, Setting
+from headwater.calibrate.search import DENSE, START, THRESHOLDS, WINDOWS, Measured, Setting
 from headwater.eval import policies
 from headwater.eval.attention import Stats
 from headwater.eval.items import Item
@@ -45,8 +45,8 @@ class Prompt:
 
     @classmethod
     def of(cls, given: Union[Window, Item]) -> "Prompt":
-        """The questions of a context follow it in one prompt, each after the answers of those before. They attend to all, as in
-        serving the end of a prompt and what is decoded do."""
+        """The questions of a context follow it in one prompt, each after the answers of those before. They attend to all, and so
+        do the last EXACT_LAST tokens before the first answer: as in serving the end of a prompt and what is decoded."""
         if isinstance(given, Window):
             return cls(given.set, list(given.ids), EXACT_LAST, given.targets)
         ids, answers = list(given.context_ids), []
@@ -54,7 +54,8 @@ class Prompt:
             ids += question.prompt_ids
             answers.append((len(ids), len(ids) + len(question.answer_ids)))
             ids += question.answer_ids
-        return cls(given.task, ids, len(ids) - len(given.context_ids), answers=answers)
+        exact_from = max(0, min(len(given.context_ids), answers[0][0] - EXACT_LAST))
+        return cls(given.task, ids, len(ids) - exact_from, answers=answers)
 
     def take_dense(self, model: EvalModel, one: Pass) -> None:
         """Measures dense attention's pass."""
@@ -87,11 +88,11 @@ class Trial:
 
     name = "headwater"
 
-    def __init__(self, thresholds: Sequence[float], windows: Sequence[int], model: dict, exact: int):
+    def __init__(self, thresholds: Sequence[float], windows: Sequence[int], model: dict, device, exact: int):
         from headwater import ops
 
-        self._run = ops.PatternPolicy("headwater", {"dense_below_tokens": 0, "dense_last_tokens": exact}, thresholds=thresholds,
-                                      windows=windows, **model)
+        self._run = ops.PatternPolicy("headwater", {"dense_below_tokens": 0, "dense_last_tokens": exact}, device=device,
+                                      thresholds=thresholds, windows=windows, **model)
         self._last = model["layers"]
 
     def attend(self, layer, q, k, v):
@@ -103,9 +104,9 @@ class Trial:
 
 
 class Meter:
-    """What choices of settings lose on prompts beside dense attention."""
+    """What choices of settings lose on prompts beside dense attention. start: a calibration file to read, see settings_of()."""
 
-    def __init__(self, model: EvalModel, found: Sequence[Union[Window, Item]], per_unit: int):
+    def __init__(self, model: EvalModel, found: Sequence[Union[Window, Item]], per_unit: int, start: Optional[Path] = None):
         config = model.model.config
         self.kv_heads, self.layers = config.num_key_value_heads, config.num_hidden_layers
         self._shape = {"layers": self.layers, "q_heads": config.num_attention_heads, "kv_heads": self.kv_heads,
@@ -114,6 +115,8 @@ class Meter:
         self.units = self.layers * self.kv_heads // per_unit
         self._prompts = [Prompt.of(one) for one in found]
         self._base: Optional[List[Setting]] = None
+        self.start = self.settings_of(start) if start else None
+        Trial(*self.tables([START] * self.units), self._shape, model.device, EXACT_LAST)  # what it refuses comes before the passes
         for prompt in self._prompts:
             prompt.take_dense(model, model.prefill(prompt.ids, policies.make("dense")))
             if not math.isfinite(prompt.dense_nll):
@@ -135,7 +138,10 @@ class Meter:
         if (made.layers, made.kv_heads) != (self.layers, self.kv_heads):
             raise ValueError(f"{path} is for {made.layers} layers of {made.kv_heads} KV heads; the model has {self.layers} of "
                              f"{self.kv_heads}")
-        found = list(zip(made.flat_thresholds(), made.flat_windows()))[::self._per_unit]
+        each = list(zip(made.flat_thresholds(), made.flat_windows()))
+        found = each[::self._per_unit]
+        if [setting for setting in found for _ in range(self._per_unit)] != each:
+            raise ValueError(f"{path}: heads of a layer differ; --unit head is wanted")
         for threshold, window in found:
             if (threshold, window) != DENSE and not (threshold in THRESHOLDS and window in WINDOWS):
                 raise ValueError(f"{path}: threshold {threshold} with window {window} is no setting of this search")
@@ -163,6 +169,7 @@ class Meter:
     def _layers_per_input(self) -> int:
         if self._model.device.type != "cuda":
             return 1
+        torch.cuda.empty_cache()
         width = self._model.model.config.hidden_size * self._model.model.dtype.itemsize
         layer = sum(len(prompt.ids) for prompt in self._ranking) * width
         return max(1, math.ceil(2 * self.layers * layer / max(1, torch.cuda.mem_get_info(self._model.device)[0])))
@@ -170,7 +177,7 @@ class Meter:
     def _measured(self, settings: Sequence[Setting], prompts: Sequence[Prompt], *, first: int = 0,
                   keep: Optional[Sequence[int]] = None) -> Measured:
         """first: the layer to begin with, by what a call with `keep` kept of it. The density is that of prompts not made here."""
-        make = functools.cache(functools.partial(Trial, *self.tables(settings), self._shape))
+        make = functools.cache(functools.partial(Trial, *self.tables(settings), self._shape, self._model.device))
         losses: Dict[str, List[float]] = {}
         densities = []
         for prompt in prompts:

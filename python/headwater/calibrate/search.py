@@ -41,7 +41,7 @@ class Measured:
 
 
 class OutOfTime(Exception):
-    """Raised by what measures: the search ends with what it has."""
+    """Raised by what ranks: the search chooses among what was ranked until then, and ends."""
 
 
 @dataclass
@@ -49,13 +49,19 @@ class Outcome:
     settings: List[Setting]
     measured: Measured
     passes: int
-    whole: bool  # a further round would save little; else most_passes ended it
+    whole: bool  # a further round would save little; else most_passes or the time ended it
     history: List[Tuple[float, float]]  # (share of the budget spent, density) after each round
+
+
+def most_of_first_round(units: int, given: bool) -> int:
+    """Passes that a search takes until its first round is done; given: it goes on from settings."""
+    changes = units * (5 if given else len(FIRST))
+    return 2 + changes + WEIGHINGS * (changes + units).bit_length()
 
 
 def search(units: int, rank: Callable[[Sequence[Setting], Sequence[Setting]], Measured], judge: Callable[[Sequence[Setting]], Measured],
            budgets: Dict[str, float], *, start: Optional[Sequence[Setting]] = None, most_passes: int = 10**9,
-           say: Callable[[str], None] = lambda text: None) -> Outcome:
+           say: Callable[[str], None] = lambda text: None, keep: Callable[[Outcome], None] = lambda found: None) -> Outcome:
     """Settings for `units` under which every set of `judge` holds its budget, at a density as low as is found.
 
     A round ranks: it measures what each option of each unit changes, the others where they are, by rank(where all are, with the
@@ -63,35 +69,37 @@ def search(units: int, rank: Callable[[Sequence[Setting], Sequence[Setting]], Me
     without it on START, and its options are all of FIRST. From their densest options units step to sparser ones, those first that
     save most density for what they lose; as many steps as hold, by bisection with each choice judged, give the state that the next
     round stands on. That is done again with more weight on the sets that end it and less on the others. Dense attention, which
-    loses nothing, is the answer where nothing holds. Passes are calls of rank and of judge.
+    loses nothing, is the answer where nothing holds. Passes are calls of rank and of judge. `keep` gets every better answer.
     """
-    run = _Run(rank, judge, budgets)
+    history: List[Tuple[float, float]] = []
+    run = _Run(rank, judge, budgets, lambda: keep(outcome(False)))
+
+    def outcome(whole: bool) -> Outcome:
+        return Outcome(run.best.settings, run.best.measured, run.passes, whole, history)
+
     run.best = _State([DENSE] * units, Measured({name: 0.0 for name in budgets}, 1.0))
-    history, whole = [], False
-    try:
-        now = run.judged(start or [START] * units)
-        run.keep(now)
-        origin = "what was given" if start else f"threshold {START[0]:g}, window {START[1]}"
-        say(f"{units} units, from {origin}: {text_of(now.measured)}")
-        while not whole:
-            first = FIRST if not start and not history else None
-            options = [[one for one in first or neighbours(setting) if one != setting] for setting in now.settings]
-            changes = sum(map(len, options))
-            if run.passes + 1 + changes + WEIGHINGS * (changes + units).bit_length() > most_passes:
-                break
-            say(f"round {len(history) + 1} ranks {changes} changes")
-            before = run.best.measured.density
-            now = run.round(now, options)
-            history.append((now.measured.spent(budgets), now.measured.density))
-            holds = history[-1][0] <= 1
-            say(f"round {len(history)}, {run.passes} passes: {text_of(now.measured)}{'' if holds else ': over the budget'}")
-            if holds:
-                whole = now.measured.density > (1 - LEAST_GAIN) * before
-            else:
-                whole = len(history) > 1 and history[-1][0] >= history[-2][0]  # comes no nearer
-    except OutOfTime:
-        pass
-    return Outcome(run.best.settings, run.best.measured, run.passes, whole, history)
+    now = run.judged(start or [START] * units)
+    run.keep(now)
+    origin = "what was given" if start else f"threshold {START[0]:g}, window {START[1]}"
+    say(f"{units} units, from {origin}: {text_of(now.measured)}")
+    whole = False
+    while not whole and not run.late:
+        first = FIRST if not start and not history else None
+        options = [[one for one in first or neighbours(setting) if one != setting] for setting in now.settings]
+        changes = sum(map(len, options))
+        if run.passes + 1 + changes + WEIGHINGS * (changes + units).bit_length() > most_passes:
+            break
+        say(f"round {len(history) + 1} ranks {changes} changes")
+        before = run.best.measured.density
+        now = run.round(now, options)
+        history.append((now.measured.spent(budgets), now.measured.density))
+        holds = history[-1][0] <= 1
+        say(f"round {len(history)}, {run.passes} passes: {text_of(now.measured)}{'' if holds else ': over the budget'}")
+        if holds:
+            whole = (1 - LEAST_GAIN) * before < now.measured.density and before < 1
+        else:
+            whole = len(history) > 1 and history[-1][0] >= history[-2][0]  # comes no nearer
+    return outcome(whole and not run.late)
 
 
 @dataclass
@@ -115,10 +123,11 @@ class _Change:
 class _Run:
     best: _State  # of those that hold
 
-    def __init__(self, rank, judge, budgets):
-        self._rank, self._judge, self._budgets = rank, judge, budgets
+    def __init__(self, rank, judge, budgets, improved: Callable[[], None]):
+        self._rank, self._judge, self._budgets, self._improved = rank, judge, budgets, improved
         self._known: Dict[Tuple[Setting, ...], Measured] = {}
         self.passes = 0
+        self.late = False
 
     def judged(self, settings: Sequence[Setting]) -> _State:
         key = tuple(settings)
@@ -132,6 +141,7 @@ class _Run:
         holds = state.measured.spent(self._budgets) <= 1
         if holds and state.measured.density < self.best.measured.density:
             self.best = state
+            self._improved()
         return holds
 
     def round(self, now: _State, options: Sequence[Sequence[Setting]]) -> _State:
@@ -172,20 +182,24 @@ class _Run:
         return tried
 
     def _changes(self, now: _State, options: Sequence[Sequence[Setting]]) -> List[List[_Change]]:
-        """Of staying and of each option, for each unit."""
-        def ranked(settings: Sequence[Setting]) -> Measured:
-            self.passes += 1
-            return self._rank(now.settings, settings)
-
-        base = ranked(now.settings)
+        """Of staying and of each option, for each unit, as far as the time reaches."""
         changes = [[_Change(setting, 0.0, {name: 0.0 for name in self._budgets})] for setting in now.settings]
-        for unit, settings in enumerate(options):
-            for setting in settings:
-                found = ranked([*now.settings[:unit], setting, *now.settings[unit + 1:]])
-                loss = {name: (found.loss[name] - base.loss[name]) / budget for name, budget in self._budgets.items()}
-                if all(map(math.isfinite, loss.values())):
-                    changes[unit].append(_Change(setting, found.density - base.density, loss))
+        try:
+            base = self._ranked(now, now.settings)
+            for unit, settings in enumerate(options):
+                for setting in settings:
+                    found = self._ranked(now, [*now.settings[:unit], setting, *now.settings[unit + 1:]])
+                    loss = {name: (found.loss[name] - base.loss[name]) / budget for name, budget in self._budgets.items()}
+                    if all(map(math.isfinite, loss.values())):
+                        changes[unit].append(_Change(setting, found.density - base.density, loss))
+        except OutOfTime:
+            self.late = True
         return changes
+
+    def _ranked(self, now: _State, settings: Sequence[Setting]) -> Measured:
+        found = self._rank(now.settings, settings)
+        self.passes += 1
+        return found
 
 
 def _path(changes: Sequence[_Change], weights: Dict[str, float]) -> List[_Change]:
