@@ -283,8 +283,8 @@ def times(path: Path, measured: bool) -> dict:
         if bool(params.get("measure_recall")) != measured:
             raise ValueError(f"{path}: a row {'without' if measured else 'with'} measure_recall")
         if params["policy"] != "headwater" or "min_recall" in params:
-            raise ValueError(f"{path}: a row of policy {params['policy']}{' and min_recall' if 'min_recall' in params else ''}; headwater "
-                             "alone is wanted")
+            bound = " and min_recall" if "min_recall" in params else ""
+            raise ValueError(f"{path}: a row of policy {params['policy']}{bound}; headwater alone is wanted")
         found.setdefault((params["model"], params["tokens"], params.get("prompt", "")), []).append(row["metrics"]["ttft_s"])
         found.setdefault("run", []).append((row["device"], row["commit"]))
     return found

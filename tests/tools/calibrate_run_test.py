@@ -149,8 +149,8 @@ class CalibrateTest(unittest.TestCase):
     def test_refuses(self):
         long = self.folder / "long.jsonl"
         long.write_text(json.dumps({"prompt_ids_u16_b64": base64.b64encode(bytes(2 * 1100)).decode(), "answer_ids": [2]}))
-        for words, text in ((("--tokens", 512), "--tokens=512"), (("--tokens", 1024, 1024), "--tokens=1024 1024"), (("--tokens", 1024, "--limit_s", 0), "--limit_s=0"),
-                            (("--tokens", 1024, "--budget", 0), "--budget=0"),
+        for words, text in ((("--tokens", 512), "--tokens=512"), (("--tokens", 1024, 1024), "--tokens=1024 1024"),
+                            (("--tokens", 1024, "--limit_s", 0), "--limit_s=0"), (("--tokens", 1024, "--budget", 0), "--budget=0"),
                             (("--tokens", 1024, "--max_passes", 70), "--max_passes=70; a first round of 6 units takes up to"),
                             (("--tokens", 1024, "--prompts", long), "long:1 has 1101 tokens"),
                             (("--tokens", 4096), "a prompt of 4096 tokens"), (("--tokens", 8192), "story.txt has"),
@@ -161,58 +161,55 @@ class CalibrateTest(unittest.TestCase):
 
 
 class MeterTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        trial = mock.patch.object(meter, "Trial", Windows)
+        trial.start()
+        self.addCleanup(trial.stop)
+        tiny_model.save_model(Path(folder.name))
+        self.model = EvalModel.load(Path(folder.name), "cpu", torch.float32)
+        self.ids = [7 * n * n % 251 for n in range(700)]
+        self.item = Item("words", "words:0", self.ids[:600], [Question([3, 4], [5, 6, 7]), Question([8], [9])])
+
     def test_dense_loses_nothing_and_a_window_does(self):
-        with tempfile.TemporaryDirectory() as folder, mock.patch.object(meter, "Trial", Windows):
-            tiny_model.save_model(Path(folder))
-            model = EvalModel.load(Path(folder), "cpu", torch.float32)
-            ids = [7 * n * n % 251 for n in range(700)]
-            item = Item("words", "words:0", ids[:600], [Question([3, 4], [5, 6, 7]), Question([8], [9])])
-            measure = meter.Meter(model, [Window("ppl:a", "a", ids, 100), item], 1)
-            prompt = meter.Prompt.of(item)
-            self.assertEqual((prompt.ids, prompt.answers), ([*ids[:600], 3, 4, 5, 6, 7, 8, 9], [(602, 605), (606, 607)]))
-            same = measure([DENSE] * 6)
-            for loss in same.loss.values():
-                self.assertAlmostEqual(loss, 0, places=5)
-            other = measure([(2.0, 4)] * 6)
-            self.assertGreater(other.loss["words"], 1e-3)
-            self.assertGreater(abs(other.loss["ppl:a"]), 1e-3)
-            self.assertLess(other.density, 0.5)  # the end of the item attends to all
+        measure = meter.Meter(self.model, [Window("ppl:a", "a", self.ids, 100), self.item], 1)
+        prompt = meter.Prompt.of(self.item)
+        self.assertEqual((prompt.ids, prompt.answers), ([*self.ids[:600], 3, 4, 5, 6, 7, 8, 9], [(602, 605), (606, 607)]))
+        same = measure([DENSE] * 6)
+        for loss in same.loss.values():
+            self.assertAlmostEqual(loss, 0, places=5)
+        other = measure([(2.0, 4)] * 6)
+        self.assertGreater(other.loss["words"], 1e-3)
+        self.assertGreater(abs(other.loss["ppl:a"]), 1e-3)
+        self.assertLess(other.density, 0.5)  # the end of the item attends to all
 
     def test_ranks_as_a_whole_pass_does(self):
-        with tempfile.TemporaryDirectory() as folder, mock.patch.object(meter, "Trial", Windows):
-            tiny_model.save_model(Path(folder))
-            model = EvalModel.load(Path(folder), "cpu", torch.float32)
-            ids = [7 * n * n % 251 for n in range(700)]
-            item = Item("words", "words:0", ids[:600], [Question([3, 4], [5, 6, 7]), Question([8], [9])])
-            windows = [Window("ppl:a", "a", ids[n:], 100) for n in range(2)]
-            measure, one = (meter.Meter(model, [*some, item], 1) for some in (windows, windows[:1]))
-            base, begun = [(2.0, 16)] * 6, []
-            model.prefill_from = lambda layer, *more: begun.append(layer) or EvalModel.prefill_from(model, layer, *more)
-            for step in (1, 2):  # inputs of every layer, of every second one
-                with mock.patch.object(meter.Meter, "_layers_per_input", lambda _, step=step: step):
-                    for settings in (base, *([*base[:unit], (2.0, 32), *base[unit + 1:]] for unit in range(6)), [(2.0, 64)] * 6):
-                        found, whole = measure.rank(base, settings), one(settings)
-                        self.assertAlmostEqual(found.density, whole.density, places=9)
-                        for name, loss in whole.loss.items():
-                            self.assertAlmostEqual(found.loss[name], loss, places=5)
-                    self.assertEqual(sorted(measure._prompts[0].inputs), [1, 2][step - 1:])
-                base = [(2.0, 4)] * 6
-            self.assertEqual(begun, [1] * 4 + [2] * 4 + [2] * 4)  # two prompts, two heads a layer; the second time in twos
-            self.assertEqual(len(model.model.base_model.layers), 3)
+        windows = [Window("ppl:a", "a", self.ids[n:], 100) for n in range(2)]
+        measure, one = (meter.Meter(self.model, [*some, self.item], 1) for some in (windows, windows[:1]))
+        base, begun = [(2.0, 16)] * 6, []
+        self.model.prefill_from = lambda layer, *more: begun.append(layer) or EvalModel.prefill_from(self.model, layer, *more)
+        for step in (1, 2):  # inputs of every layer, of every second one
+            with mock.patch.object(meter.Meter, "_layers_per_input", lambda _, step=step: step):
+                for settings in (base, *([*base[:unit], (2.0, 32), *base[unit + 1:]] for unit in range(6)), [(2.0, 64)] * 6):
+                    found, whole = measure.rank(base, settings), one(settings)
+                    self.assertAlmostEqual(found.density, whole.density, places=9)
+                    for name, loss in whole.loss.items():
+                        self.assertAlmostEqual(found.loss[name], loss, places=5)
+                self.assertEqual(sorted(measure._prompts[0].inputs), [1, 2][step - 1:])
+            base = [(2.0, 4)] * 6
+        self.assertEqual(begun, [1] * 4 + [2] * 4 + [2] * 4)  # two prompts, two heads a layer; the second time in twos
+        self.assertEqual(len(self.model.model.base_model.layers), 3)
 
     def test_density_is_that_of_what_is_served(self):
-        with tempfile.TemporaryDirectory() as folder, mock.patch.object(meter, "Trial", Windows):
-            tiny_model.save_model(Path(folder))
-            model = EvalModel.load(Path(folder), "cpu", torch.float32)
-            ids = [7 * n * n % 251 for n in range(700)]
-            text = Window("ppl:a", "a", ids, 100)
-            own, given = (Item(task, f"{task}:0", ids[:600], [Question([3, 4], [5, 6, 7])]) for task in ("own_words", "words"))
-            density = {name: meter.Meter(model, some, 1)([(2.0, 4)] * 6).density
-                       for name, some in (("text", [text]), ("own", [own]), ("given", [given]), ("both", [text, own]),
-                                          ("all", [text, given, own]))}
-            self.assertEqual(density["both"], density["text"])
-            self.assertNotEqual(density["text"], density["own"])
-            self.assertAlmostEqual(density["all"], (density["text"] + density["given"]) / 2)
+        text = Window("ppl:a", "a", self.ids, 100)
+        own, given = (Item(task, f"{task}:0", self.ids[:600], [Question([3, 4], [5, 6, 7])]) for task in ("own_words", "words"))
+        density = {name: meter.Meter(self.model, some, 1)([(2.0, 4)] * 6).density
+                   for name, some in (("text", [text]), ("own", [own]), ("given", [given]), ("both", [text, own]),
+                                      ("all", [text, given, own]))}
+        self.assertEqual(density["both"], density["text"])
+        self.assertNotEqual(density["text"], density["own"])
+        self.assertAlmostEqual(density["all"], (density["text"] + density["given"]) / 2)
 
     def test_questions_attend_to_all(self):
         seen = []
@@ -222,18 +219,17 @@ class MeterTest(unittest.TestCase):
                 seen.append(args[-1])
                 super().__init__(*args)
 
-        with tempfile.TemporaryDirectory() as folder, mock.patch.object(meter, "Trial", Notes):
-            tiny_model.save_model(Path(folder))
-            model = EvalModel.load(Path(folder), "cpu", torch.float32)
-            ids = [7 * n * n % 251 for n in range(700)]
-            items = [Item("words", f"words:{n}", ids[:600], [Question([3, 4], [5, 6, 7]), Question([8], [9])]) for n in range(2)]
-            whole = Item("ruler", "ruler:0", ids[:690], [Question([], [9])])  # its question is at the end of the context
-            measure = meter.Meter(model, [Window("ppl:a", "a", ids, 100), *items, whole], 1)
+        with mock.patch.object(meter, "Trial", Notes):
+            items = [Item("words", f"words:{n}", self.ids[:600], [Question([3, 4], [5, 6, 7]), Question([8], [9])]) for n in range(2)]
+            whole = Item("ruler", "ruler:0", self.ids[:690], [Question([], [9])])  # its question is at the end of the context
+            measure = meter.Meter(self.model, [Window("ppl:a", "a", self.ids, 100), *items, whole], 1)
             seen.clear()
             measure([(2.0, 4)] * 6)
             self.assertEqual(seen, [256, 261, 257])
 
-    def test_a_trial_begins_with_every_prompt(self):
+
+class TrialTest(unittest.TestCase):
+    def test_begins_with_every_prompt(self):
         calls = []
 
         class Policy:

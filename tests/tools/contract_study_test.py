@@ -285,7 +285,8 @@ class StudyTest(unittest.TestCase):
             path.write_text("".join(json.dumps({
                 "device": "D", "commit": "c",
                 "params": {"model": "m", "policy": "headwater", "tokens": tokens, "prompt": f"text:{tokens}:{number}", **more},
-                "metrics": {"ttft_s": one}}) + "\n" for tokens, some in times.items() for number, runs in enumerate(some) for one in runs))
+                "metrics": {"ttft_s": one}}) + "\n"
+                for tokens, some in times.items() for number, runs in enumerate(some) for one in runs))
 
         rows(free, {900: [[1, 2, 9], [4, 4, 4], [8, 8, 8]], 2048: [[10, 10, 10]]})
         rows(measured, {900: [[2, 2, 2], [4.4, 4.4, 0], [8, 8.08, 9]], 2048: [[10.1, 10.1, 10.1]]}, measure_recall=True)

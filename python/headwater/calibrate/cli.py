@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
     add("--texts", nargs="+", required=True, metavar="FILE",
         help="calibration texts, of what will be served and not of what the model was trained on; names as in headwater.eval")
     add("--output", type=Path, required=True, metavar="FILE.json")
-    add("--tokens", type=int, nargs="+", default=[32768], help="of the prompts: lengths that are to be served, the longest among them")
+    add("--tokens", type=int, nargs="+", default=[32768],
+        help="of the prompts: lengths that are to be served, the longest among them")
     add("--windows", type=int, default=4, help="of each text that judge; one of each text ranks")
     add("--targets", type=int, default=32768, help="last tokens of a window, whose loss counts: at most half of it")
     add("--own", nargs="*", choices=prompts.TASKS, default=["words", "uuids"],
@@ -80,8 +81,8 @@ def gather(args: argparse.Namespace, tokenizer) -> List[Union[Window, Item]]:
         read.append((name, title, tokenizer.encode(text, add_special_tokens=False).ids))
     given = by_length([item for path in args.prompts for item in read_items(path, tokenizer)], args.tokens)
     if None in given:
-        raise ValueError(f"--prompts: {given[None][0].name} has {given[None][0].tokens()} tokens; --tokens has {max(args.tokens)} at "
-                         "most")
+        long = given[None][0]
+        raise ValueError(f"--prompts: {long.name} has {long.tokens()} tokens; --tokens has {max(args.tokens)} at most")
     for tokens in args.tokens:
         room = tokens - len(prefix)
         targets = min(args.targets, room // 2)
@@ -145,15 +146,17 @@ def main(arguments: Optional[List[str]] = None) -> int:
         found = gather(args, tokenizer)
         model = EvalModel.load(path, args.device, torch.bfloat16)
         if short := [tokens for tokens in args.tokens if tokens < Headwater.dense_below_tokens]:
-            say(f"headwater.calibrate: prompts shorter than {Headwater.dense_below_tokens} tokens, as those of {short[0]}, are served "
-                "dense unless dense_below_tokens says otherwise")
+            say(f"headwater.calibrate: prompts shorter than {Headwater.dense_below_tokens} tokens, as those of {short[0]}, are "
+                "served dense unless dense_below_tokens says otherwise")
         longest = max(len(Prompt.of(one).ids) for one in found)
         if longest > model.max_tokens:
             raise ModelError(f"a prompt of {longest} tokens; {path} is for {model.max_tokens} at most")
-        meter = Meter(model, found, model.model.config.num_key_value_heads if args.unit == "layer" else 1, args.start)
-        least = most_of_first_round(meter.units, args.start is not None)
+        config = model.model.config
+        units = config.num_hidden_layers * (1 if args.unit == "layer" else config.num_key_value_heads)
+        least = most_of_first_round(units, args.start is not None)
         if args.max_passes < least:
-            raise ValueError(f"--max_passes={args.max_passes}; a first round of {meter.units} units takes up to {least}")
+            raise ValueError(f"--max_passes={args.max_passes}; a first round of {units} units takes up to {least}")
+        meter = Meter(model, found, config.num_key_value_heads if args.unit == "layer" else 1, args.start)
         budgets = {name: args.budget if is_text(name) else args.answer_budget for name in meter.dense}
         made_for = digest(path)
 

@@ -114,7 +114,8 @@ class Meter:
         self._model, self._per_unit = model, per_unit
         self.units = self.layers * self.kv_heads // per_unit
         self._prompts = [Prompt.of(one) for one in found]
-        self._base: Optional[List[Setting]] = None
+        self._base: Optional[List[Setting]] = None  # that rank() keeps inputs of, every `step` layers, and what it loses
+        self._step, self._base_measured = 1, Measured({}, 1.0)
         self.start = self.settings_of(start) if start else None
         Trial(*self.tables([START] * self.units), self._shape, model.device, EXACT_LAST)  # what it refuses comes before the passes
         for prompt in self._prompts:

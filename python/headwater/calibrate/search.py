@@ -53,15 +53,20 @@ class Outcome:
     history: List[Tuple[float, float]]  # (share of the budget spent, density) after each round
 
 
+def most_of_round(units: int, changes: int) -> int:
+    """Passes that a round takes at most."""
+    return 1 + changes + WEIGHINGS * (changes + units).bit_length()
+
+
 def most_of_first_round(units: int, given: bool) -> int:
     """Passes that a search takes until its first round is done; given: it goes on from settings."""
-    changes = units * (5 if given else len(FIRST))
-    return 2 + changes + WEIGHINGS * (changes + units).bit_length()
+    return 1 + most_of_round(units, units * (5 if given else len(FIRST)))
 
 
-def search(units: int, rank: Callable[[Sequence[Setting], Sequence[Setting]], Measured], judge: Callable[[Sequence[Setting]], Measured],
-           budgets: Dict[str, float], *, start: Optional[Sequence[Setting]] = None, most_passes: int = 10**9,
-           say: Callable[[str], None] = lambda text: None, keep: Callable[[Outcome], None] = lambda found: None) -> Outcome:
+def search(units: int, rank: Callable[[Sequence[Setting], Sequence[Setting]], Measured],
+           judge: Callable[[Sequence[Setting]], Measured], budgets: Dict[str, float], *,
+           start: Optional[Sequence[Setting]] = None, most_passes: int = 10**9, say: Callable[[str], None] = lambda text: None,
+           keep: Callable[[Outcome], None] = lambda found: None) -> Outcome:
     """Settings for `units` under which every set of `judge` holds its budget, at a density as low as is found.
 
     A round ranks: it measures what each option of each unit changes, the others where they are, by rank(where all are, with the
@@ -87,7 +92,7 @@ def search(units: int, rank: Callable[[Sequence[Setting], Sequence[Setting]], Me
         first = FIRST if not start and not history else None
         options = [[one for one in first or neighbours(setting) if one != setting] for setting in now.settings]
         changes = sum(map(len, options))
-        if run.passes + 1 + changes + WEIGHINGS * (changes + units).bit_length() > most_passes:
+        if run.passes + most_of_round(units, changes) > most_passes:
             break
         say(f"round {len(history) + 1} ranks {changes} changes")
         before = run.best.measured.density
