@@ -43,7 +43,7 @@ struct HeadwaterParameters {
   int32_t window_blocks = 16;       // 1 and more
   int32_t dense_last_tokens = 256;  // tiles of the last queries, which ask for what the prompt holds
   bool correction = true;           // block means stand for what is not listed
-  // Faster from 8,192 on, but 1.2 times there, for 1.6 % of perplexity: docs/policies.md.
+  // Faster from 8,192 on, but 1.2 times there, for 2.6 % of perplexity: docs/policies.md.
   int64_t dense_below_tokens = 16384;
   // [layers * KV heads], what `python -m headwater.calibrate` found: over 0 and at most 1 a threshold; 0: the
   // head is dense; over 1: sinks and window alone, it is not searched. Empty: `threshold` for all.
