@@ -76,7 +76,8 @@ class CalibrateTest(unittest.TestCase):
             cls.addClassCleanup(patch.stop)
 
     def run_main(self, *words):
-        return tiny_model.command(cli.main, self.model, "--device", "cpu", "--texts", self.folder / "story.txt", *words)
+        return tiny_model.command(cli.main, self.model, "--device", "cpu", "--questions", 4, "--texts",
+                                  self.folder / "story.txt", *words)
 
     def test_what_is_written_holds_the_budget_when_it_is_measured_again(self):
         path, budget = self.folder / "calibration.json", 0.02
@@ -152,6 +153,7 @@ class CalibrateTest(unittest.TestCase):
         for words, text in ((("--tokens", 512), "--tokens=512"), (("--tokens", 1024, 1024), "--tokens=1024 1024"),
                             (("--tokens", 1024, "--limit_s", 0), "--limit_s=0"), (("--tokens", 1024, "--budget", 0), "--budget=0"),
                             (("--tokens", 1024, "--max_passes", 70), "--max_passes=70; a first round of 6 units takes up to"),
+                            (("--tokens", 1024, "--questions", 5), "--questions=5 take up to 640 tokens"),
                             (("--tokens", 1024, "--prompts", long), "long:1 has 1101 tokens"),
                             (("--tokens", 4096), "a prompt of 4096 tokens"), (("--tokens", 8192), "story.txt has"),
                             (("--tokens", 1024, "--windows", 0, "--own"), "nothing to calibrate on")):
@@ -184,6 +186,17 @@ class MeterTest(unittest.TestCase):
         self.assertGreater(abs(other.loss["ppl:a"]), 1e-3)
         self.assertLess(other.density, 0.5)  # the end of the item attends to all
 
+    def test_roundings_of_the_kernels_are_no_loss(self):
+        class Rounds(Windows):
+            def attend(self, layer, q, k, v):
+                out, stats = super().attend(layer, q, k, v)
+                return out.bfloat16().float(), stats
+
+        with mock.patch.object(meter, "Trial", Rounds):
+            measure = meter.Meter(self.model, [Window("ppl:a", "a", self.ids, 100), self.item], 1)
+            self.assertGreater(measure._prompts[1].floor, 0)
+            self.assertEqual(set(measure([DENSE] * 6).loss.values()), {0.0})
+
     def test_ranks_as_a_whole_pass_does(self):
         windows = [Window("ppl:a", "a", self.ids[n:], 100) for n in range(2)]
         measure, one = (meter.Meter(self.model, [*some, self.item], 1) for some in (windows, windows[:1]))
@@ -209,7 +222,8 @@ class MeterTest(unittest.TestCase):
                                       ("all", [text, given, own]))}
         self.assertEqual(density["both"], density["text"])
         self.assertNotEqual(density["text"], density["own"])
-        self.assertAlmostEqual(density["all"], (density["text"] + density["given"]) / 2)
+        pairs = {"text": 700 ** 2, "given": 605 ** 2}  # the last one is the answer's
+        self.assertAlmostEqual(density["all"], sum(pairs[name] * density[name] for name in pairs) / sum(pairs.values()))
 
     def test_questions_attend_to_all(self):
         seen = []

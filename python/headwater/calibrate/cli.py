@@ -40,11 +40,12 @@ def parser() -> argparse.ArgumentParser:
     add("--own", nargs="*", choices=prompts.TASKS, default=["words", "uuids"],
         help="retrieval prompts made from the seed; what they lose counts, not how dense they are")
     add("--own_prompts", type=int, default=1, help="of a task")
-    add("--questions", type=int, default=4, help="of such a prompt")
+    add("--questions", type=int, default=32, help="of such a prompt; more cost little and measure answers with less noise")
     add("--prompts", nargs="+", type=Path, default=[], metavar="FILE.jsonl", help="retrieval prompts, as in headwater.eval")
     add("--start", type=Path, metavar="FILE.json", help="goes on from this calibration, as of shorter prompts; saves most passes")
     add("--budget", type=float, default=0.003, help="nats a token that a text may lose: 0.003 is 0.3 %% of perplexity")
-    add("--answer_budget", type=float, default=0.01, help="nats a token: KL divergence of answers from dense attention's")
+    add("--answer_budget", type=float, default=0.003,
+        help="nats a token: KL divergence of answers from dense attention's, beyond what roundings alone make of it")
     add("--unit", choices=("head", "layer"), default="head", help="what has a setting of its own: a KV head, or a layer")
     add("--max_passes", type=int, default=50000, help="of the model over all prompts")
     add("--limit_s", type=float, default=math.inf, help="time of ranking; what was ranked until then is chosen from")
@@ -83,6 +84,10 @@ def gather(args: argparse.Namespace, tokenizer) -> List[Union[Window, Item]]:
     if None in given:
         long = given[None][0]
         raise ValueError(f"--prompts: {long.name} has {long.tokens()} tokens; --tokens has {max(args.tokens)} at most")
+    asked = QUESTION_ROOM * args.questions
+    if args.own and 2 * asked > min(args.tokens):
+        raise ValueError(f"--questions={args.questions} take up to {asked} tokens; at most half of --tokens={min(args.tokens)} is "
+                         "wanted")
     for tokens in args.tokens:
         room = tokens - len(prefix)
         targets = min(args.targets, room // 2)
@@ -93,9 +98,8 @@ def gather(args: argparse.Namespace, tokenizer) -> List[Union[Window, Item]]:
                 found.append(Window(f"ppl:{title}:{tokens}", title, texts.window(ids, end, tokens, prefix), targets))
         items = given.get(tokens, [])
         for task in args.own:
-            items = [*items, *prompts.make_items(task, tokenizer, length=tokens - QUESTION_ROOM * args.questions,
-                                                 count=args.own_prompts, seed=args.seed, questions=args.questions,
-                                                 text_ids=read[0][2])]
+            items = [*items, *prompts.make_items(task, tokenizer, length=tokens - asked, count=args.own_prompts, seed=args.seed,
+                                                 questions=args.questions, text_ids=read[0][2])]
         found += [replace(item, task=f"{item.task}:{tokens}") for item in items]
     if not found:
         raise ValueError("nothing to calibrate on: give --windows, --own or --prompts")
@@ -130,7 +134,7 @@ def result(args: argparse.Namespace, name: str, meter: Meter, out: Outcome) -> C
     return Calibration(name, meter.layers, meter.kv_heads, rows(thresholds), rows(windows),
                        {"tokens": args.tokens, "budget": args.budget, "answer_budget": args.answer_budget, "sets": sets,
                         "density": round(out.measured.density, 6), "passes": out.passes, "whole": out.whole,
-                        "texts": [str(name) for name in args.texts]})
+                        "texts": [Path(name).name for name in args.texts]})
 
 
 def main(arguments: Optional[List[str]] = None) -> int:

@@ -4,7 +4,7 @@ import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Union
+from typing import Callable, Dict, List, Optional, Sequence, Union
 
 import torch
 
@@ -39,6 +39,7 @@ class Prompt:
     answers: list = field(default_factory=list)  # (first, behind the last)
     dense_nll: float = math.nan  # nats a token, of targets or answers
     dense_hidden: List[torch.Tensor] = field(default_factory=list)  # of the answers
+    floor: float = 0.0  # what the policy's own kernels lose where all blocks are listed: roundings that differ from dense attention's
     # Of the pass that rank() stands on: inputs of layers, and densities of all.
     inputs: Dict[int, torch.Tensor] = field(default_factory=dict)
     densities: List[float] = field(default_factory=list)
@@ -67,12 +68,12 @@ class Prompt:
                                for hidden, (begin, end) in zip(self.dense_hidden, self.answers))
 
     def loss(self, model: EvalModel, one: Pass) -> float:
-        """Nats a token. Of a text: NLL in excess of dense attention's. Of answers, which are too few tokens for that: KL divergence
-        from dense attention's distributions."""
+        """Nats a token, beyond `floor`. Of a text: NLL in excess of dense attention's. Of answers, which are too few tokens for
+        that: KL divergence from dense attention's distributions, which roundings alone keep above 0."""
         if not self.answers:
-            return self._nll(model, one) - self.dense_nll
+            return self._nll(model, one) - self.dense_nll - self.floor
         return _mean(model.divergence(one.hidden[begin - 1:end - 1], exact, self.ids[begin:end])[0]
-                     for exact, (begin, end) in zip(self.dense_hidden, self.answers))
+                     for exact, (begin, end) in zip(self.dense_hidden, self.answers)) - self.floor
 
     def _nll(self, model: EvalModel, one: Pass) -> float:
         return float(model.score_last(one, self.ids, self.targets).double().mean())
@@ -117,11 +118,14 @@ class Meter:
         self._base: Optional[List[Setting]] = None  # that rank() keeps inputs of, every `step` layers, and what it loses
         self._step, self._base_measured = 1, Measured({}, 1.0)
         self.start = self.settings_of(start) if start else None
-        Trial(*self.tables([START] * self.units), self._shape, model.device, EXACT_LAST)  # what it refuses comes before the passes
+        listed = self._trials([DENSE] * self.units)
+        self._trials([START] * self.units)(EXACT_LAST)  # what it refuses comes before the passes
         for prompt in self._prompts:
             prompt.take_dense(model, model.prefill(prompt.ids, policies.make("dense")))
-            if not math.isfinite(prompt.dense_nll):
-                raise ValueError(f"dense attention's loss on {prompt.set} is {prompt.dense_nll}")
+            prompt.floor = prompt.loss(model, model.prefill(prompt.ids, listed(prompt.exact)))
+            if not math.isfinite(prompt.dense_nll + prompt.floor):
+                raise ValueError(f"dense attention's loss on {prompt.set} is {prompt.dense_nll}, and {prompt.floor} more with all "
+                                 "blocks listed")
         sets = {prompt.set: [one.dense_nll for one in self._prompts if one.set == prompt.set] for prompt in self._prompts}
         self.dense = {name: _mean(each) for name, each in sets.items()}
         firsts = {prompt.set: prompt for prompt in reversed(self._prompts)}
@@ -175,12 +179,17 @@ class Meter:
         layer = sum(len(prompt.ids) for prompt in self._ranking) * width
         return max(1, math.ceil(2 * self.layers * layer / max(1, torch.cuda.mem_get_info(self._model.device)[0])))
 
+    def _trials(self, settings: Sequence[Setting]) -> Callable[[int], Trial]:
+        """By the number of last tokens that attend to all."""
+        return functools.cache(functools.partial(Trial, *self.tables(settings), self._shape, self._model.device))
+
     def _measured(self, settings: Sequence[Setting], prompts: Sequence[Prompt], *, first: int = 0,
                   keep: Optional[Sequence[int]] = None) -> Measured:
-        """first: the layer to begin with, by what a call with `keep` kept of it. The density is that of prompts not made here."""
-        make = functools.cache(functools.partial(Trial, *self.tables(settings), self._shape, self._model.device))
+        """first: the layer to begin with, by what a call with `keep` kept of it. The density is that of prompts not made here, each
+        weighed by its pairs of tokens: attention's share of dense attention's work on all of them."""
+        make = self._trials(settings)
         losses: Dict[str, List[float]] = {}
-        densities = []
+        work, dense_work = 0.0, 0
         for prompt in prompts:
             if first > 0:
                 one = self._model.prefill_from(first, prompt.inputs[first], make(prompt.exact))
@@ -191,5 +200,6 @@ class Meter:
                 prompt.inputs, prompt.densities = one.inputs, of_layers
             losses.setdefault(prompt.set, []).append(prompt.loss(self._model, one))
             if self._all_own or not is_own(prompt.set):
-                densities.append(_mean(of_layers))
-        return Measured({name: _mean(each) for name, each in losses.items()}, _mean(densities))
+                work += len(prompt.ids) ** 2 * _mean(of_layers)
+                dense_work += len(prompt.ids) ** 2
+        return Measured({name: _mean(each) for name, each in losses.items()}, work / dense_work)

@@ -9,7 +9,7 @@ Setting = Tuple[float, int]
 THRESHOLDS = (2.0, 0.2, 0.1, 0.05, 0.02, 0.005)  # from sparse to dense; over 1: nothing is searched
 WINDOWS = (4, 16, 64, 128)  # blocks of 128 keys
 DENSE: Setting = (0.0, WINDOWS[-1])
-FIRST = (*((2.0, window) for window in WINDOWS), (0.2, 16), (0.2, 128), (0.05, 16), (0.05, 64), (0.05, 128), (0.005, 16), DENSE)
+FIRST = (*((2.0, window) for window in WINDOWS), (0.2, 16), (0.05, 16), (0.05, 64), (0.05, 128), (0.005, 16), DENSE)
 START: Setting = (0.05, 64)
 LEAST_GAIN = 0.02  # of the density: a round that saves less is the last
 WEIGHINGS = 3  # of the sets against each other, in a round
@@ -31,7 +31,7 @@ class Measured:
     """Of one choice of settings."""
 
     loss: Dict[str, float]  # by set: what the budget is for
-    density: float  # mean over layers and heads, of what will be served
+    density: float  # of attention over what will be served, mean over layers and heads
 
     def spent(self, budgets: Dict[str, float]) -> float:
         """The largest share of a budget that a set uses; infinite where a loss is no number."""
