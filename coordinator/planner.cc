@@ -16,8 +16,13 @@ __extension__ using Uint128 = unsigned __int128;
 
 uint64_t CeilDiv(uint64_t a, uint64_t b) { return a / b + (a % b != 0 ? 1 : 0); }
 
-uint64_t RankBytes(const v1::MemoryModel& memory, uint64_t local_tokens) {
-  const Uint128 bytes = Uint128{local_tokens} * memory.bytes_per_token() + memory.fixed_bytes();
+// Of a rank among `world_size`.
+uint64_t RankBytes(const PlanSpec& spec, uint32_t world_size, const v1::MemoryModel& memory,
+                   uint64_t local_tokens) {
+  Uint128 bytes_per_token = memory.bytes_per_token();
+  if (world_size > 1 || spec.resumes) bytes_per_token += memory.group_bytes_per_token();
+  // A token takes less than 2^65 bytes, a prompt has less than 2^32 tokens.
+  const Uint128 bytes = bytes_per_token * local_tokens + memory.fixed_bytes();
   constexpr uint64_t kMost = std::numeric_limits<uint64_t>::max();
   return bytes > kMost ? kMost : static_cast<uint64_t>(bytes);
 }
@@ -64,7 +69,7 @@ std::optional<v1::PrefillPlan> PlanWith(const PlanSpec& spec, uint32_t world_siz
   std::vector<std::string> chosen;
   uint64_t most_bytes = 0;
   for (const PlanWorker& worker : workers) {
-    const uint64_t bytes = RankBytes(worker.memory, local_tokens);
+    const uint64_t bytes = RankBytes(spec, world_size, worker.memory, local_tokens);
     if (bytes > AvailableBytes(worker.memory) || !FitsGroup(worker, world_size)) continue;
     if (worker.max_tokens > 0 && local_tokens > worker.max_tokens) continue;
     most_bytes = std::max(most_bytes, bytes);
@@ -86,8 +91,9 @@ absl::Status TooLarge(const PlanSpec& spec, uint32_t world_size, const std::vect
       MaxLocalTokens(spec.num_tokens, world_size, PartitionOf(spec, world_size), spec.block_tokens);
   uint64_t held = 0;  // most tokens that a worker holds under the policy, where that alone is too few
   for (const PlanWorker& worker : workers) {
-    const bool by_policy = worker.max_tokens > 0 && local_tokens > worker.max_tokens &&
-                           RankBytes(worker.memory, local_tokens) <= AvailableBytes(worker.memory);
+    const bool by_policy =
+        worker.max_tokens > 0 && local_tokens > worker.max_tokens &&
+        RankBytes(spec, world_size, worker.memory, local_tokens) <= AvailableBytes(worker.memory);
     if (by_policy) held = std::max(held, worker.max_tokens);
   }
   if (held > 0) {
@@ -105,7 +111,8 @@ absl::Status TooLarge(const PlanSpec& spec, uint32_t world_size, const std::vect
   available_and_asked.reserve(workers.size());
   for (const PlanWorker& worker : workers) {
     if (!FitsGroup(worker, world_size)) continue;
-    available_and_asked.emplace_back(AvailableBytes(worker.memory), RankBytes(worker.memory, local_tokens));
+    available_and_asked.emplace_back(AvailableBytes(worker.memory),
+                                     RankBytes(spec, world_size, worker.memory, local_tokens));
   }
   std::sort(available_and_asked.rbegin(), available_and_asked.rend());
   const auto [available, asked] = available_and_asked[world_size - 1];

@@ -82,7 +82,8 @@ absl::Status CheckMemory(const v1::MemoryModel& memory) {
   HW_RETURN_IF_ERROR(Range("memory.budget_bytes", memory.budget_bytes(), 1, kMaxBytes));
   HW_RETURN_IF_ERROR(Range("memory.weight_bytes", memory.weight_bytes(), 0, memory.budget_bytes()));
   HW_RETURN_IF_ERROR(Range("memory.fixed_bytes", memory.fixed_bytes(), 0, kMaxBytes));
-  return Range("memory.bytes_per_token", memory.bytes_per_token(), 1, kMaxBytesPerToken);
+  HW_RETURN_IF_ERROR(Range("memory.bytes_per_token", memory.bytes_per_token(), 1, kMaxBytesPerToken));
+  return Range("memory.group_bytes_per_token", memory.group_bytes_per_token(), 0, kMaxBytesPerToken);
 }
 
 absl::Status CheckPolicyLimits(const v1::WorkerRegistration& registration) {

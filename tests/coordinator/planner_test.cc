@@ -92,6 +92,30 @@ TEST(PlannerTest, HoldsTheMemoryLimitToTheByte) {
   EXPECT_TRUE(absl::StrContains(refused.status().message(), "1004999")) << refused.status();
 }
 
+TEST(PlannerTest, GroupsAndCheckpointsTakeTheirBytesToo) {
+  auto workers = Workers(2, 1024);
+  for (PlanWorker& worker : workers) worker.memory.set_group_bytes_per_token(500);
+  PlanSpec spec = Spec(1024);
+  spec.world_size = 1;
+  const auto alone = MakePlan(spec, workers);
+  spec.resumes = true;
+  const auto resumed = MakePlan(spec, workers);
+  spec.resumes = false;
+  spec.world_size = 2;
+  const auto group = MakePlan(spec, workers);
+  spec.num_tokens = 2048;
+  const auto large_group = MakePlan(spec, workers);
+
+  ASSERT_TRUE(alone.ok()) << alone.status();
+  EXPECT_EQ(alone->bytes_per_rank(), 1'029'000u);
+  EXPECT_EQ(ReasonOf(resumed.status()), v1::ERROR_REASON_MEMORY_PLAN_TOO_LARGE);
+  ASSERT_TRUE(group.ok()) << group.status();
+  EXPECT_EQ(group->bytes_per_rank(), 5000 + 512 * 1500u);
+  EXPECT_TRUE(absl::StrContains(large_group.status().message(),
+                                "needs 1541000 bytes on each besides the weights; 1029000 are available"))
+      << large_group.status();
+}
+
 TEST(PlannerTest, SpreadsAShortPromptThatFitsNoSingleWorker) {
   const auto plan = MakePlan(Spec(2000), Workers(4, 1100));
   ASSERT_TRUE(plan.ok()) << plan.status();
@@ -150,10 +174,14 @@ TEST(PlannerTest, NoWorkersIsUnavailable) {
 TEST(PlannerTest, HostileMemoryModelsDoNotOverflow) {
   PlanWorker worker = Worker("w");
   worker.memory.set_bytes_per_token(UINT64_MAX);
+  worker.memory.set_group_bytes_per_token(UINT64_MAX);
   worker.memory.set_fixed_bytes(UINT64_MAX);
   EXPECT_EQ(ReasonOf(MakePlan(Spec(4'000'000), {worker}).status()), v1::ERROR_REASON_MEMORY_PLAN_TOO_LARGE);
   worker.memory.set_weight_bytes(UINT64_MAX);
   EXPECT_EQ(ReasonOf(MakePlan(Spec(1), {worker}).status()), v1::ERROR_REASON_MEMORY_PLAN_TOO_LARGE);
+  PlanSpec spec = Spec(4'000'000);
+  spec.resumes = true;
+  EXPECT_EQ(ReasonOf(MakePlan(spec, {worker}).status()), v1::ERROR_REASON_MEMORY_PLAN_TOO_LARGE);
 }
 
 TEST(PlannerTest, AWorkerHoldsWhatThePolicyLeavesRoomFor) {
