@@ -92,6 +92,7 @@ void Worker::Hold(const std::string& request_id, const HeldJob& job) {
   HW_CHECK(held.empty() || (job.packable && held.begin()->second.packable));
   HW_CHECK(held.emplace(request_id, job).second);
   held_tokens += job.num_tokens;
+  last_serial = job.serial;
 }
 
 bool Worker::Release(const std::string& request_id, uint64_t serial, absl::Time now) {

@@ -52,6 +52,8 @@ struct Worker {
   // two tenants' requests of one id do not meet at a worker.
   std::map<std::string, HeldJob> held;
   uint64_t held_tokens = 0;
+  // The job that it took last. It keeps no checkpoint of an earlier one.
+  uint64_t last_serial = 0;
 
   // Whether one pass may hold a prompt of so many tokens.
   bool Packs(uint64_t num_tokens) const {

@@ -27,6 +27,11 @@ CoordinatorMetrics::CoordinatorMetrics(Metrics* metrics)
       prompt_tokens_total(metrics->Counter("headwater_prompt_tokens_total",
                                            "Prompt tokens of completed requests.", {{"source", "computed"}})),
       retries_total(metrics->Counter("headwater_retries_total", "Epochs given up and started anew.")),
+      resumed_epochs_total(
+          metrics->Counter("headwater_resumed_epochs_total", "Epochs that went on from a checkpoint.")),
+      lost_checkpoints_total(
+          metrics->Counter("headwater_lost_checkpoints_total",
+                           "Checkpoints that the next epoch could not go on from: it begins at layer 0.")),
       queue_seconds(metrics->Seconds(kReadyName, kReadyHelp, {{"stage", "queue"}})),
       compute_seconds(metrics->Seconds(kReadyName, kReadyHelp, {{"stage", "compute"}})),
       egress_seconds(metrics->Seconds(kReadyName, kReadyHelp, {{"stage", "egress"}})),

@@ -31,6 +31,8 @@ class CoordinatorMetrics {
   prometheus::Gauge& decode_nodes;
   prometheus::Counter& prompt_tokens_total;
   prometheus::Counter& retries_total;
+  prometheus::Counter& resumed_epochs_total;
+  prometheus::Counter& lost_checkpoints_total;
   prometheus::Histogram& queue_seconds;
   prometheus::Histogram& compute_seconds;
   prometheus::Histogram& egress_seconds;

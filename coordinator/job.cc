@@ -12,7 +12,6 @@
 namespace headwater {
 namespace {
 
-constexpr size_t kDigestBytes = 16;
 constexpr size_t kMaxMessageBytes = 2048;
 constexpr size_t kMaxPayloadBytes = 4096;
 constexpr int kMaxPayloads = 8;
@@ -27,6 +26,15 @@ void AddSaturating(uint64_t value, uint64_t* sum) {
   *sum = value > std::numeric_limits<uint64_t>::max() - *sum ? std::numeric_limits<uint64_t>::max()
                                                              : *sum + value;
 }
+
+void AddKv(const KvSums& part, KvSums* sums) {
+  sums->digest = AddDigests(sums->digest, part.digest);
+  AddSaturating(part.bytes, &sums->bytes);
+  AddSaturating(part.blocks, &sums->blocks);
+}
+
+// Of the layers that earlier epochs computed.
+KvSums BaseOf(const Job& job) { return job.resume.has_value() ? job.resume->below : KvSums(); }
 
 double Ratio(double part, double whole) { return whole > 0 ? part / whole : 0; }
 
@@ -111,16 +119,14 @@ std::string AddDigests(const std::string& a, const std::string& b) {
 
 absl::StatusOr<RankSums> SumRanks(const Job& job) {
   RankSums sums;
-  sums.kv_digest.assign(kDigestBytes, '\0');
+  sums.kv = BaseOf(job);
   std::optional<uint32_t> first_token;
   double computed = 0;
   double possible = 0;
   uint64_t resumes = 0;
   for (const Rank& rank : job.ranks) {
     const v1::RankCompleted& report = rank.completed;
-    sums.kv_digest = AddDigests(sums.kv_digest, report.kv_digest_share());
-    AddSaturating(report.kv_bytes(), &sums.kv_bytes);
-    AddSaturating(report.kv_blocks(), &sums.kv_blocks);
+    AddKv({report.kv_digest_share(), report.kv_bytes(), report.kv_blocks()}, &sums.kv);
     AddSaturating(report.kv_blocks_resent(), &sums.kv_blocks_resent);
     resumes += report.kv_stream_resumes();
     computed += static_cast<double>(report.pairs_computed());
@@ -148,6 +154,46 @@ absl::StatusOr<RankSums> SumRanks(const Job& job) {
 
 namespace {
 
+// Null: it has none of that layer.
+const Checkpoint* FindCheckpoint(const Rank& rank, uint32_t layer) {
+  const auto found = std::find_if(rank.checkpoints.begin(), rank.checkpoints.end(),
+                                  [&](const Checkpoint& checkpoint) { return checkpoint.layer == layer; });
+  return found == rank.checkpoints.end() ? nullptr : &*found;
+}
+
+// 0: none.
+uint32_t HighestCommonLayer(const std::vector<Rank>& ranks) {
+  uint32_t highest = 0;
+  for (const Checkpoint& checkpoint : ranks.front().checkpoints) {
+    const bool all = std::all_of(ranks.begin(), ranks.end(), [&](const Rank& rank) {
+      return FindCheckpoint(rank, checkpoint.layer) != nullptr;
+    });
+    if (all) highest = std::max(highest, checkpoint.layer);
+  }
+  return highest;
+}
+
+}  // namespace
+
+std::optional<Resume> NextResume(const Job& job) {
+  const uint32_t layer = HighestCommonLayer(job.ranks);
+  if (layer == 0) return std::nullopt;
+  Resume next;
+  next.point.set_layer(layer);
+  next.point.set_epoch(job.epoch);
+  next.point.set_world_size(job.plan.world_size());
+  next.point.set_partition(job.plan.partition());
+  next.point.set_block_tokens(job.plan.block_tokens());
+  next.below = BaseOf(job);
+  for (const Rank& rank : job.ranks) {
+    next.holders.push_back({rank.worker_id, rank.connection});
+    AddKv(FindCheckpoint(rank, layer)->below, &next.below);
+  }
+  return next;
+}
+
+namespace {
+
 // Of the layers so far.
 void SetAttention(const Job& job, double density, v1::AttentionReport* out) {
   for (const Rank& rank : job.ranks) {
@@ -164,8 +210,9 @@ void SetAttention(const Job& job, double density, v1::AttentionReport* out) {
 v1::PrefillProgress MakeProgress(const Job& job, absl::Time now) {
   v1::PrefillProgress out;
   const uint32_t num_layers = job.model.num_layers();
+  const uint32_t resume_layer = job.resume_layer();
   uint32_t layers_done = num_layers;
-  uint64_t bytes_acked = 0;
+  uint64_t bytes_acked = BaseOf(job).bytes;
   double computed = 0;
   double possible = 0;
   for (const Rank& rank : job.ranks) {
@@ -177,13 +224,17 @@ v1::PrefillProgress MakeProgress(const Job& job, absl::Time now) {
     possible +=
         static_cast<double>(completed ? rank.completed.pairs_possible() : rank.progress.pairs_possible());
   }
+  // A rank that has not reported yet says 0.
+  layers_done = std::max(layers_done, resume_layer);
   const double elapsed = absl::ToDoubleSeconds(now - job.epoch_started_at);
-  const double done = Ratio(layers_done, num_layers);
+  const double computed_layers = layers_done - resume_layer;
+  const double done = Ratio(computed_layers, num_layers - resume_layer);
   out.set_request_id(job.key.request_id);
   out.set_epoch(job.epoch);
   out.set_layers_done(layers_done);
   out.set_num_layers(num_layers);
-  out.set_tokens_per_second(Ratio(static_cast<double>(job.num_tokens()) * done, elapsed));
+  out.set_tokens_per_second(
+      Ratio(static_cast<double>(job.num_tokens()) * Ratio(computed_layers, num_layers), elapsed));
   out.set_density(Ratio(computed, possible));
   SetAttention(job, out.density(), out.mutable_attention());
   out.set_bytes_acked(bytes_acked);

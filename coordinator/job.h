@@ -16,6 +16,7 @@
 #include "absl/time/time.h"
 
 #include "coordinator/links.h"
+#include "coordinator/resume.h"
 #include "coordinator/validation.h"
 #include "headwater/v1/prefill.pb.h"
 #include "headwater/v1/worker.pb.h"
@@ -55,8 +56,11 @@ struct Rank {
   enum class State { kReserved, kAssigned, kCompleted, kStopped };
 
   std::string worker_id;
+  // The worker's, once the rank is assigned.
+  uint64_t connection = 0;
   State state = State::kReserved;
-  v1::RankProgress progress;
+  v1::RankProgress progress;  // without its checkpoint
+  std::vector<Checkpoint> checkpoints;
   v1::RankCompleted completed;
 };
 
@@ -98,6 +102,10 @@ struct Job {
   absl::Time last_progress_at;
   bool progress_pending = false;
   bool plan_announced = true;
+  // In an epoch, where it went on; in the queue, where the next one can. None: at layer 0.
+  std::optional<Resume> resume;
+  // A rank, or the commit, found the session or a checkpoint gone.
+  bool state_lost = false;
 
   // The session at the decode node.
   std::string decode_node;
@@ -119,13 +127,13 @@ struct Job {
   uint64_t num_tokens() const { return static_cast<uint64_t>(prepared.request->token_ids_size()); }
   const v1::PrefillRequest& request() const { return *prepared.request; }
   bool dense() const { return num_tokens() < dense_below; }
+  uint32_t resume_layer() const { return resume.has_value() ? resume->point.layer() : 0; }
 };
 
 // What the completed ranks add up to.
 struct RankSums {
-  std::string kv_digest;
-  uint64_t kv_bytes = 0;
-  uint64_t kv_blocks = 0;
+  // Of the whole cache, with the layers of earlier epochs.
+  KvSums kv;
   uint64_t kv_blocks_resent = 0;
   uint32_t kv_stream_resumes = 0;
   double density = 0;
@@ -143,6 +151,10 @@ absl::Status CheckCompletion(const Job& job, const v1::RankCompleted& completed)
 
 // INTERNAL: no rank, or ranks that disagree, reported the first token.
 absl::StatusOr<RankSums> SumRanks(const Job& job);
+
+// Where the epoch after this one can go on: the highest layer that all ranks have a checkpoint of. Nullopt:
+// there is none.
+std::optional<Resume> NextResume(const Job& job);
 
 // a + b modulo 2^128, 16 bytes little endian each.
 std::string AddDigests(const std::string& a, const std::string& b);

@@ -121,7 +121,21 @@ class Scheduler {
   // What became of a queued job that was looked at.
   enum class Start { kStarted, kReserving, kUnplannable };
   Start TryStart(Job& job);
-  absl::Status StartEpoch(Job& job, v1::PrefillPlan plan);
+  // A job's plan over free workers, and the ranks of it that hand over its checkpoint; none: it begins at
+  // layer 0.
+  struct FreePlan {
+    absl::StatusOr<v1::PrefillPlan> plan;
+    absl::StatusOr<std::vector<uint32_t>> providers;
+  };
+  FreePlan PlanOverFree(const Job& job, const WorkerNeeds& needs, const PlanSpec& spec,
+                        const PackedPrompt* prompt);
+  bool IsPacked(const Job& job, const v1::PrefillPlan& plan);
+  absl::Status StartEpoch(Job& job, FreePlan free);
+
+  // scheduler_resume.cc: going on from the checkpoints of the epoch before.
+  FreePlan PlanResumed(const Job& job, PlanSpec spec, std::vector<PlanWorker> free);
+  void UpdateResume(Job& job);
+  void DropResume(Job& job, absl::string_view why);
 
   // scheduler_epoch.cc: one epoch of a job.
   void OpenSession(Job& job);

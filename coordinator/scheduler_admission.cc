@@ -190,22 +190,36 @@ Scheduler::Start Scheduler::TryStart(Job& job) {
   const PackedPrompt prompt{job.key.request_id, job.num_tokens()};
   const bool packable = plan->world_size() == 1 && job.dense();
   spec.world_size = plan->world_size();
-  plan = MakePlan(spec, cluster_.FreeWorkers(needs, packable ? &prompt : nullptr));
-  if (!plan.ok()) {
+  FreePlan free = PlanOverFree(job, needs, spec, packable ? &prompt : nullptr);
+  if (!free.plan.ok()) {
     if (!job.head_since.has_value()) job.head_since = now;
     // Idle workers wait for the busy ones only so long; then the job takes what there is.
     if (free_choice && now - *job.head_since >= options_.reserve_wait) {
       spec.world_size = 0;
-      plan = MakePlan(spec, cluster_.FreeWorkers(needs, nullptr));
+      free = PlanOverFree(job, needs, spec, nullptr);
     }
   }
-  if (!plan.ok()) return Start::kReserving;
-  const absl::Status status = StartEpoch(job, *std::move(plan));
+  if (!free.plan.ok()) return Start::kReserving;
+  const absl::Status status = StartEpoch(job, std::move(free));
   if (!status.ok()) Stop(job, status);
   return Start::kStarted;
 }
 
-absl::Status Scheduler::StartEpoch(Job& job, v1::PrefillPlan plan) {
+Scheduler::FreePlan Scheduler::PlanOverFree(const Job& job, const WorkerNeeds& needs, const PlanSpec& spec,
+                                            const PackedPrompt* prompt) {
+  std::vector<PlanWorker> free = cluster_.FreeWorkers(needs, prompt);
+  FreePlan resumed = PlanResumed(job, spec, free);
+  if (resumed.providers.ok()) return resumed;
+  return {MakePlan(spec, free), resumed.providers.status()};
+}
+
+// Whether the plan's worker computes the prompt together with others.
+bool Scheduler::IsPacked(const Job& job, const v1::PrefillPlan& plan) {
+  return plan.world_size() == 1 && job.dense() &&
+         cluster_.FindWorker(plan.worker_ids(0))->Packs(job.num_tokens());
+}
+
+absl::Status Scheduler::StartEpoch(Job& job, FreePlan free) {
   if (job.decode_node.empty() || cluster_.FindDecodeNode(job.decode_node) == nullptr) {
     absl::StatusOr<std::string> picked = PickDecodeNode(job.request(), job.layout, cluster_);
     if (absl::IsNotFound(picked.status())) {
@@ -215,6 +229,7 @@ absl::Status Scheduler::StartEpoch(Job& job, v1::PrefillPlan plan) {
     }
     if (!picked.ok()) return picked.status();
     job.decode_node = *std::move(picked);
+    DropResume(job, "the decode node is another one");
   }
   if (job.epoch == 0) cluster_.FindDecodeNode(job.decode_node)->unreported_bytes += KvBytes(job.layout);
 
@@ -222,13 +237,20 @@ absl::Status Scheduler::StartEpoch(Job& job, v1::PrefillPlan plan) {
   ++job.epoch;
   if (!job.started_at.has_value()) job.started_at = now;
   job.epoch_started_at = now;
-  job.plan_announced = job.epoch == 1 && google::protobuf::util::MessageDifferencer::Equals(plan, job.plan);
-  job.plan = std::move(plan);
+  job.plan_announced =
+      job.epoch == 1 && google::protobuf::util::MessageDifferencer::Equals(*free.plan, job.plan);
+  job.plan = *std::move(free.plan);
+  if (!free.providers.ok()) {
+    DropResume(job, free.providers.status().message());
+  } else if (job.resume.has_value()) {
+    job.resume->point.mutable_providers()->Assign(free.providers->begin(), free.providers->end());
+  }
+  job.state_lost = false;
   job.ranks.clear();
+  const bool packed = IsPacked(job, job.plan);
   for (const std::string& worker_id : job.plan.worker_ids()) {
-    Worker* worker = cluster_.FindWorker(worker_id);
-    const bool packable = job.plan.world_size() == 1 && job.dense() && worker->Packs(job.num_tokens());
-    worker->Hold(job.key.request_id, {job.serial, job.epoch, job.num_tokens(), packable});
+    cluster_.FindWorker(worker_id)->Hold(job.key.request_id,
+                                         {job.serial, job.epoch, job.num_tokens(), packed});
     job.ranks.emplace_back().worker_id = worker_id;
   }
   job.away_since.reset();
@@ -239,6 +261,7 @@ absl::Status Scheduler::StartEpoch(Job& job, v1::PrefillPlan plan) {
           .Field("tokens", static_cast<int64_t>(job.num_tokens()))
           .Field("workers", absl::StrJoin(job.plan.worker_ids(), ","))
           .Field("decode_node", job.decode_node)
+          .Field("resume_layer", job.resume_layer())
       << "epoch started";
   OpenSession(job);
   return absl::OkStatus();

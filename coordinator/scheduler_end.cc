@@ -165,6 +165,7 @@ void Scheduler::CheckStopped(uint64_t serial) {
     CloseSession(*job, OutOfEpochs(*job, options_.max_epochs));
   } else {
     metrics_->retries_total.Increment();
+    UpdateResume(*job);
     SetPhase(*job, JobPhase::kQueued);
   }
 }
@@ -216,18 +217,20 @@ void Scheduler::Complete(Job& job) {
   SetDuration(now - job.accepted_at, out->mutable_stages()->mutable_total());
   const double compute_seconds = absl::ToDoubleSeconds(job.computed_at - job.epoch_started_at);
   if (compute_seconds > 0) {
-    out->set_tokens_per_second(static_cast<double>(job.num_tokens()) / compute_seconds);
+    const double computed = 1 - static_cast<double>(job.resume_layer()) / job.model.num_layers();
+    out->set_tokens_per_second(static_cast<double>(job.num_tokens()) * computed / compute_seconds);
   }
   out->set_density(sums->density);
   *out->mutable_attention() = sums->attention;
-  out->set_kv_bytes(sums->kv_bytes);
-  out->set_kv_blocks(sums->kv_blocks);
+  out->set_kv_bytes(sums->kv.bytes);
+  out->set_kv_blocks(sums->kv.blocks);
   out->set_kv_blocks_resent(sums->kv_blocks_resent);
   out->set_kv_stream_resumes(sums->kv_stream_resumes);
-  out->set_kv_digest(absl::BytesToHexString(sums->kv_digest));
+  out->set_kv_digest(absl::BytesToHexString(sums->kv.digest));
   *out->mutable_layout() = job.layout;
   *out->mutable_plan() = job.plan;
   out->set_retries(job.epoch - 1);
+  out->set_resume_layer(job.resume_layer());
 
   const double egress_seconds = Seconds(out->stages().egress_stall()) + Seconds(out->stages().egress_tail());
   metrics_->queue_seconds.Observe(Seconds(out->stages().queue()));

@@ -22,6 +22,13 @@ bool SessionUnknown(const absl::Status& status) {
   return ReasonOf(status) == v1::ERROR_REASON_UNKNOWN_SESSION;
 }
 
+// The session or a checkpoint is gone: the next epoch cannot go on from there.
+bool StateLost(const absl::Status& failure) {
+  const v1::ErrorReason reason = ReasonOf(failure);
+  return reason == v1::ERROR_REASON_UNKNOWN_SESSION || reason == v1::ERROR_REASON_DECODE_LOST ||
+         reason == v1::ERROR_REASON_CHECKPOINT_LOST;
+}
+
 absl::Status DecodeLost(const Job& job, const absl::Status& why) {
   return WithRetryAfter(MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_DECODE_LOST,
                                   absl::StrCat("decode node ", job.decode_node, " was lost during request ",
@@ -57,7 +64,7 @@ void Scheduler::OpenSession(Job& job) {
   request.set_session_id(job.session_id);
   request.set_request_id(job.key.request_id);
   request.set_epoch(job.epoch);
-  request.set_resume_layer(0);
+  request.set_resume_layer(job.resume_layer());
   *request.mutable_layout() = job.layout;
   request.set_session_token(job.session_token);
   job.session_maybe_open = true;
@@ -80,6 +87,9 @@ void Scheduler::OnOpened(uint64_t serial, const absl::Status& status) {
   if (status.ok()) {
     job->away_since.reset();
     AssignRanks(*job);
+  } else if (SessionUnknown(status) && job->resume.has_value()) {
+    DropResume(*job, "the decode node has lost the session");
+    OpenSession(*job);
   } else if (MayAnswerLater(status)) {
     HandleAwayNode(*job, status);
   } else {
@@ -117,6 +127,7 @@ v1::PrefillAssignment Scheduler::MakeAssignment(const Job& job, uint32_t rank,
   destination->set_session_token(job.session_token);
   out.set_top_logprobs(job.request().top_logprobs());
   out.set_tenant(job.key.tenant);
+  if (job.resume.has_value()) *out.mutable_resume() = job.resume->point;
   if (job.deadline != absl::InfiniteFuture()) {
     out.set_deadline_ms(
         static_cast<uint64_t>(std::max<int64_t>(1, absl::ToInt64Milliseconds(job.deadline - clock_->Now()))));
@@ -126,6 +137,7 @@ v1::PrefillAssignment Scheduler::MakeAssignment(const Job& job, uint32_t rank,
 
 void Scheduler::AssignRanks(Job& job) {
   SetPhase(job, JobPhase::kRunning);
+  if (job.resume.has_value()) metrics_->resumed_epochs_total.Increment();
   job.epoch_started_at = clock_->Now();
   const Worker* first = cluster_.FindWorker(job.ranks.front().worker_id);
   HW_CHECK(first != nullptr);
@@ -135,6 +147,7 @@ void Scheduler::AssignRanks(Job& job) {
     Worker* worker = cluster_.FindWorker(job.ranks[rank].worker_id);
     HW_CHECK(worker != nullptr && worker->held.contains(job.key.request_id));
     job.ranks[rank].state = Rank::State::kAssigned;
+    job.ranks[rank].connection = worker->connection;
     v1::ConnectResponse message;
     *message.mutable_assignment() = MakeAssignment(job, static_cast<uint32_t>(rank), rendezvous);
     if (!worker->link->Send(std::move(message))) unreachable.push_back(job.ranks[rank].worker_id);
@@ -161,13 +174,23 @@ Rank* Scheduler::FindRank(const Worker& worker, const std::string& request_id, u
 void Scheduler::OnRankProgress(Worker& worker, const v1::RankProgress& progress) {
   Job* job = nullptr;
   Rank* rank = FindRank(worker, progress.request_id(), progress.epoch(), progress.rank(), &job);
-  if (rank == nullptr || job->phase != JobPhase::kRunning) return;
+  if (rank == nullptr) return;
   if (progress.layers_done() > job->model.num_layers() ||
       progress.layers_done() < rank->progress.layers_done()) {
     return;
   }
+  if (progress.has_checkpoint()) {
+    // A rank alone has nobody to hand its state to.
+    const bool possible =
+        job->ranks.size() > 1 && KeepCheckpoint(progress.checkpoint(), job->resume_layer(),
+                                                job->model.num_layers(), &rank->checkpoints);
+    if (!possible) return;
+  }
   rank->progress = progress;
+  rank->progress.clear_checkpoint();
   rank->progress.mutable_attention()->clear_groups();  // progress carries none, and they would be kept
+  // Where the epoch is being given up, only the checkpoints count.
+  if (job->phase != JobPhase::kRunning) return;
   job->progress_pending = true;
   EmitProgress(*job, clock_->Now());
 }
@@ -219,6 +242,7 @@ void Scheduler::OnRankFailed(Worker& worker, const v1::RankFailed& failed) {
           .Field("error", failure.ToString(absl::StatusToStringMode::kWithNoExtraData))
       << "rank failed";
   if (ReasonOf(failure) == v1::ERROR_REASON_DRAINING) cluster_.SetDraining(&worker);
+  if (StateLost(failure)) job->state_lost = true;
   rank->state = Rank::State::kStopped;
   ReleaseWorker(rank->worker_id, *job);
   const absl::Status verdict = Verdict(*job, failure);
@@ -252,7 +276,7 @@ void Scheduler::CommitSession(Job& job) {
   request.set_session_id(job.session_id);
   request.set_session_token(job.session_token);
   request.set_epoch(job.epoch);
-  request.set_kv_digest(sums->kv_digest);
+  request.set_kv_digest(sums->kv.digest);
   request.set_first_token(sums->first_token);
   *request.mutable_token_ids() = job.request().token_ids();
   *request.mutable_top_logprobs() = sums->top_logprobs;
@@ -279,6 +303,7 @@ void Scheduler::OnCommitted(uint64_t serial, const absl::Status& status) {
     Stop(*job, asked_to_stop);
   } else if (SessionUnknown(status)) {
     job->last_loss = status;
+    job->state_lost = true;
     Stop(*job, absl::OkStatus());
   } else if (MayAnswerLater(status)) {
     HandleAwayNode(*job, status);

@@ -87,6 +87,9 @@ void FakeDecodeClient::Answer(const absl::Status& status, size_t index) {
   if (status.ok()) {
     switch (call.kind) {
       case Kind::kOpen: {
+        if (call.open.resume_layer() > 0 && !open_sessions.contains(call.open.session_id())) {
+          violations.push_back("a session that is not open goes on");
+        }
         uint32_t& epoch = open_sessions[call.open.session_id()];
         if (call.open.epoch() < epoch) violations.push_back("session opened with a lower epoch");
         epoch = call.open.epoch();
@@ -231,6 +234,28 @@ void FakeCluster::Progress(const std::string& id, uint32_t layers_done) {
   progress->set_bytes_acked(1000 * layers_done);
   progress->set_pairs_computed(10 * layers_done);
   progress->set_pairs_possible(20 * layers_done);
+  scheduler.OnWorkerMessage(worker.connection, message);
+}
+
+v1::RankCheckpoint FakeCluster::CheckpointOf(const std::string& id, uint32_t layer) {
+  v1::RankCheckpoint checkpoint;
+  checkpoint.set_layer(layer);
+  const uint32_t byte = 8 * layer + workers_.at(id).assignment.rank() + 1;
+  checkpoint.set_kv_digest_share(std::string(16, static_cast<char>(byte)));
+  checkpoint.set_kv_bytes(100 * layer);
+  checkpoint.set_kv_blocks(layer);
+  return checkpoint;
+}
+
+void FakeCluster::ReportCheckpoint(const std::string& id, const v1::RankCheckpoint& checkpoint) {
+  const PlayedWorker& worker = workers_.at(id);
+  v1::ConnectRequest message;
+  auto* progress = message.mutable_progress();
+  progress->set_request_id(worker.assignment.request_id());
+  progress->set_epoch(worker.assignment.epoch());
+  progress->set_rank(worker.assignment.rank());
+  progress->set_layers_done(checkpoint.layer());
+  *progress->mutable_checkpoint() = checkpoint;
   scheduler.OnWorkerMessage(worker.connection, message);
 }
 

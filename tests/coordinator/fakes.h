@@ -138,6 +138,10 @@ class FakeCluster {
   bool TakeAbort(const std::string& id);
   bool HasMessage(const std::string& id);
   void Progress(const std::string& id, uint32_t layers_done);
+  // The share is 16 bytes of 8 * layer + rank + 1; 100 bytes and 1 block a layer.
+  v1::RankCheckpoint CheckpointOf(const std::string& id, uint32_t layer);
+  // Of the assignment's request, epoch and rank.
+  void ReportCheckpoint(const std::string& id, const v1::RankCheckpoint& checkpoint);
   // The share is 16 bytes of rank + 1.
   v1::RankCompleted CompletionOf(const std::string& id);
   void Complete(const std::string& id) { Complete(id, CompletionOf(id)); }

@@ -5,6 +5,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -26,6 +27,8 @@ struct SimulatedWorker {
   std::shared_ptr<FakeWorkerLink> link;
   // One, or several that one pass may hold.
   std::vector<v1::PrefillAssignment> held;
+  // Whose checkpoints it has.
+  v1::PrefillAssignment last;
 };
 
 constexpr uint32_t kPackedPrompts = 2;
@@ -160,9 +163,24 @@ class Simulation {
     if (OneIn(12)) {
       cluster_.decode.Answer(absl::UnavailableError("away"), index);
     } else if (OneIn(15) && pending[index].kind == FakeDecodeClient::Kind::kCommit) {
-      cluster_.decode.open_sessions.erase(pending[index].commit.session_id());
-      cluster_.decode.Answer(
-          MakeError(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_SESSION, "forgotten"), index);
+      Forget(pending[index].commit.session_id(), index);
+    } else {
+      AnswerWell(index);
+    }
+  }
+
+  void Forget(const std::string& session_id, size_t index) {
+    cluster_.decode.open_sessions.erase(session_id);
+    cluster_.decode.Answer(
+        MakeError(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_SESSION, "forgotten"), index);
+  }
+
+  // A session that is to go on may be gone all the same.
+  void AnswerWell(size_t index) {
+    const v1::OpenSessionRequest open = cluster_.decode.pending[index].open;
+    if (open.resume_layer() > 0 && OneIn(3)) {
+      ++outcomes_["forgotten at the open"];
+      Forget(open.session_id(), index);
     } else {
       cluster_.decode.Answer(absl::OkStatus(), index);
     }
@@ -176,7 +194,9 @@ class Simulation {
       const auto session = cluster_.decode.open_sessions.find(assignment.destination().session_id());
       EXPECT_TRUE(session == cluster_.decode.open_sessions.end() || session->second >= assignment.epoch())
           << "assigned before the session was open";
+      CheckResume(worker, assignment);
       worker.held.push_back(assignment);
+      worker.last = assignment;
       CheckHeld(worker);
     } else if (message != nullptr && message->has_abort()) {
       const auto mine = std::find_if(worker.held.begin(), worker.held.end(), [&](const auto& held) {
@@ -187,6 +207,30 @@ class Simulation {
       }
     } else if (!worker.held.empty() && !OneIn(3)) {
       Work(worker, static_cast<size_t>(Below(static_cast<int>(worker.held.size()))));
+    }
+  }
+
+  // An epoch goes on from where the node was told, from a layer that all ranks reported, and from workers
+  // that have it.
+  void CheckResume(const SimulatedWorker& worker, const v1::PrefillAssignment& assignment) {
+    const std::string& session = assignment.destination().session_id();
+    const v1::ResumePoint& resume = assignment.resume();
+    for (const v1::OpenSessionRequest& open : cluster_.decode.opened) {
+      if (open.session_id() != session || open.epoch() != assignment.epoch()) continue;
+      EXPECT_EQ(open.resume_layer(), resume.layer());
+    }
+    if (!assignment.has_resume()) return;
+    ++outcomes_["resumed"];
+    EXPECT_TRUE(resume.layer() >= 1 && resume.layer() <= 4) << resume.layer();
+    ASSERT_EQ(resume.providers_size(), static_cast<int>(resume.world_size()));
+    for (uint32_t rank = 0; rank < resume.world_size(); ++rank) {
+      const auto& layers = reported_[{session, resume.epoch(), rank}];
+      EXPECT_TRUE(layers.contains(resume.layer())) << "rank " << rank;
+      if (resume.providers(static_cast<int>(rank)) != assignment.rank()) continue;
+      EXPECT_EQ(worker.last.destination().session_id(), session);
+      EXPECT_EQ(worker.last.epoch(), resume.epoch());
+      const uint32_t was = worker.last.rank();
+      EXPECT_TRUE(was == rank || was == (rank + 1) % resume.world_size()) << was << " provides " << rank;
     }
   }
 
@@ -206,21 +250,28 @@ class Simulation {
 
   void Work(SimulatedWorker& worker, size_t index) {
     const v1::PrefillAssignment& assignment = worker.held[index];
-    if (OneIn(2)) {
+    // Ranks that share a prompt speak of their checkpoints more than they end.
+    const bool group = assignment.plan().world_size() > 1;
+    if (OneIn(2) || (group && !OneIn(3))) {
       v1::ConnectRequest progress;
       progress.mutable_progress()->set_request_id(assignment.request_id());
       progress.mutable_progress()->set_epoch(assignment.epoch());
       progress.mutable_progress()->set_rank(assignment.rank());
-      progress.mutable_progress()->set_layers_done(static_cast<uint32_t>(Below(6)));
+      const auto layer = static_cast<uint32_t>(group && !OneIn(4) ? 2 : Below(6));
+      progress.mutable_progress()->set_layers_done(layer);
+      if (group || OneIn(9))
+        AddCheckpoint(assignment, layer, progress.mutable_progress()->mutable_checkpoint());
       cluster_.scheduler.OnWorkerMessage(worker.connection, progress);
     } else if (OneIn(8)) {
       const absl::Status failures[] = {
           MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_WORKER_LOST, "peer"),
+          MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_WORKER_LOST, "ring"),
           MakeError(absl::StatusCode::kAborted, v1::ERROR_REASON_KV_STREAM_STALLED, "stalled"),
           MakeError(absl::StatusCode::kInternal, v1::ERROR_REASON_NON_FINITE, "nan"),
           MakeError(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_SESSION, "unknown"),
+          MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_CHECKPOINT_LOST, "gone"),
           absl::OkStatus()};
-      Report(worker, index, failures[Below(5)]);
+      Report(worker, index, failures[Below(7)]);
     } else {
       v1::ConnectRequest message;
       auto* completed = message.mutable_completed();
@@ -232,6 +283,13 @@ class Simulation {
       worker.held.erase(worker.held.begin() + static_cast<std::ptrdiff_t>(index));
       cluster_.scheduler.OnWorkerMessage(worker.connection, message);
     }
+  }
+
+  void AddCheckpoint(const v1::PrefillAssignment& assignment, uint32_t layer, v1::RankCheckpoint* out) {
+    out->set_layer(layer);
+    out->set_kv_digest_share(std::string(OneIn(30) ? 3 : 16, 'x'));
+    if (out->kv_digest_share().size() != 16) return;
+    reported_[{assignment.destination().session_id(), assignment.epoch(), assignment.rank()}].insert(layer);
   }
 
   void Report(SimulatedWorker& worker, size_t index, const absl::Status& status) {
@@ -258,7 +316,7 @@ class Simulation {
   // From now on everybody behaves.
   void Settle() {
     for (int round = 0; round < 2000 && cluster_.scheduler.num_jobs() > 0; ++round) {
-      while (!cluster_.decode.pending.empty()) cluster_.decode.Answer(absl::OkStatus());
+      while (!cluster_.decode.pending.empty()) AnswerWell(0);
       for (auto& worker : workers_) PlayWorker(worker);
       cluster_.Advance(absl::Milliseconds(200));
       Heartbeats();
@@ -293,6 +351,7 @@ class Simulation {
       const auto& completed = watcher->completed();
       EXPECT_TRUE(cluster_.decode.committed.contains(completed.session_id())) << id << " without a commit";
       if (completed.retries() > 0) ++outcomes_["retried"];
+      if (completed.resume_layer() > 0) ++outcomes_["completed from a checkpoint"];
       if (!watcher->accepted()) ++outcomes_["replayed"];
     }
   }
@@ -302,6 +361,8 @@ class Simulation {
   std::vector<SimulatedWorker> workers_{kNumWorkers};
   std::vector<std::pair<std::string, std::shared_ptr<RecordingWatcher>>> watchers_;
   std::set<const RecordingWatcher*> left_;
+  // Checkpoints by session, epoch and rank.
+  std::map<std::tuple<std::string, uint32_t, uint32_t>, std::set<uint32_t>> reported_;
   std::map<std::string, int> outcomes_;
   int incarnations_ = 0;
   int cancels_asked_ = 0;
@@ -318,7 +379,8 @@ TEST(SchedulerPropertyTest, EveryRequestEndsExactlyOnceUnderRandomSchedules) {
   }
   // The schedules reach every kind of end.
   for (const char* outcome : {"OK", "retried", "replayed", "packed", "CANCELLED", "UNAVAILABLE", "INTERNAL",
-                              "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ALREADY_EXISTS"}) {
+                              "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ALREADY_EXISTS", "resumed",
+                              "completed from a checkpoint", "forgotten at the open"}) {
     EXPECT_GE(outcomes[outcome], 20) << outcome;
   }
 }

@@ -37,6 +37,8 @@ TEST(RegistrationTest, RefusesWorkersThatCannotBe) {
       {"budget 0", [](auto* r) { r->mutable_memory()->set_budget_bytes(0); }},
       {"weights over budget", [](auto* r) { r->mutable_memory()->set_weight_bytes(1'000'000'001); }},
       {"tokens cost nothing", [](auto* r) { r->mutable_memory()->set_bytes_per_token(0); }},
+      {"tokens of a group cost too much",
+       [](auto* r) { r->mutable_memory()->set_group_bytes_per_token((uint64_t{1} << 32) + 1); }},
       {"fixed bytes without bound", [](auto* r) { r->mutable_memory()->set_fixed_bytes(UINT64_MAX); }},
       {"no policy", [](auto* r) { r->clear_policies(); }},
       {"bad policy", [](auto* r) { r->add_policies("\x01"); }},
