@@ -36,6 +36,7 @@ class DiscardingSender final : public KvSender {
   void Cancel() override {}
   absl::Status status() const override { return absl::OkStatus(); }
   KvSenderStats Stats() const override { return {}; }
+  std::optional<KvShare> AckedBelow(uint32_t) const override { return std::nullopt; }
 };
 
 struct BenchPolicy {

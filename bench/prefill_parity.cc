@@ -56,6 +56,7 @@ class KeepingSender final : public KvSender {
   void Cancel() override {}
   absl::Status status() const override { return absl::OkStatus(); }
   KvSenderStats Stats() const override { return {}; }
+  std::optional<KvShare> AckedBelow(uint32_t) const override { return std::nullopt; }
 
   absl::Span<const float> Tensor(uint32_t layer, KvKind kind) const {
     const uint64_t count = geometry_.tensor_bytes() / geometry_.element_bytes();

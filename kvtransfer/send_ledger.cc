@@ -58,6 +58,7 @@ SendLedger::SendLedger(const KvSenderOptions& options, const KvGeometry& geometr
       last_progress_(clock->Now()),
       submitted_(geometry.num_blocks()),
       acked_(geometry.num_blocks()),
+      shares_(geometry.layout().num_layers()),
       acked_at_hello_(static_cast<size_t>(options.num_channels)),
       connected_(static_cast<size_t>(options.num_channels)),
       instruments_(options.metrics == nullptr ? nullptr : std::make_unique<Instruments>(options.metrics)) {}
@@ -86,6 +87,7 @@ absl::Status SendLedger::Submit(const KvBlockId& block, const void* data, std::f
       entry->bytes = geometry_.BytesOf(block);
       entry->done = std::move(done);
       submitted_[entry->index] = true;
+      shares_.Submitted(block.layer);
       stats_.bytes_submitted += entry->bytes;
       if (open_blocks_ == 0) last_progress_ = clock_->Now();
       ++open_blocks_;
@@ -110,11 +112,6 @@ absl::Status SendLedger::Finish() {
   }
   wake_(true);
   return absl::OkStatus();
-}
-
-KvSenderStats SendLedger::Stats() const {
-  Lock lock(mutex_);
-  return stats_;
 }
 
 absl::Status SendLedger::status() const {
@@ -294,6 +291,7 @@ void SendLedger::StreamLost(int channel) {
 void SendLedger::AckedLocked(SendBlock* block) {
   const absl::Time now = clock_->Now();
   acked_[block->index] = true;
+  shares_.Acked(block->id.layer, block->index, block->bytes, block->crc32c);
   ++stats_.blocks_acked;
   stats_.bytes_acked += block->bytes;
   last_progress_ = now;

@@ -3,6 +3,7 @@
 #ifndef HW_KVTRANSFER_SEND_LEDGER_H_
 #define HW_KVTRANSFER_SEND_LEDGER_H_
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -10,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -49,6 +51,8 @@ struct SendBlock {
 // Thread-safe. No function calls gRPC or `done` while it holds the mutex, and SliceReleased takes only the
 // mutex: gRPC may call it from anywhere.
 class SendLedger {
+  using Lock = std::unique_lock<std::mutex>;
+
  public:
   // `wake` is called, without the mutex, when channels should look again: `all` of them because the sender is
   // over, or the idle ones because there may be work.
@@ -59,7 +63,14 @@ class SendLedger {
   // The caller's side. As KvSender's functions; `done` also runs where Submit returns an error.
   absl::Status Submit(const KvBlockId& block, const void* data, std::function<void()> done);
   absl::Status Finish();
-  KvSenderStats Stats() const;
+  KvSenderStats Stats() const {
+    Lock lock(mutex_);
+    return stats_;
+  }
+  std::optional<KvShare> AckedBelow(uint32_t layer) const {
+    Lock lock(mutex_);
+    return shares_.Below(std::min(layer, geometry_.layout().num_layers()));
+  }
   // OK while the sender works and after Finish.
   absl::Status status() const;
   // Ends the sender; the first status counts. No effect after Finish has returned OK.
@@ -91,7 +102,6 @@ class SendLedger {
   void Stop();
 
  private:
-  using Lock = std::unique_lock<std::mutex>;
   bool FailLocked(const absl::Status& status);
   void OverLocked(SendBlock* block);
   void HandOutLocked(SendBlock* block);
@@ -122,6 +132,7 @@ class SendLedger {
   absl::Time last_progress_;
   std::vector<bool> submitted_;
   std::vector<bool> acked_;
+  LayerShares shares_;
   // By channel: acked_ when its last hello was sent, and whether a hello of it was ever answered.
   std::vector<std::vector<bool>> acked_at_hello_;
   std::vector<bool> connected_;

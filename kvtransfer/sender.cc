@@ -49,6 +49,7 @@ class GrpcKvSender final : public KvSender {
   void Cancel() override { ledger_->Fail(Cancelled("the KV transfer was cancelled")); }
   absl::Status status() const override { return ledger_->status(); }
   KvSenderStats Stats() const override { return ledger_->Stats(); }
+  std::optional<KvShare> AckedBelow(uint32_t layer) const override { return ledger_->AckedBelow(layer); }
 
  private:
   void Wake(bool all) {

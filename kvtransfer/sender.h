@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
@@ -14,6 +15,7 @@
 #include "base/clock.h"
 #include "base/metrics.h"
 #include "kvtransfer/digest.h"
+#include "kvtransfer/layer_shares.h"
 #include "kvtransfer/layout.h"
 
 namespace headwater {
@@ -47,7 +49,7 @@ struct KvSenderStats {
   KvDigest digest;
 };
 
-// One use: Create, Submit..., Finish (or Cancel). Submit and Finish from one thread; Stats, Cancel from any.
+// One use: Create, Submit..., Finish (or Cancel). Submit and Finish from one thread; the others from any.
 class KvSender {
  public:
   // Starts connecting and returns.
@@ -78,6 +80,9 @@ class KvSender {
 
   virtual absl::Status status() const = 0;
   virtual KvSenderStats Stats() const = 0;
+  // What the blocks add up to that were submitted so far of layers below `layer` (at most the cache's);
+  // nullopt: one of them is not acknowledged.
+  virtual std::optional<KvShare> AckedBelow(uint32_t layer) const = 0;
 };
 
 }  // namespace headwater

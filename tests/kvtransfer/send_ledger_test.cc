@@ -250,6 +250,34 @@ TEST_F(SendLedgerTest, RefusesAStateOfAnotherShape) {
   EXPECT_TRUE(ledger_->Resume(0, state).ok());
 }
 
+TEST_F(SendLedgerTest, TellsWhatIsAcknowledgedBelowALayer) {
+  const uint64_t layer = 2 * geometry_.blocks_per_tensor();  // blocks of one
+  const uint64_t last = layer - 1;
+  KvDigest digest;
+  uint64_t bytes = 0;
+  for (uint64_t i = 0; i < layer; ++i) {
+    ASSERT_TRUE(Submit(i).ok());
+    ASSERT_NE(Send(0), nullptr);
+    digest.Add(i, geometry_.BytesOf(geometry_.BlockAt(i)), cache_.Crc(i));
+    bytes += geometry_.BytesOf(geometry_.BlockAt(i));
+    if (i == last) continue;
+    ASSERT_TRUE(Ack(0, i).ok());
+  }
+  EXPECT_EQ(ledger_->AckedBelow(0)->blocks, 0u);
+  EXPECT_FALSE(ledger_->AckedBelow(1).has_value());
+  ASSERT_TRUE(Ack(0, last, v1::KV_ACK_STATUS_CORRUPT).ok());
+  EXPECT_FALSE(ledger_->AckedBelow(1).has_value());
+  ASSERT_NE(Send(0), nullptr);
+  ASSERT_TRUE(Ack(0, last).ok());
+  ASSERT_TRUE(Submit(layer).ok());
+  const std::optional<KvShare> share = ledger_->AckedBelow(1);
+  ASSERT_TRUE(share.has_value());
+  EXPECT_EQ(share->digest, digest);
+  EXPECT_EQ(share->bytes, bytes);
+  EXPECT_EQ(share->blocks, layer);
+  EXPECT_FALSE(ledger_->AckedBelow(2).has_value());
+}
+
 TEST_F(SendLedgerTest, StallsOnlyWhileBlocksWait) {
   clock_.Advance(absl::Seconds(1000));
   SubmitFirst(2);

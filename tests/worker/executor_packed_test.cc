@@ -79,6 +79,7 @@ class HeldSender final : public KvSender {
     stats.bytes_acked = 40;
     return stats;
   }
+  std::optional<KvShare> AckedBelow(uint32_t) const override { return std::nullopt; }
 
  private:
   Gate* const gate_;

@@ -23,7 +23,10 @@ std::vector<float> KvCapture::Tensor(uint32_t layer, KvKind kind) const {
 }
 
 MemorySink::MemorySink(KvCapture* capture, Mode mode)
-    : capture_(capture), mode_(mode), thread_([this] { Deliver(); }) {}
+    : capture_(capture),
+      mode_(mode),
+      shares_(capture->geometry().layout().num_layers()),
+      thread_([this] { Deliver(); }) {}
 
 MemorySink::~MemorySink() {
   Cancel();
@@ -35,13 +38,14 @@ MemorySink::~MemorySink() {
 }
 
 absl::Status MemorySink::Submit(const KvBlockId& block, const void* data, std::function<void()> done) {
+  const uint32_t crc32c = Crc32c(data, capture_->geometry().BytesOf(block));
   absl::MutexLock lock(&mutex_);
   ++submitted_;
-  items_.push_back({block, data, std::move(done)});
+  shares_.Submitted(block.layer);
+  items_.push_back({block, data, crc32c, std::move(done)});
   most_ = std::max(most_, submitted_ - acked_);
   stats_.bytes_submitted += capture_->geometry().BytesOf(block);
-  stats_.digest.Add(capture_->geometry().IndexOf(block), capture_->geometry().BytesOf(block),
-                    Crc32c(data, capture_->geometry().BytesOf(block)));
+  stats_.digest.Add(capture_->geometry().IndexOf(block), capture_->geometry().BytesOf(block), crc32c);
   if (cancelled_) return absl::CancelledError("sink cancelled");
   return absl::OkStatus();
 }
@@ -67,6 +71,11 @@ absl::Status MemorySink::status() const {
 KvSenderStats MemorySink::Stats() const {
   absl::MutexLock lock(&mutex_);
   return stats_;
+}
+
+std::optional<KvShare> MemorySink::AckedBelow(uint32_t layer) const {
+  absl::MutexLock lock(&mutex_);
+  return shares_.Below(layer);
 }
 
 uint64_t MemorySink::most_outstanding() const {
@@ -100,7 +109,9 @@ void MemorySink::Deliver() {
     absl::MutexLock lock(&mutex_);
     ++acked_;
     ++stats_.blocks_acked;
-    stats_.bytes_acked += capture_->geometry().BytesOf(item.id);
+    const uint64_t bytes = capture_->geometry().BytesOf(item.id);
+    stats_.bytes_acked += bytes;
+    if (store) shares_.Acked(item.id.layer, capture_->geometry().IndexOf(item.id), bytes, item.crc32c);
   }
 }
 

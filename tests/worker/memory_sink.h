@@ -53,6 +53,7 @@ class MemorySink final : public KvSender {
   void Cancel() override;
   absl::Status status() const override;
   KvSenderStats Stats() const override;
+  std::optional<KvShare> AckedBelow(uint32_t layer) const override;
 
   // Most blocks that were submitted and not acknowledged.
   uint64_t most_outstanding() const;
@@ -63,6 +64,7 @@ class MemorySink final : public KvSender {
   struct Item {
     KvBlockId id;
     const void* data;
+    uint32_t crc32c;
     std::function<void()> done;
   };
   void Deliver();
@@ -75,6 +77,7 @@ class MemorySink final : public KvSender {
   uint64_t acked_ ABSL_GUARDED_BY(mutex_) = 0;
   uint64_t most_ ABSL_GUARDED_BY(mutex_) = 0;
   KvSenderStats stats_ ABSL_GUARDED_BY(mutex_);
+  LayerShares shares_ ABSL_GUARDED_BY(mutex_);
   bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::thread thread_;
