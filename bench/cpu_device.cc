@@ -38,7 +38,7 @@ class CpuDevice final : public PrefillDevice {
 
   absl::StatusOr<uint64_t> Plan(PrefillJob* job) const override {
     const auto tokens = static_cast<int64_t>(job->tokens.size());
-    HW_ASSIGN_OR_RETURN(job->plan, backend_->Plan(*job->policy, compute_, tokens, tokens, tokens, 1));
+    HW_ASSIGN_OR_RETURN(job->plan, backend_->Plan(*job->policy, compute_, tokens, tokens, tokens, 1, 0));
     return job->plan.total_bytes() + backend_->memory_model().weight_bytes();
   }
   absl::Status Reserve(const PrefillJob& job) override { return backend_->Reserve(job); }

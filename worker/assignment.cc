@@ -178,6 +178,42 @@ absl::Status TakePolicy(const v1::PrefillAssignment& assignment, const PrefillBa
   return absl::OkStatus();
 }
 
+absl::Status TakeResume(const v1::PrefillAssignment& assignment, PrefillJob* job) {
+  if (!assignment.has_resume()) return absl::OkStatus();
+  const v1::ResumePoint& from = assignment.resume();
+  if (from.layer() < 1 || from.layer() >= assignment.layout().num_layers()) {
+    return BadField(
+        absl::StrCat("resume.layer ", from.layer(), " is not 1 to ", assignment.layout().num_layers() - 1));
+  }
+  if (from.epoch() >= assignment.epoch()) {
+    return BadField(absl::StrCat("resume.epoch ", from.epoch(), " is not before epoch ", assignment.epoch()));
+  }
+  if (from.world_size() < 2 || from.world_size() > kMaxWorldSize) {
+    return BadField(absl::StrCat("resume.world_size ", from.world_size(), " is not 2 to ", kMaxWorldSize));
+  }
+  if (from.providers_size() != static_cast<int>(from.world_size())) {
+    return BadField(absl::StrCat("resume.providers names ", from.providers_size(), " ranks, world_size is ",
+                                 from.world_size()));
+  }
+  ResumePoint resume;
+  for (const uint32_t provider : from.providers()) {
+    if (provider >= assignment.plan().world_size()) {
+      return BadField(absl::StrCat("resume.providers names rank ", provider, ", world_size is ",
+                                   assignment.plan().world_size()));
+    }
+    resume.providers.push_back(static_cast<int>(provider));
+  }
+  absl::StatusOr<std::vector<RankTokens>> partition =
+      PartitionTokens(static_cast<int64_t>(job->tokens.size()), static_cast<int>(from.world_size()),
+                      from.partition(), from.block_tokens());
+  if (!partition.ok()) return BadField(absl::StrCat("resume: ", partition.status().message()));
+  resume.layer = static_cast<int32_t>(from.layer());
+  resume.epoch = from.epoch();
+  resume.partition = *std::move(partition);
+  job->resume = std::move(resume);
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<PrefillJob> CheckAssignment(const v1::PrefillAssignment& assignment,
@@ -200,6 +236,7 @@ absl::StatusOr<PrefillJob> CheckAssignment(const v1::PrefillAssignment& assignme
                       plan.partition(), plan.block_tokens());
   if (!partition.ok()) return BadField(partition.status().message());
 
+  HW_RETURN_IF_ERROR(TakeResume(assignment, &job));
   job.request_id = assignment.request_id();
   job.epoch = assignment.epoch();
   job.rank = static_cast<int>(assignment.rank());
@@ -211,7 +248,8 @@ absl::StatusOr<PrefillJob> CheckAssignment(const v1::PrefillAssignment& assignme
   HW_ASSIGN_OR_RETURN(
       job.plan,
       context.backend->Plan(*job.policy, WireType(assignment.layout().dtype()), NumTokens(job.local()), most,
-                            static_cast<int64_t>(job.tokens.size()), job.world_size()));
+                            static_cast<int64_t>(job.tokens.size()), job.world_size(),
+                            job.resume.has_value() ? MostCheckpointTokens(job.resume->partition) : 0));
   return job;
 }
 

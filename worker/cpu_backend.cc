@@ -46,9 +46,10 @@ absl::StatusOr<std::unique_ptr<PrefillBackend>> CpuBackend::Load(const WorkerOpt
   absl::StatusOr<std::unique_ptr<Model>> loaded = Model::Load(model_options);
   if (!loaded.ok()) return FlagError("model", options.model, loaded.status());
   const std::shared_ptr<const Model> model = *std::move(loaded);
-  const MemoryShape shape =
+  MemoryShape shape =
       MakeMemoryShape(*model, static_cast<int>(options.threads), static_cast<int>(options.egress_buffers),
                       static_cast<int>(options.kv_channels));
+  shape.checkpoints = options.checkpoint_layers > 0;
   return std::make_unique<CpuBackend>(model, shape, budget, policy);
 }
 
@@ -65,8 +66,9 @@ std::string CpuBackend::Describe() const {
 
 absl::StatusOr<MemoryPlan> CpuBackend::Plan(const kernels::PatternPolicy& /*policy*/, kernels::DType wire,
                                             int64_t local_tokens, int64_t max_rank_tokens, int64_t num_tokens,
-                                            int world_size) const {
-  const MemoryPlan plan = PlanMemory(shape_, wire, local_tokens, max_rank_tokens, num_tokens, world_size);
+                                            int world_size, int64_t held_tokens) const {
+  const MemoryPlan plan =
+      PlanMemory(shape_, wire, local_tokens, max_rank_tokens, num_tokens, world_size, held_tokens);
   HW_RETURN_IF_ERROR(CheckMemoryPlan(plan, budget_bytes_, model_->weight_bytes()));
   return plan;
 }

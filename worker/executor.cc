@@ -27,10 +27,12 @@ void SetDuration(absl::Duration duration, google::protobuf::Duration* out) {
   out->set_nanos(static_cast<int32_t>(nanos % 1'000'000'000));
 }
 
+// What the job sends.
 uint64_t LocalKvBytes(const PrefillJob& job) {
   const KvGeometry& geometry = *job.geometry;
-  return 2 * static_cast<uint64_t>(geometry.layout().num_layers()) *
-         static_cast<uint64_t>(NumTokens(job.local())) * geometry.token_bytes();
+  const auto first = static_cast<uint64_t>(job.resume.has_value() ? job.resume->layer : 0);
+  return 2 * (geometry.layout().num_layers() - first) * static_cast<uint64_t>(NumTokens(job.local())) *
+         geometry.token_bytes();
 }
 
 void FillCompleted(const PrefillJob& job, const PrefillResult& result, const KvSenderStats& sent,
@@ -132,6 +134,13 @@ PrefillContext PrefillExecutor::MakeContext(const PrefillJob& job, KvSender* sen
     message.set_bytes_total(bytes_total);
     message.set_pairs_computed(done.pairs_computed);
     message.set_pairs_possible(done.pairs_possible);
+    if (done.checkpoint.has_value()) {
+      v1::RankCheckpoint* const checkpoint = message.mutable_checkpoint();
+      checkpoint->set_layer(done.checkpoint->layer);
+      checkpoint->set_kv_digest_share(done.checkpoint->share.digest.Bytes());
+      checkpoint->set_kv_bytes(done.checkpoint->share.bytes);
+      checkpoint->set_kv_blocks(done.checkpoint->share.blocks);
+    }
     if (done.recalls > 0) {
       message.mutable_attention()->set_policy(job.policy->name());
       message.mutable_attention()->set_recall_mean(done.recall_sum / static_cast<double>(done.recalls));
@@ -181,9 +190,18 @@ v1::ConnectRequest PrefillExecutor::Run(const v1::PrefillAssignment& assignment,
     return Report(assignment, nullptr, waited, Clock::Real()->Now());
   }
   const absl::Time start = Clock::Real()->Now();
+  if (job->resume.has_value()) {
+    checkpoints_.KeepOnly(job->request_id, job->resume->epoch, job->resume->layer);
+    if (const absl::Status has = CheckProvides(*job, checkpoints_); !has.ok()) {
+      return Report(assignment, nullptr, has, start);
+    }
+  } else {
+    checkpoints_.Clear();
+  }
   options_.metrics->planned_bytes.Set(static_cast<double>(job->plan.total_bytes()));
   const absl::StatusOr<Outcome> outcome = RunChecked(assignment, *job, control, progress);
   options_.metrics->planned_bytes.Set(0);
+  options_.metrics->checkpoint_bytes.Set(static_cast<double>(checkpoints_.bytes()));
   return Report(assignment, &*job, outcome, start);
 }
 
@@ -234,6 +252,8 @@ absl::Status PrefillExecutor::RunWithSender(const v1::PrefillAssignment& assignm
   }
   PrefillContext context = MakeContext(job, sender.get(), control, progress);
   context.collectives = collectives;
+  context.checkpoints = &checkpoints_;
+  context.checkpoint_layers = options_.checkpoint_layers;
   absl::Status status;
   {
     const JobControl::CancelHook hook(control, [&] {

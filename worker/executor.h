@@ -18,6 +18,7 @@
 #include "worker/assignment.h"
 #include "worker/assignment_runner.h"
 #include "worker/backend.h"
+#include "worker/checkpoint.h"
 #include "worker/collectives.h"
 #include "worker/finisher.h"
 #include "worker/metrics.h"
@@ -39,6 +40,7 @@ struct ExecutorOptions {
   std::string worker_id;
   int num_threads = 1;  // of the calling thread's OpenMP team
   int kv_channels = 2;
+  int checkpoint_layers = 0;  // see PrefillContext
   absl::Duration collective_timeout = absl::Seconds(30);
   absl::Duration kv_stall_timeout = absl::Seconds(30);
   WorkerMetrics* metrics = nullptr;
@@ -106,6 +108,9 @@ class PrefillExecutor final : public AssignmentRunner {
   // The group of the last job that completed: left only when the next one comes, when its other ranks are
   // done for sure.
   std::unique_ptr<Collectives> last_group_;
+  // Of the last job, if it shared its prompt: until the next one comes, since another rank may be lost when
+  // this one has completed.
+  CheckpointStore checkpoints_;
   mutable absl::Mutex mutex_;
   std::set<KvSender*> senders_ ABSL_GUARDED_BY(mutex_);  // of the jobs that run
   KvSender* alone_ ABSL_GUARDED_BY(mutex_) = nullptr;    // Run()'s

@@ -90,6 +90,8 @@ void PrefillExecutor::RunPacked(std::vector<Task> tasks) {
 
 void PrefillExecutor::RunPass(const Pass& pass) {
   last_group_.reset();
+  checkpoints_.Clear();
+  options_.metrics->checkpoint_bytes.Set(0);
   std::vector<const PrefillJob*> jobs;
   std::vector<PrefillContext> contexts;
   uint64_t planned = 0;

@@ -81,10 +81,12 @@ uint64_t MemoryPlan::arena_bytes() const {
               Product({Aligned(receive_kv), static_cast<uint64_t>(num_receive)}), Aligned(logits)});
 }
 
-uint64_t MemoryPlan::total_bytes() const { return Sum({arena_bytes(), index, tokens, scratch, device}); }
+uint64_t MemoryPlan::total_bytes() const {
+  return Sum({arena_bytes(), index, tokens, scratch, checkpoint, device});
+}
 
 MemoryPlan PlanMemory(const MemoryShape& shape, kernels::DType wire, int64_t local_tokens,
-                      int64_t max_rank_tokens, int64_t num_tokens, int world_size) {
+                      int64_t max_rank_tokens, int64_t num_tokens, int world_size, int64_t held_tokens) {
   const uint64_t local = static_cast<uint64_t>(local_tokens);
   const uint64_t heads = static_cast<uint64_t>(shape.num_q_heads);
   const uint64_t head_dim = static_cast<uint64_t>(shape.head_dim);
@@ -104,6 +106,12 @@ MemoryPlan PlanMemory(const MemoryShape& shape, kernels::DType wire, int64_t loc
   plan.tokens = Product({static_cast<uint64_t>(num_tokens), kBytesPerPromptToken});
   plan.logits = Product({static_cast<uint64_t>(shape.vocab_size), 2 * sizeof(float)});
   plan.scratch = shape.scratch_bytes;
+  const uint64_t row = Product({static_cast<uint64_t>(shape.hidden_size), sizeof(float)});
+  plan.checkpoint = Product({static_cast<uint64_t>(held_tokens), row});
+  if (shape.checkpoints && world_size > 1) {
+    const uint64_t two = Product({2, local + static_cast<uint64_t>(max_rank_tokens), row});
+    plan.checkpoint = std::max(plan.checkpoint, two);
+  }
   return plan;
 }
 
@@ -125,6 +133,9 @@ v1::MemoryModel LinearMemoryModel(const MemoryShape& shape, uint64_t budget_byte
            Product({q_values, sizeof(float) + SizeOf(shape.compute)}),
            Product({static_cast<uint64_t>(shape.num_q_heads), sizeof(float)}), own_kv,
            Product({2, KvBytesPerToken(shape, shape.compute)}), tile_bytes / kernels::kQueryTileTokens + 1}));
+  if (shape.checkpoints) {
+    model.set_group_bytes_per_token(Product({4, static_cast<uint64_t>(shape.hidden_size), sizeof(float)}));
+  }
   const uint64_t buffers = 8 + static_cast<uint64_t>(shape.egress_buffers);
   model.set_fixed_bytes(
       Sum({shape.scratch_bytes, Product({static_cast<uint64_t>(shape.vocab_size), 2 * sizeof(float)}),

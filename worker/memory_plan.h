@@ -22,6 +22,7 @@ struct MemoryShape {
   int64_t max_position = 0;
   kernels::DType compute = kernels::DType::kF32;
   int egress_buffers = 3;
+  bool checkpoints = false;  // groups take them
   // Whatever the prompt: the model's and the attention's scratch, the KV sender's own buffers.
   uint64_t scratch_bytes = 0;
 };
@@ -45,6 +46,8 @@ struct MemoryPlan {
   uint64_t tokens = 0;  // the assignment and its token ids
   uint64_t logits = 0;
   uint64_t scratch = 0;
+  uint64_t checkpoint =
+      0;  // two of them, [own + left neighbour's tokens, hidden_size] f32; or the one to go on from
   uint64_t device = 0;  // everything that lies on a GPU, where one computes
 
   // Of the buffers above that the loop takes from its arena, each rounded up to kAlignment.
@@ -55,12 +58,14 @@ struct MemoryPlan {
 };
 
 // local_tokens: of this rank; max_rank_tokens: of the rank that holds most; num_tokens: of the prompt, at
-// most max_position. Saturates at 2^63 rather than wrap.
+// most max_position; held_tokens: of the checkpoint that the rank goes on from, 0 for none. Saturates at 2^63
+// rather than wrap.
 MemoryPlan PlanMemory(const MemoryShape& shape, kernels::DType wire, int64_t local_tokens,
-                      int64_t max_rank_tokens, int64_t num_tokens, int world_size);
+                      int64_t max_rank_tokens, int64_t num_tokens, int world_size, int64_t held_tokens = 0);
 
-// fixed_bytes + n * bytes_per_token is at least total_bytes() of every plan in which no rank holds more than
-// n tokens. budget_bytes counts the weights in: fixed_bytes + n * bytes_per_token may take what they leave.
+// fixed_bytes + n * bytes_per_token, and n * group_bytes_per_token with several ranks or a checkpoint of at
+// most 4 n tokens, is at least total_bytes() of every plan in which no rank holds more than n tokens.
+// budget_bytes counts the weights in: the sum may take what they leave.
 v1::MemoryModel LinearMemoryModel(const MemoryShape& shape, uint64_t budget_bytes, uint64_t weight_bytes);
 
 // FAILED_PRECONDITION, MEMORY_PLAN_TOO_LARGE, with bytes asked and available: the plan does not fit into what

@@ -13,8 +13,8 @@ prometheus::Histogram& Stage(Metrics* metrics, const char* stage) {
 
 prometheus::Histogram& Collective(Metrics* metrics, const char* op) {
   return metrics->Seconds("headwater_collective_seconds",
-                          "Time that a rank waited for collective operations: to connect its group, and in "
-                          "one layer's ring.",
+                          "Time that a rank waited for collective operations: to connect its group, in one "
+                          "layer's ring, for a checkpoint, and to load one.",
                           {{"op", op}});
 }
 
@@ -44,6 +44,10 @@ WorkerMetrics::WorkerMetrics(Metrics* metrics)
       memory_budget(metrics->Gauge("headwater_memory_budget_bytes", "Memory budget, with the weights.")),
       connect_group(Collective(metrics, "connect")),
       ring_exchange(Collective(metrics, "ring_exchange")),
+      checkpoint_exchange(Collective(metrics, "checkpoint")),
+      resume_exchange(Collective(metrics, "resume")),
+      checkpoint_bytes(metrics->Gauge("headwater_worker_checkpoint_bytes",
+                                      "Host memory that checkpoints of a group's prompt take.")),
       collective_aborts(metrics->Counter("headwater_collective_aborts_total",
                                          "Groups given up because of an abort, a lost or a late peer.")),
       search_overflows(

@@ -38,6 +38,9 @@ class WorkerMetrics {
   prometheus::Gauge& memory_budget;      // headwater_memory_budget_bytes
   prometheus::Histogram& connect_group;  // headwater_collective_seconds{op}
   prometheus::Histogram& ring_exchange;
+  prometheus::Histogram& checkpoint_exchange;
+  prometheus::Histogram& resume_exchange;
+  prometheus::Gauge& checkpoint_bytes;     // headwater_worker_checkpoint_bytes
   prometheus::Counter& collective_aborts;  // headwater_collective_aborts_total
   prometheus::Counter&
       search_overflows;  // headwater_worker_search_overflow_tiles_total: dense for want of room

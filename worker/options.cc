@@ -106,6 +106,9 @@ void Declare(WorkerOptions* o, FlagSet* flags) {
              "connections to a decode node for each prompt that is not packed; 0: 2, on a GPU 8");
   flags->Int("egress_buffers", &o->egress_buffers, 1, 64,
              "layers whose KV may wait for its acknowledgement, on the CPU; a GPU has a ring of 256 MiB");
+  flags->Int("checkpoint_layers", &o->checkpoint_layers, 0, 1024,
+             "a group keeps what goes into every so many layers, on two ranks each, so that a prompt goes on "
+             "there when one is lost; 0: never, it starts anew");
   flags->Duration("collective_timeout", &o->collective_timeout, absl::Milliseconds(100), most,
                   "how long a peer may stay away, besides the time that a slow machine needs");
   flags->Duration("kv_stall_timeout", &o->kv_stall_timeout, absl::Milliseconds(100), most,

@@ -28,6 +28,7 @@ struct WorkerOptions {
   uint64_t memory_budget_bytes = 0;  // 0: 80 % of what is available at the start
   int64_t kv_channels = 0;           // parsed: 0 is replaced
   int64_t egress_buffers = 3;
+  int64_t checkpoint_layers = 8;
   absl::Duration collective_timeout = absl::Seconds(30);
   absl::Duration kv_stall_timeout = absl::Seconds(30);
   absl::Duration drain_timeout = absl::Seconds(45);

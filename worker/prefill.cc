@@ -1,6 +1,7 @@
 #include "worker/prefill.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -57,6 +58,7 @@ class PrefillLoop {
         q_row_(static_cast<int64_t>(shape_.num_q_heads) * shape_.head_dim),
         all_queries_(job.partition, job.partition),
         last_query_(job.partition, OnlyLastToken(job.partition, num_tokens_)),
+        first_layer_(job.resume.has_value() ? job.resume->layer : 0),
         kv_(compute_, job, context.sender),
         egress_(TakeBuffers(), context.stall_timeout) {
     int64_t row = 0;
@@ -68,9 +70,15 @@ class PrefillLoop {
 
   absl::StatusOr<PrefillResult> Run() {
     HW_RETURN_IF_ERROR(CheckAgreement());
-    HW_RETURN_IF_ERROR(Embed());
-    for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
+    HW_RETURN_IF_ERROR(job_.resume.has_value() ? Resume() : Embed());
+    if (TakesCheckpoints()) {
+      context_.checkpoints->Begin(job_.request_id, job_.epoch, job_.rank, job_.partition,
+                                  config_.hidden_size);
+    }
+    for (int32_t layer = first_layer_; layer < config_.num_layers; ++layer) {
+      HW_RETURN_IF_ERROR(StartCheckpoint(layer));
       HW_RETURN_IF_ERROR(RunLayer(layer));
+      HW_RETURN_IF_ERROR(FinishCheckpoint(layer));
       result_.progress.layers_done = static_cast<uint32_t>(layer) + 1;
       if (context_.progress) context_.progress(result_.progress);
     }
@@ -119,6 +127,72 @@ class PrefillLoop {
       return context_.model->Embed(tokens.subspan(static_cast<size_t>(position), static_cast<size_t>(count)),
                                    hidden_ + row * config_.hidden_size);
     });
+  }
+
+  absl::Status Resume() {
+    const absl::Time start = clock_->Now();
+    HW_RETURN_IF_ERROR(LoadCheckpoint(job_, config_.hidden_size, *context_.checkpoints, context_.collectives,
+                                      context_.control, hidden_));
+    context_.checkpoints->Clear();
+    if (context_.metrics != nullptr) {
+      context_.metrics->resume_exchange.Observe(absl::ToDoubleSeconds(clock_->Now() - start));
+    }
+    return absl::OkStatus();
+  }
+
+  bool TakesCheckpoints() const {
+    return context_.checkpoints != nullptr && context_.checkpoint_layers > 0 && job_.world_size() > 1;
+  }
+
+  // Begins to hand the layer's input to the right neighbour, who gets it while the layer is computed.
+  absl::Status StartCheckpoint(int32_t layer) {
+    // Layer 0's input is the embedding, which costs little to make again.
+    if (!TakesCheckpoints() || layer == 0) return absl::OkStatus();
+    if (layer % context_.checkpoint_layers != 0 && layer != first_layer_) return absl::OkStatus();
+    HW_ASSIGN_OR_RETURN(const CheckpointStore::Rows rows, context_.checkpoints->Start(layer));
+    const int world = job_.world_size(), left = (job_.rank + world - 1) % world;
+    const auto bytes = [this](int rank) {
+      return static_cast<uint64_t>(NumTokens(job_.partition[static_cast<size_t>(rank)]) *
+                                   config_.hidden_size) *
+             sizeof(float);
+    };
+    std::memcpy(rows.own, hidden_, bytes(job_.rank));
+    checkpoint_ = context_.collectives->StartExchange(
+        (job_.rank + 1) % world, absl::MakeSpan(reinterpret_cast<const char*>(rows.own), bytes(job_.rank)),
+        left, absl::MakeSpan(reinterpret_cast<char*>(rows.left), bytes(left)));
+    return absl::OkStatus();
+  }
+
+  // Ends what StartCheckpoint() has begun, and finds the newest checkpoint that an epoch can go on from.
+  absl::Status FinishCheckpoint(int32_t layer) {
+    if (checkpoint_ != nullptr) {
+      const absl::Time start = clock_->Now();
+      absl::Status status;
+      {
+        const JobControl::Waiting waiting(context_.control);
+        status = checkpoint_->Wait();
+      }
+      checkpoint_.reset();
+      if (!status.ok()) return CollectiveError(status, *context_.control);
+      context_.checkpoints->Finish();
+      taken_.push_back(static_cast<uint32_t>(layer));
+      const absl::Duration waited = clock_->Now() - start;
+      result_.exchange += waited;
+      if (context_.metrics != nullptr) {
+        context_.metrics->checkpoint_exchange.Observe(absl::ToDoubleSeconds(waited));
+        context_.metrics->checkpoint_bytes.Set(static_cast<double>(context_.checkpoints->bytes()));
+      }
+    }
+    // The store holds the newest two.
+    for (size_t back = 1; back <= std::min<size_t>(2, taken_.size()); ++back) {
+      const uint32_t taken = taken_[taken_.size() - back];
+      if (result_.progress.checkpoint.has_value() && taken <= result_.progress.checkpoint->layer) break;
+      const std::optional<KvShare> share = context_.sender->AckedBelow(taken);
+      if (!share.has_value()) continue;
+      result_.progress.checkpoint = {taken, *share};
+      break;
+    }
+    return absl::OkStatus();
   }
 
   absl::Status RunLayer(int32_t layer) {
@@ -246,7 +320,8 @@ class PrefillLoop {
       absl::StrAppend(&plan, ";");
       for (const TokenRange& range : tokens) absl::StrAppend(&plan, " ", range.begin, "-", range.end);
     }
-    absl::StrAppend(&plan, " ", Crc32c(job_.tokens.data(), job_.tokens.size() * sizeof(int32_t)));
+    absl::StrAppend(&plan, " ", Crc32c(job_.tokens.data(), job_.tokens.size() * sizeof(int32_t)), " from ",
+                    first_layer_, " every ", TakesCheckpoints() ? context_.checkpoint_layers : 0);
     std::vector<uint32_t> all;
     HW_RETURN_IF_ERROR(GatherFromAll(Crc32c(plan.data(), plan.size()), &all));
     for (size_t rank = 0; rank < all.size(); ++rank) {
@@ -254,7 +329,8 @@ class PrefillLoop {
       return MakeError(
           absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_MODEL_MISMATCH,
           absl::StrCat("rank ", rank, " and rank ", job_.rank, " differ in model, compute type (here ",
-                       kernels::NameOf(compute_), "), policy, prompt or partition"));
+                       kernels::NameOf(compute_), "), policy, prompt, partition, first layer or ",
+                       "--checkpoint_layers (here ", context_.checkpoint_layers, ")"));
     }
     return absl::OkStatus();
   }
@@ -284,7 +360,10 @@ class PrefillLoop {
   const int64_t q_row_;  // elements of one token's Q
   const RingSchedule all_queries_;
   const RingSchedule last_query_;
+  const int32_t first_layer_;
   std::vector<Segment> segments_;
+  std::unique_ptr<PendingExchange> checkpoint_;  // under way
+  std::vector<uint32_t> taken_;                  // layers of the checkpoints
   float* hidden_ = nullptr;
   float* attention_ = nullptr;
   float* lse_ = nullptr;

@@ -20,6 +20,7 @@
 #include "kvtransfer/sender.h"
 #include "model/model.h"
 #include "worker/arena.h"
+#include "worker/checkpoint.h"
 #include "worker/collectives.h"
 #include "worker/job_control.h"
 #include "worker/memory_plan.h"
@@ -36,6 +37,7 @@ struct PrefillJob {
   int rank = 0;
   std::vector<int32_t> tokens;        // of the whole prompt
   std::vector<RankTokens> partition;  // of all ranks; ranges start on block boundaries
+  std::optional<ResumePoint> resume;  // none: from the first layer
   std::shared_ptr<const KvGeometry> geometry;
   std::shared_ptr<const kernels::PatternPolicy> policy;
   QualityBound quality;
@@ -53,6 +55,12 @@ struct PrefillProgress {
   // Of recalls measured so far; none: 0.
   double recall_sum = 0;
   uint64_t recalls = 0;
+  // The newest checkpoint below which this rank's KV is acknowledged.
+  struct Checkpoint {
+    uint32_t layer = 0;
+    KvShare share;  // of the layers below it that this job computes
+  };
+  std::optional<Checkpoint> checkpoint;
 };
 
 // What a job runs with. Everything must outlive the call; `sender` must be cancelled or finished, and
@@ -62,8 +70,10 @@ struct PrefillContext {
   Collectives* collectives = nullptr;  // null: world size 1
   KvSender* sender = nullptr;
   JobControl* control = nullptr;
-  Arena* arena = nullptr;            // Reset() to at least plan.arena_bytes()
-  WorkerMetrics* metrics = nullptr;  // may be null
+  CheckpointStore* checkpoints = nullptr;  // null: the job has no resume point, and none are taken
+  int checkpoint_layers = 0;               // a group takes one before every layer that is a multiple; 0: none
+  Arena* arena = nullptr;                  // Reset() to at least plan.arena_bytes()
+  WorkerMetrics* metrics = nullptr;        // may be null
   absl::Duration stall_timeout = absl::Seconds(30);
   double flop_per_step = 4e9;                            // see RingAttentionArgs
   std::function<void(const PrefillProgress&)> progress;  // after every layer, from the calling thread; may be
@@ -86,7 +96,9 @@ struct PrefillResult {
 };
 
 // Runs the job on the calling thread. When it returns OK, all blocks have been submitted (sender->Finish() is
-// the caller's), and all ranks have computed theirs. Equal jobs in equal contexts give bitwise equal KV.
+// the caller's), and all ranks have computed theirs. Equal jobs in equal contexts give bitwise equal KV. A
+// job with a resume point submits the blocks from its layer on, and provides what CheckProvides() asks for;
+// once it has its rows, the store holds checkpoints of this epoch alone.
 //
 // Errors: the job control's (CANCELLED, DEADLINE_EXCEEDED); UNAVAILABLE, WORKER_LOST: a peer is gone or
 // late; FAILED_PRECONDITION, MODEL_MISMATCH: the ranks' models, compute types or plans differ; UNAVAILABLE,

@@ -111,6 +111,7 @@ class WorkerProcess final : public Worker {
     executor.worker_id = options.worker_id;
     executor.num_threads = threads;
     executor.kv_channels = static_cast<int>(options.kv_channels);
+    executor.checkpoint_layers = static_cast<int>(options.checkpoint_layers);
     executor.collective_timeout = options.collective_timeout;
     executor.kv_stall_timeout = options.kv_stall_timeout;
     executor.metrics = &worker_metrics_;

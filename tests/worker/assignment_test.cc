@@ -66,7 +66,7 @@ class QualityBackend final : public PrefillBackend {
   v1::MemoryModel memory_model() const override { return cpu_->memory_model(); }
   std::string Describe() const override { return "a test's"; }
   absl::StatusOr<MemoryPlan> Plan(const kernels::PatternPolicy&, kernels::DType, int64_t, int64_t, int64_t,
-                                  int) const override {
+                                  int, int64_t) const override {
     return MemoryPlan{};
   }
   absl::Status Reserve(const PrefillJob&) override { return absl::OkStatus(); }
@@ -135,6 +135,33 @@ constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
 constexpr auto kField = v1::ERROR_REASON_BAD_FIELD;
 using A = v1::PrefillAssignment;
 
+// A good one.
+v1::ResumePoint* SetResume(A* assignment) {
+  v1::ResumePoint* const resume = assignment->mutable_resume();
+  resume->set_layer(2);
+  resume->set_epoch(2);
+  resume->set_world_size(2);
+  resume->set_partition(v1::PARTITION_CONTIGUOUS);
+  resume->set_block_tokens(16);
+  resume->add_providers(1);
+  resume->add_providers(0);
+  return resume;
+}
+
+TEST(AssignmentCheckTest, TakesAResumePoint) {
+  AssignmentFixture fixture;
+  v1::PrefillAssignment assignment = fixture.Make(100, 2, 1);
+  SetResume(&assignment);
+  const auto job = CheckAssignment(assignment, fixture.context());
+  ASSERT_TRUE(job.ok()) << job.status();
+  ASSERT_TRUE(job->resume.has_value());
+  EXPECT_EQ(job->resume->layer, 2);
+  EXPECT_EQ(job->resume->epoch, 2u);
+  EXPECT_EQ(job->resume->providers, (std::vector<int>{1, 0}));
+  EXPECT_EQ(NumTokens(job->resume->partition[0]), 64);
+  EXPECT_EQ(job->plan.checkpoint, 100u * 4 * static_cast<uint64_t>(fixture.model().config().hidden_size));
+}
+
 std::vector<BadAssignment> BadAssignments() {
   return {
       {"NoRequestId", [](A* a) { a->clear_request_id(); }, kInvalid, v1::ERROR_REASON_BAD_REQUEST_ID, "''"},
@@ -172,6 +199,21 @@ std::vector<BadAssignment> BadAssignments() {
        "head_dim is"},
       {"WrongTokens", [](A* a) { a->mutable_layout()->set_num_tokens(101); }, kInvalid, kField,
        "num_tokens is 101"},
+      {"ResumeAtLayerZero", [](A* a) { SetResume(a)->set_layer(0); }, kInvalid, kField, "resume.layer 0"},
+      {"ResumePastTheEnd", [](A* a) { SetResume(a)->set_layer(3); }, kInvalid, kField, "resume.layer 3"},
+      {"ResumeFromItself", [](A* a) { SetResume(a)->set_epoch(3); }, kInvalid, kField, "resume.epoch 3"},
+      {"ResumeFromOneRank", [](A* a) { SetResume(a)->set_world_size(1); }, kInvalid, kField,
+       "resume.world_size 1"},
+      {"ResumeFromHugeWorld", [](A* a) { SetResume(a)->set_world_size(1u << 31); }, kInvalid, kField,
+       "resume.world_size 2147483648"},
+      {"ResumeWithoutProviders", [](A* a) { SetResume(a)->clear_providers(); }, kInvalid, kField,
+       "resume.providers names 0"},
+      {"ResumeProviderOutside", [](A* a) { SetResume(a)->set_providers(1, 2); }, kInvalid, kField,
+       "resume.providers names rank 2"},
+      {"ResumePartition", [](A* a) { SetResume(a)->set_partition(v1::PARTITION_UNSPECIFIED); }, kInvalid,
+       kField, "resume:"},
+      {"ResumeBlocks", [](A* a) { SetResume(a)->set_block_tokens(0); }, kInvalid, kField,
+       "resume: block_tokens 0"},
       {"WrongBlockTokens", [](A* a) { a->mutable_layout()->set_block_tokens(32); }, kInvalid, kField,
        "block_tokens is 32"},
       {"SmallBlocks",

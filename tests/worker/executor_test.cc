@@ -192,6 +192,90 @@ TEST_F(ExecutorTest, APeerThatIsCancelledMidRingEndsTheOtherRankAsWorkerLost) {
   EXPECT_LT(absl::Now() - start, absl::Seconds(10));
 }
 
+// The first rank of two goes on alone with what both had.
+TEST_F(ExecutorTest, GoesOnFromACheckpointWhereItsPeerWasLost) {
+  ExecutorOptions options = Options(0);
+  options.checkpoint_layers = 1;
+  PrefillExecutor survivor(options);
+  options = Options(1);
+  options.checkpoint_layers = 1;
+  PrefillExecutor lost(options);
+  receiver_.Open(Make(300, 2, 0));
+  v1::RankCheckpoint last[2];
+  const auto run = [&](PrefillExecutor* executor, int rank) {
+    JobControl control;
+    return executor->Run(Make(300, 2, rank), &control, [&, rank](const v1::RankProgress& progress) {
+      absl::SleepFor(absl::Milliseconds(50));  // for the acknowledgements
+      last[rank] = progress.checkpoint();
+      if (rank == 1 && progress.layers_done() == 2) control.Cancel(absl::CancelledError("killed"));
+    });
+  };
+  std::thread peer([&] { EXPECT_TRUE(run(&lost, 1).has_failed()); });
+  EXPECT_TRUE(run(&survivor, 0).has_failed());
+  peer.join();
+  ASSERT_EQ(last[0].layer(), 1u);
+  ASSERT_EQ(last[1].layer(), 1u);
+
+  v1::PrefillAssignment assignment = Make(300, 1, 0);
+  assignment.mutable_plan()->set_worker_ids(0, "w0");
+  assignment.set_epoch(4);
+  v1::ResumePoint* const resume = assignment.mutable_resume();
+  resume->set_layer(1);
+  resume->set_epoch(3);
+  resume->set_world_size(2);
+  resume->set_partition(v1::PARTITION_ZIGZAG);
+  resume->set_block_tokens(16);
+  resume->add_providers(0);
+  resume->add_providers(0);
+  receiver_.Open(assignment);
+  const v1::ConnectRequest result = RunIn(&survivor, assignment);
+  ASSERT_TRUE(result.has_completed()) << result.DebugString();
+  const KvGeometry geometry = *KvGeometry::Create(assignment.layout());
+  EXPECT_EQ(result.completed().kv_bytes() + last[0].kv_bytes() + last[1].kv_bytes(), geometry.total_bytes());
+  EXPECT_EQ(result.completed().kv_blocks() + last[0].kv_blocks() + last[1].kv_blocks(),
+            geometry.num_blocks());
+  std::vector<v1::RankCompleted> shares(3);
+  shares[0] = result.completed();
+  shares[1].set_kv_digest_share(last[0].kv_digest_share());
+  shares[2].set_kv_digest_share(last[1].kv_digest_share());
+  const absl::Status committed = receiver_.Commit(assignment, shares);
+  ASSERT_TRUE(committed.ok()) << committed;
+  ExpectStored(assignment);
+
+  assignment.set_epoch(5);
+  const v1::ConnectRequest again = RunIn(&survivor, assignment);
+  ASSERT_TRUE(again.has_failed());
+  const absl::Status status = FromRpcStatus(again.failed().error());
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
+  EXPECT_EQ(ReasonOf(status), v1::ERROR_REASON_CHECKPOINT_LOST) << "a rank alone keeps nothing";
+}
+
+TEST_F(ExecutorTest, AnotherPromptTakesTheCheckpointsPlace) {
+  ExecutorOptions options = Options(1);
+  options.checkpoint_layers = 1;
+  options.collective_timeout = absl::Seconds(5);
+  PrefillExecutor executor(options);
+  options.worker_id = "w0";
+  options.backend = fixture_.NewBackend();
+  PrefillExecutor first(options);
+  receiver_.Open(Make(300, 2, 0));
+  std::thread peer([&] {
+    JobControl control;
+    first.Run(Make(300, 2, 0), &control, [&](const v1::RankProgress& progress) {
+      if (progress.layers_done() == 2) control.Cancel(absl::CancelledError("killed"));
+    });
+  });
+  EXPECT_TRUE(RunIn(&executor, Make(300, 2, 1)).has_failed());
+  peer.join();
+  EXPECT_GT(worker_metrics_.checkpoint_bytes.Value(), 0);
+  v1::PrefillAssignment other = Make(30, 1, 0);
+  other.set_request_id("r2");
+  other.mutable_destination()->set_session_id("s2");
+  receiver_.Open(other);
+  EXPECT_TRUE(RunIn(&executor, other).has_completed());
+  EXPECT_EQ(worker_metrics_.checkpoint_bytes.Value(), 0);
+}
+
 TEST_F(ExecutorTest, APeerThatNeverComesIsWorkerLostAfterTheTimeout) {
   ExecutorOptions options = Options(0);
   options.collective_timeout = absl::Milliseconds(200);

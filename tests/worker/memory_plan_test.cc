@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "base/rpc/grpc_status.h"
+#include "worker/checkpoint.h"
 #include "worker/partition.h"
 
 namespace headwater {
@@ -73,6 +74,33 @@ TEST(MemoryPlanTest, LinearModelIsAnUpperBoundOfEveryPlan) {
             }
           }
         }
+      }
+    }
+  }
+}
+
+TEST(MemoryPlanTest, ACheckpointCountsForGroupsAndForWhoGoesOnFromOne) {
+  MemoryShape shape = Shape(DType::kF32);
+  EXPECT_EQ(PlanMemory(shape, DType::kBF16, 100, 150, 250, 2).checkpoint, 0u);
+  shape.checkpoints = true;
+  EXPECT_EQ(PlanMemory(shape, DType::kBF16, 250, 250, 250, 1).checkpoint, 0u);
+  EXPECT_EQ(PlanMemory(shape, DType::kBF16, 100, 150, 250, 2).checkpoint, 2u * (100 + 150) * 576 * 4);
+  EXPECT_EQ(PlanMemory(shape, DType::kBF16, 250, 250, 250, 1, 250).checkpoint, 250u * 576 * 4);
+  const MemoryPlan plan = PlanMemory(shape, DType::kBF16, 100, 150, 250, 2);
+  EXPECT_GE(plan.total_bytes(),
+            plan.arena_bytes() + plan.scratch + plan.index + plan.tokens + plan.checkpoint);
+
+  const v1::MemoryModel model = LinearMemoryModel(shape, 1, 0);
+  for (const int64_t tokens : {16, 1000, 8192}) {
+    for (const int before : {2, 3, 8}) {
+      const int64_t held = MostCheckpointTokens(*PartitionTokens(tokens, before, v1::PARTITION_ZIGZAG, 16));
+      for (const int world : {1, 2, 7}) {
+        int64_t most = 0;
+        const auto ranks = PartitionTokens(tokens, world, v1::PARTITION_ZIGZAG, 16);
+        for (const RankTokens& rank : *ranks) most = std::max(most, NumTokens(rank));
+        if (held > 4 * most) continue;
+        EXPECT_LE(PlanMemory(shape, DType::kF32, most, most, tokens, world, held).total_bytes(),
+                  Linear(model, most) + static_cast<uint64_t>(most) * model.group_bytes_per_token());
       }
     }
   }

@@ -28,6 +28,7 @@ TEST(WorkerOptionsTest, FillsInDefaults) {
   EXPECT_EQ(options.metrics, "127.0.0.1:9071");
   EXPECT_EQ(options.kv_channels, 2);
   EXPECT_EQ(options.egress_buffers, 3);
+  EXPECT_EQ(options.checkpoint_layers, 8);
   EXPECT_EQ(options.collective_timeout, absl::Seconds(30));
 }
 
@@ -68,6 +69,7 @@ TEST(WorkerOptionsTest, NamesTheFlagAndTheValueThatIsWrong) {
       {{"--model=m", "--compute=f64"}, {"compute", "f64"}},
       {{"--model=m", "--kv_channels=-1"}, {"kv_channels", "-1"}},
       {{"--model=m", "--egress_buffers=1000"}, {"egress_buffers", "1000"}},
+      {{"--model=m", "--checkpoint_layers=-1"}, {"checkpoint_layers", "-1"}},
       {{"--model=m", "--listen=7071"}, {"listen", "7071"}},
       {{"--model=m", "--coordinator=host:99999"}, {"coordinator", "host:99999"}},
       {{"--model=m", "--worker_id=a b"}, {"worker_id", "a b"}},
@@ -91,9 +93,10 @@ TEST(WorkerOptionsTest, HelpNamesEveryFlag) {
   std::string help;
   ASSERT_TRUE(ParseWorkerOptions(std::vector<std::string>{"--help"}, &options, &help).ok());
 
-  for (const char* flag : {"model", "coordinator", "listen", "advertise", "metrics", "device", "compute",
-                           "linear", "threads", "memory_budget", "kv_channels", "egress_buffers",
-                           "collective_timeout", "kv_stall_timeout", "drain_timeout", "log_format"}) {
+  for (const char* flag :
+       {"model", "coordinator", "listen", "advertise", "metrics", "device", "compute", "linear", "threads",
+        "memory_budget", "kv_channels", "egress_buffers", "checkpoint_layers", "collective_timeout",
+        "kv_stall_timeout", "drain_timeout", "log_format"}) {
     EXPECT_THAT(help, HasSubstr(flag));
   }
 }

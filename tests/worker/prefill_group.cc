@@ -70,6 +70,8 @@ std::unique_ptr<GroupResult> RunGroup(const Model& model, absl::Span<const int32
       context.sender = &sink;
       context.control = &control;
       context.arena = &arena;
+      if (!run.checkpoints.empty()) context.checkpoints = run.checkpoints[at];
+      context.checkpoint_layers = run.checkpoint_layers;
       context.stall_timeout = run.stall_timeout;
       context.flop_per_step = run.flop_per_step;
       context.progress = [&](const PrefillProgress& progress) {

@@ -31,6 +31,9 @@ struct GroupRun {
   MemorySink::Mode sink = MemorySink::Mode::kAcknowledge;
   // Endpoints of the ranks; empty: an in-process group.
   std::function<std::unique_ptr<Collectives>(int rank)> join;
+  // Of the ranks; empty: no checkpoints.
+  std::vector<CheckpointStore*> checkpoints;
+  int checkpoint_layers = 0;
   // Changes a rank's job before it runs.
   std::function<void(int rank, PrefillJob* job)> change_job;
   // Runs on rank `rank`'s thread after every layer.

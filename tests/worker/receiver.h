@@ -35,6 +35,7 @@ class Receiver {
     request.set_session_token(assignment.destination().session_token());
     request.set_request_id(assignment.request_id());
     request.set_epoch(assignment.epoch());
+    request.set_resume_layer(assignment.resume().layer());
     *request.mutable_layout() = assignment.layout();
     const auto opened = store_->OpenSession(request);
     ASSERT_TRUE(opened.ok()) << opened.status();

@@ -1,0 +1,154 @@
+#include "worker/checkpoint.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+#include "base/log.h"
+#include "base/rpc/grpc_status.h"
+#include "base/status_macros.h"
+#include "worker/prefill.h"
+#include "worker/ring_attention.h"
+
+namespace headwater {
+
+void CheckpointStore::Begin(const std::string& request_id, uint32_t epoch, int rank,
+                            std::vector<RankTokens> partition, int64_t hidden_size) {
+  Clear();
+  request_id_ = request_id;
+  epoch_ = epoch;
+  rank_ = rank;
+  partition_ = std::move(partition);
+  hidden_size_ = hidden_size;
+  next_ = 0;
+}
+
+absl::StatusOr<CheckpointStore::Rows> CheckpointStore::Start(int32_t layer) {
+  Slot& slot = slots_[next_];
+  slot.layer = -1;
+  started_ = layer;
+  const auto bytes = [this](int rank) {
+    return static_cast<uint64_t>(NumTokens(partition_[static_cast<size_t>(rank)]) * hidden_size_) *
+           sizeof(float);
+  };
+  // Either part begins at an aligned place.
+  HW_RETURN_IF_ERROR(slot.memory.Reset(bytes(rank_) + bytes(left()) + 2 * MemoryPlan::kAlignment));
+  slot.rows.own = reinterpret_cast<float*>(slot.memory.Take(bytes(rank_)));
+  slot.rows.left = reinterpret_cast<float*>(slot.memory.Take(bytes(left())));
+  return slot.rows;
+}
+
+void CheckpointStore::Finish() {
+  HW_CHECK(started_ >= 0);
+  slots_[next_].layer = std::exchange(started_, -1);
+  next_ = 1 - next_;
+}
+
+const float* CheckpointStore::Find(const std::string& request_id, uint32_t epoch, int32_t layer,
+                                   int rank) const {
+  if (request_id != request_id_ || epoch != epoch_ || layer < 0) return nullptr;
+  for (const Slot& slot : slots_) {
+    if (slot.layer != layer) continue;
+    if (rank == rank_) return slot.rows.own;
+    if (rank == left()) return slot.rows.left;
+  }
+  return nullptr;
+}
+
+void CheckpointStore::KeepOnly(const std::string& request_id, uint32_t epoch, int32_t layer) {
+  const bool same = request_id == request_id_ && epoch == epoch_ && layer >= 0;
+  for (Slot& slot : slots_) {
+    if (same && slot.layer == layer) continue;
+    slot.layer = -1;
+    slot.memory.Free();
+  }
+  started_ = -1;
+  if (!same) request_id_.clear();
+}
+
+uint64_t CheckpointStore::bytes() const { return slots_[0].memory.capacity() + slots_[1].memory.capacity(); }
+
+int64_t MostCheckpointTokens(const std::vector<RankTokens>& partition) {
+  int64_t most = 0;
+  for (size_t rank = 0; rank < partition.size(); ++rank) {
+    const size_t left = (rank + partition.size() - 1) % partition.size();
+    most = std::max(most, NumTokens(partition[rank]) + NumTokens(partition[left]));
+  }
+  return most;
+}
+
+std::vector<CheckpointMove> PlanMoves(const ResumePoint& resume, const std::vector<RankTokens>& partition) {
+  std::vector<CheckpointMove> moves;
+  for (size_t owner = 0; owner < resume.partition.size(); ++owner) {
+    int64_t from_row = 0;
+    for (const TokenRange& have : resume.partition[owner]) {
+      for (size_t to = 0; to < partition.size(); ++to) {
+        int64_t to_row = 0;
+        for (const TokenRange& want : partition[to]) {
+          const int64_t begin = std::max(have.begin, want.begin), end = std::min(have.end, want.end);
+          if (begin < end) {
+            moves.push_back({static_cast<int>(owner), resume.providers[owner], static_cast<int>(to),
+                             from_row + begin - have.begin, to_row + begin - want.begin, end - begin});
+          }
+          to_row += want.size();
+        }
+      }
+      from_row += have.size();
+    }
+  }
+  return moves;
+}
+
+absl::Status CheckProvides(const PrefillJob& job, const CheckpointStore& store) {
+  const ResumePoint& resume = *job.resume;
+  for (size_t owner = 0; owner < resume.providers.size(); ++owner) {
+    const int rank = static_cast<int>(owner);
+    if (resume.providers[owner] != job.rank ||
+        store.Find(job.request_id, resume.epoch, resume.layer, rank) != nullptr) {
+      continue;
+    }
+    return MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_CHECKPOINT_LOST,
+                     absl::StrCat("this worker has no checkpoint of layer ", resume.layer, " of rank ", rank,
+                                  " in epoch ", resume.epoch, " of request ", job.request_id));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status LoadCheckpoint(const PrefillJob& job, int64_t hidden_size, const CheckpointStore& store,
+                            Collectives* group, JobControl* control, float* hidden) {
+  const ResumePoint& resume = *job.resume;
+  const int world = job.world_size();
+  for (const CheckpointMove& move : PlanMoves(resume, job.partition)) {
+    HW_RETURN_IF_ERROR(control->Step());
+    const uint64_t bytes = static_cast<uint64_t>(move.count * hidden_size) * sizeof(float);
+    const bool sends = move.from == job.rank, receives = move.to == job.rank;
+    const float* from = nullptr;
+    float* const to = hidden + move.to_row * hidden_size;
+    if (sends) {
+      from = store.Find(job.request_id, resume.epoch, resume.layer, move.owner);
+      HW_CHECK(from != nullptr);
+      from += move.from_row * hidden_size;
+    }
+    if (sends && receives) std::memcpy(to, from, bytes);
+    if (world == 1) continue;
+    // Every rank makes every call: operations pair by their order.
+    int peer = (job.rank + 1) % world;
+    absl::Span<const char> send;
+    absl::Span<char> receive;
+    if (sends && !receives) {
+      peer = move.to;
+      send = absl::MakeSpan(reinterpret_cast<const char*>(from), bytes);
+    } else if (receives && !sends) {
+      peer = move.from;
+      receive = absl::MakeSpan(reinterpret_cast<char*>(to), bytes);
+    }
+    const std::unique_ptr<PendingExchange> exchange = group->StartExchange(peer, send, peer, receive);
+    const JobControl::Waiting waiting(control);
+    if (const absl::Status status = exchange->Wait(); !status.ok()) return CollectiveError(status, *control);
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace headwater
