@@ -72,6 +72,8 @@ class GrpcControlClient final : public ControlClient {
   bool Woken() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     return stream_over_ || closing_ || !outbox_.empty() || posted_progress_;
   }
+  // Puts the job's progress, if it has any to tell, behind what is to be sent.
+  void TakeProgress(const JobName& name) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   v1::ConnectRequest Heartbeat();
   void Post(uint64_t stream, v1::ConnectRequest message);
   void CancelStream() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
@@ -111,23 +113,37 @@ void GrpcControlClient::Post(uint64_t stream, v1::ConnectRequest message) {
   absl::MutexLock lock(&mutex_);
   if (stream != stream_ || stream_over_) return;
   if (message.has_progress()) {
-    last_progress_ = std::move(*message.mutable_progress());
-    progress_[NameOf(*last_progress_)] = *last_progress_;
-    posted_progress_ = clock_->Now() >= next_progress_;
-    return;
+    const v1::RankProgress& progress = message.progress();
+    const JobName name = NameOf(progress);
+    const bool same = last_progress_.has_value() && NameOf(*last_progress_) == name;
+    const bool new_checkpoint =
+        progress.checkpoint().layer() > (same ? last_progress_->checkpoint().layer() : 0);
+    last_progress_ = progress;
+    progress_[name] = progress;
+    if (!new_checkpoint) {
+      posted_progress_ = clock_->Now() >= next_progress_;
+      return;
+    }
+    // None is left out: the ranks' checkpoints must meet.
+    TakeProgress(name);
+  } else {
+    // What the rank did last comes before its end.
+    const JobName ended = message.has_completed() ? NameOf(message.completed()) : NameOf(message.failed());
+    TakeProgress(ended);
+    if (last_progress_.has_value() && NameOf(*last_progress_) == ended) last_progress_.reset();
+    outbox_.push_back(std::move(message));
   }
-  // What the rank did last comes before its end.
-  const JobName ended = message.has_completed() ? NameOf(message.completed()) : NameOf(message.failed());
-  if (auto last = progress_.extract(ended)) {
-    *outbox_.emplace_back().mutable_progress() = std::move(last.mapped());
-    if (progress_.empty()) posted_progress_ = false;
-  }
-  if (last_progress_.has_value() && NameOf(*last_progress_) == ended) last_progress_.reset();
-  outbox_.push_back(std::move(message));
   if (outbox_.size() > kMaxOutbox) {
     HW_LOG(WARNING) << "the coordinator takes no messages, " << outbox_.size() << " wait; disconnecting";
     CancelStream();
   }
+}
+
+void GrpcControlClient::TakeProgress(const JobName& name) {
+  auto last = progress_.extract(name);
+  if (!last) return;
+  *outbox_.emplace_back().mutable_progress() = std::move(last.mapped());
+  if (progress_.empty()) posted_progress_ = false;
 }
 
 v1::ConnectRequest GrpcControlClient::Heartbeat() {

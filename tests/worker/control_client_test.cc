@@ -35,6 +35,7 @@ class PuppetRunner final : public AssignmentRunner {
         report.set_request_id(assignment.request_id());
         report.set_epoch(assignment.epoch());
         report.set_layers_done(progress_);
+        if (checkpoint_ > 0) report.mutable_checkpoint()->set_layer(checkpoint_);
         progress_ = 0;
         progress(report);
       }
@@ -61,9 +62,16 @@ class PuppetRunner final : public AssignmentRunner {
     absl::MutexLock lock(&mutex_);
     ++ends_;
   }
-  void Report(uint32_t layers) {
+  void Report(uint32_t layers, uint32_t checkpoint = 0) {
     absl::MutexLock lock(&mutex_);
     progress_ = layers;
+    checkpoint_ = checkpoint;
+  }
+  // Waits until the last Report() has been passed on.
+  bool WaitReported() {
+    absl::MutexLock lock(&mutex_);
+    const auto reported = [this] { return progress_ == 0; };
+    return mutex_.AwaitWithTimeout(absl::Condition(&reported), kPlenty);
   }
   bool WaitStarted(int count) { return WaitFor(&started_, count); }
   bool WaitFinished(int count) { return WaitFor(&finished_, count); }
@@ -89,6 +97,7 @@ class PuppetRunner final : public AssignmentRunner {
   int finished_ = 0;
   int ends_ = 0;
   uint32_t progress_ = 0;
+  uint32_t checkpoint_ = 0;
   absl::Mutex wake_mutex_;
   bool cancelled_ = false;
 };
@@ -157,6 +166,27 @@ TEST_F(ControlClientTest, RunsAnAssignmentAndReportsProgressBeforeItsEnd) {
   const auto result = coordinator_.Next([](const v1::ConnectRequest& m) { return !m.has_heartbeat(); });
   ASSERT_TRUE(result.has_value());
   EXPECT_EQ(result->completed().request_id(), "a");
+}
+
+TEST_F(ControlClientTest, SendsEveryCheckpointHoweverFastTheyCome) {
+  ControlClientOptions options = Options(coordinator_.address());
+  options.progress_interval = absl::Hours(1);
+  Connect(options);
+  coordinator_.SendAssignment(Assignment("a"));
+  ASSERT_TRUE(runner_.WaitStarted(1));
+  for (uint32_t layer = 1; layer <= 8; ++layer) {
+    runner_.Report(layer, layer / 2);
+    ASSERT_TRUE(runner_.WaitReported());
+  }
+  for (uint32_t checkpoint = 1; checkpoint <= 4; ++checkpoint) {
+    const auto progress = coordinator_.Next([checkpoint](const v1::ConnectRequest& m) {
+      return m.progress().checkpoint().layer() == checkpoint;
+    });
+    ASSERT_TRUE(progress.has_value()) << checkpoint;
+    EXPECT_EQ(progress->progress().layers_done(), 2 * checkpoint);
+  }
+  runner_.LetOneEnd();
+  EXPECT_TRUE(coordinator_.NextResult().has_value());
 }
 
 TEST_F(ControlClientTest, HeartbeatsShowTheAgeOfTheLastStepWhileAnEngineIsStuck) {
