@@ -1,7 +1,9 @@
 // The service under faults: killed processes and flipped bits. Every fault is repeated HW_FAULT_RUNS times
 // (default 2).
 #include <cstdlib>
+#include <map>
 #include <memory>
+#include <string>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
@@ -20,6 +22,7 @@ namespace {
 // Long enough that progress is seen at several layers.
 constexpr int kPromptTokens = 6000;
 constexpr int kLayers = 12;
+constexpr uint32_t kCheckpointLayers = 2;
 constexpr char kStored[] = "headwater_kv_ingress_blocks_total{result=\"stored\"}";
 constexpr char kDuplicate[] = "headwater_kv_ingress_blocks_total{result=\"duplicate\"}";
 constexpr char kCorrupt[] = "headwater_kv_ingress_blocks_total{result=\"corrupt\"}";
@@ -39,6 +42,7 @@ class FaultTest : public ::testing::Test {
     WriteTinyModel(TinyModel{.layers = kLayers}, directory);
     ClusterOptions options;
     options.model_directory = directory;
+    options.worker_flags = {absl::StrCat("--checkpoint_layers=", kCheckpointLayers)};
     options.kv_proxy_port = [this](int decode_port) {
       proxy_ = std::make_unique<ChaosProxy>(decode_port);
       return proxy_->port();
@@ -120,10 +124,11 @@ TEST_F(FaultTest, KilledDecodeNodeGetsOnlyTheMissingBlocksAfterItsRestart) {
   }
 }
 
-TEST_F(FaultTest, PromptOfAKilledWorkerIsRetriedOnTheLivingOne) {
+TEST_F(FaultTest, PromptOfAKilledWorkerGoesOnWithTheLivingOne) {
+  std::map<uint32_t, std::string> digests;  // by the layer that was gone on from
   for (int run = 0; run < FaultRuns(); ++run) {
     SCOPED_TRACE(absl::StrCat("run ", run));
-    const uint32_t kill_at_layer = 1 + static_cast<uint32_t>(run % 8);
+    const uint32_t kill_at_layer = (6 + static_cast<uint32_t>(run)) % 9 + 1;
     const int victim = run % 2;
     bool killed = false;
 
@@ -138,6 +143,16 @@ TEST_F(FaultTest, PromptOfAKilledWorkerIsRetriedOnTheLivingOne) {
     EXPECT_EQ(completed->epoch(), 2u);
     EXPECT_EQ(completed->retries(), 1u);
     EXPECT_EQ(completed->plan().world_size(), 1u);
+    EXPECT_EQ(completed->resume_layer() % kCheckpointLayers, 0u);
+    EXPECT_LT(completed->resume_layer(), kLayers);
+    // The third egress buffer from a layer on is acknowledged, and with it a checkpoint.
+    if (kill_at_layer >= 2 * kCheckpointLayers + 3) {
+      EXPECT_GE(completed->resume_layer(), kCheckpointLayers);
+    }
+    EXPECT_EQ(completed->kv_bytes(), undisturbed_.kv_bytes());
+    EXPECT_EQ(completed->kv_blocks(), undisturbed_.kv_blocks());
+    const auto same = digests.emplace(completed->resume_layer(), completed->kv_digest()).first;
+    EXPECT_EQ(same->second, completed->kv_digest()) << "of the same layers by the same ranks";
     ExpectUndisturbedText(*completed);
     cluster_->StartWorker(victim);
     cluster_->WaitForMembers(2, 1);
