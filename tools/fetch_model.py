@@ -65,7 +65,7 @@ def fetch(dtype: str = "bf16", say=print) -> Path:
     if (output / "config.json").is_file():
         say(f"{output.relative_to(ROOT)} is there")
         return output
-    CACHE.mkdir(exist_ok=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
     gguf = extract(download(say))
     say(f"converting {gguf.name} to {output.relative_to(ROOT)}")
     try:
