@@ -211,6 +211,7 @@ class PrefillResult:
     partition: str
     worker_ids: List[str]
     retries: int
+    resume_layer: int  # the first that the last epoch computed
 
     @classmethod
     def from_completed(cls, event: prefill_pb2.PrefillCompleted) -> "PrefillResult":
@@ -225,7 +226,7 @@ class PrefillResult:
             kv_blocks=event.kv_blocks, kv_blocks_resent=event.kv_blocks_resent,
             kv_stream_resumes=event.kv_stream_resumes, kv_digest=event.kv_digest, world_size=event.plan.world_size,
             partition=_PARTITION_NAMES.get(event.plan.partition, ""), worker_ids=list(event.plan.worker_ids),
-            retries=event.retries)
+            retries=event.retries, resume_layer=event.resume_layer)
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,7 @@ Json CompletedToJson(const v1::PrefillCompleted& completed) {
   json["decode_address"] = completed.decode_address();
   json["epoch"] = completed.epoch();
   json["retries"] = completed.retries();
+  json["resume_layer"] = completed.resume_layer();
   json["num_tokens"] = completed.num_tokens();
   json["first_token"] = completed.first_token();
   json["top_logprobs"] = Json::array();
@@ -321,7 +322,11 @@ std::string RenderCompleted(const v1::PrefillCompleted& completed, absl::Duratio
       {"attention", RenderAttention(completed.attention())},
       {"plan", absl::StrCat(plan.world_size(), " rank(s) (", absl::StrJoin(plan.worker_ids(), ", "), "), ",
                             PartitionWord(plan.partition()), ", blocks of ", plan.block_tokens(), " tokens")},
-      {"epochs", absl::StrCat(completed.retries() + 1, " (", completed.retries(), " given up)")}};
+      {"epochs", absl::StrCat(completed.retries() + 1, " (", completed.retries(), " given up",
+                              completed.resume_layer() > 0
+                                  ? absl::StrCat("; the last from layer ", completed.resume_layer())
+                                  : "",
+                              ")")}};
   for (const auto& candidate : completed.top_logprobs()) {
     rows.emplace_back("candidate",
                       absl::StrFormat("%d (logprob %.4f)", candidate.token_id(), candidate.logprob()));
