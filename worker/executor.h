@@ -58,7 +58,8 @@ class PrefillExecutor final : public AssignmentRunner {
   v1::ConnectRequest Run(const v1::PrefillAssignment& assignment, JobControl* control,
                          const std::function<void(const v1::RankProgress&)>& progress) override;
   PackLimits pack_limits() const override { return options_.backend->pack_limits(); }
-  // A bad assignment fails alone; one whose job the backend does not pack runs alone, after the pass. Where
+  // A bad assignment fails alone; one that goes on from a checkpoint, or whose job the backend does not pack,
+  // runs alone, after the pass. Where
   // the backend overlaps egress, the tails of the KV streams run on while the next pass computes; those of
   // two passes at most, the one that computes included.
   void RunPacked(std::vector<Task> tasks) override;

@@ -72,7 +72,7 @@ void PrefillExecutor::RunPacked(std::vector<Task> tasks) {
     absl::StatusOr<PrefillJob> job = CheckAssignment(assignment, {options_.backend, options_.worker_id});
     if (!job.ok()) {
       task.done(Report(assignment, nullptr, job.status(), Clock::Real()->Now()));
-    } else if (!options_.backend->MayPack(*job)) {
+    } else if (job->resume.has_value() || !options_.backend->MayPack(*job)) {
       alone.push_back(std::move(task));
     } else {
       auto packed = std::make_shared<PackedJob>();

@@ -235,6 +235,24 @@ TEST_F(ExecutorPackedTest, WhatTheBackendDoesNotPackRunsAloneAfterThePass) {
   EXPECT_EQ(backend_->passes(), Passes{{"dense"}});
 }
 
+TEST_F(ExecutorPackedTest, WhatGoesOnFromACheckpointSharesNoPass) {
+  Start(false);
+  v1::PrefillAssignment resumed = Make("resumed", 20);
+  resumed.mutable_resume()->set_layer(1);
+  resumed.mutable_resume()->set_world_size(2);
+  resumed.mutable_resume()->set_partition(v1::PARTITION_ZIGZAG);
+  resumed.mutable_resume()->set_block_tokens(16);
+  resumed.mutable_resume()->add_providers(0);
+  resumed.mutable_resume()->add_providers(0);
+  receiver_.Open(Make("good", 30));
+
+  executor_->RunPacked({Add(resumed), Add(Make("good", 30))});
+
+  EXPECT_EQ(ReasonOf(ErrorOf("resumed")), v1::ERROR_REASON_CHECKPOINT_LOST);
+  ExpectStored("good");
+  EXPECT_EQ(backend_->passes(), Passes{{"good"}});
+}
+
 TEST_F(ExecutorPackedTest, AReceiversRefusalOfOneLeavesTheOther) {
   Start(false);
   v1::PrefillAssignment refused = Make("refused", 200);
