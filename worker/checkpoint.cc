@@ -29,14 +29,17 @@ absl::StatusOr<CheckpointStore::Rows> CheckpointStore::Start(int32_t layer) {
   Slot& slot = slots_[next_];
   slot.layer = -1;
   started_ = layer;
-  const auto bytes = [this](int rank) {
-    return static_cast<uint64_t>(NumTokens(partition_[static_cast<size_t>(rank)]) * hidden_size_) *
-           sizeof(float);
+  const auto values = [this](int rank) {
+    return static_cast<size_t>(NumTokens(partition_[static_cast<size_t>(rank)]) * hidden_size_);
   };
+  const size_t own = values(rank_), neighbours = values(left());
   // Either part begins at an aligned place.
-  HW_RETURN_IF_ERROR(slot.memory.Reset(bytes(rank_) + bytes(left()) + 2 * MemoryPlan::kAlignment));
-  slot.rows.own = reinterpret_cast<float*>(slot.memory.Take(bytes(rank_)));
-  slot.rows.left = reinterpret_cast<float*>(slot.memory.Take(bytes(left())));
+  HW_RETURN_IF_ERROR(slot.memory.Reset((own + neighbours) * sizeof(float) + 2 * MemoryPlan::kAlignment));
+  const auto take = [&slot](size_t count) {
+    return absl::MakeSpan(reinterpret_cast<float*>(slot.memory.Take(count * sizeof(float))), count);
+  };
+  slot.rows.own = take(own);
+  slot.rows.left = take(neighbours);
   return slot.rows;
 }
 
@@ -51,8 +54,8 @@ const float* CheckpointStore::Find(const std::string& request_id, uint32_t epoch
   if (request_id != request_id_ || epoch != epoch_ || layer < 0) return nullptr;
   for (const Slot& slot : slots_) {
     if (slot.layer != layer) continue;
-    if (rank == rank_) return slot.rows.own;
-    if (rank == left()) return slot.rows.left;
+    if (rank == rank_) return slot.rows.own.data();
+    if (rank == left()) return slot.rows.left.data();
   }
   return nullptr;
 }

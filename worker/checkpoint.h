@@ -11,6 +11,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 
 #include "worker/arena.h"
 #include "worker/collectives.h"
@@ -35,8 +36,8 @@ class CheckpointStore {
  public:
   // [tokens, hidden_size] each, a rank's tokens in the order of its ranges.
   struct Rows {
-    float* own = nullptr;
-    float* left = nullptr;  // of rank - 1 modulo the world size
+    absl::Span<float> own;
+    absl::Span<float> left;  // of rank - 1 modulo the world size
   };
 
   // Forgets what it holds. `rank` of a group with this partition takes checkpoints from now on.

@@ -1,7 +1,6 @@
 #include "worker/prefill.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -150,16 +149,13 @@ class PrefillLoop {
     if (!TakesCheckpoints() || layer == 0) return absl::OkStatus();
     if (layer % context_.checkpoint_layers != 0 && layer != first_layer_) return absl::OkStatus();
     HW_ASSIGN_OR_RETURN(const CheckpointStore::Rows rows, context_.checkpoints->Start(layer));
-    const int world = job_.world_size(), left = (job_.rank + world - 1) % world;
-    const auto bytes = [this](int rank) {
-      return static_cast<uint64_t>(NumTokens(job_.partition[static_cast<size_t>(rank)]) *
-                                   config_.hidden_size) *
-             sizeof(float);
+    std::copy_n(hidden_, rows.own.size(), rows.own.begin());
+    const auto bytes = [](absl::Span<float> values) {
+      return absl::MakeSpan(reinterpret_cast<char*>(values.data()), values.size() * sizeof(float));
     };
-    std::memcpy(rows.own, hidden_, bytes(job_.rank));
-    checkpoint_ = context_.collectives->StartExchange(
-        (job_.rank + 1) % world, absl::MakeSpan(reinterpret_cast<const char*>(rows.own), bytes(job_.rank)),
-        left, absl::MakeSpan(reinterpret_cast<char*>(rows.left), bytes(left)));
+    const int world = job_.world_size();
+    checkpoint_ = context_.collectives->StartExchange((job_.rank + 1) % world, bytes(rows.own),
+                                                      (job_.rank + world - 1) % world, bytes(rows.left));
     return absl::OkStatus();
   }
 

@@ -35,8 +35,10 @@ TEST(CheckpointStoreTest, HoldsTheNewestTwoOfOneEpoch) {
   for (const int32_t layer : {2, 4, 6}) {
     const auto rows = store.Start(layer);
     ASSERT_TRUE(rows.ok()) << rows.status();
-    std::fill_n(rows->own, 32 * kHidden, static_cast<float>(layer));
-    std::fill_n(rows->left, 16 * kHidden, static_cast<float>(-layer));  // rank 2 has the last 16 tokens
+    EXPECT_EQ(rows->own.size(), 32u * kHidden);
+    std::fill(rows->own.begin(), rows->own.end(), static_cast<float>(layer));
+    EXPECT_EQ(rows->left.size(), 16u * kHidden) << "rank 2 has the last 16 tokens";
+    std::fill(rows->left.begin(), rows->left.end(), static_cast<float>(-layer));
     EXPECT_EQ(store.Find("r", 3, layer, 0), nullptr) << "not filled yet";
     store.Finish();
   }
@@ -143,7 +145,9 @@ class ResumeTest : public ::testing::Test {
     std::unique_ptr<GroupResult> group;
     GroupRun run;
   };
-  Disturbed Disturb(int world, v1::Partition partition, int victim) {
+  // pause: after each layer, for the acknowledgements.
+  Disturbed Disturb(int world, v1::Partition partition, int victim,
+                    absl::Duration pause = absl::ZeroDuration()) {
     Disturbed out;
     out.reported.resize(static_cast<size_t>(world));
     out.run.world_size = world;
@@ -153,9 +157,9 @@ class ResumeTest : public ::testing::Test {
       out.stores.push_back(std::make_unique<CheckpointStore>());
       out.run.checkpoints.push_back(out.stores.back().get());
     }
-    out.run.on_layer = [&out, victim](int rank, JobControl* control, const PrefillProgress& progress) {
+    out.run.on_layer = [&out, victim, pause](int rank, JobControl* control, const PrefillProgress& progress) {
       out.reported[static_cast<size_t>(rank)] = progress.checkpoint;
-      absl::SleepFor(absl::Milliseconds(30));  // for the acknowledgements
+      absl::SleepFor(pause);
       if (rank == victim && progress.layers_done == 5) control->Cancel(absl::CancelledError("killed"));
     };
     out.group = RunGroup(*model_, Tokens(), out.run);
@@ -191,7 +195,7 @@ Model* ResumeTest::model_ = nullptr;
 DenseResult* ResumeTest::expected_ = nullptr;
 
 TEST_F(ResumeTest, ReportsTheNewestCheckpointBelowWhichAllIsAcknowledged) {
-  const Disturbed before = Disturb(2, v1::PARTITION_ZIGZAG, 1);
+  const Disturbed before = Disturb(2, v1::PARTITION_ZIGZAG, 1, absl::Milliseconds(200));
   KvDigest sum;
   uint64_t blocks = 0;
   for (const auto& reported : before.reported) {

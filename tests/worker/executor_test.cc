@@ -205,7 +205,7 @@ TEST_F(ExecutorTest, GoesOnFromACheckpointWhereItsPeerWasLost) {
   const auto run = [&](PrefillExecutor* executor, int rank) {
     JobControl control;
     return executor->Run(Make(300, 2, rank), &control, [&, rank](const v1::RankProgress& progress) {
-      absl::SleepFor(absl::Milliseconds(50));  // for the acknowledgements
+      absl::SleepFor(absl::Milliseconds(200));  // for the acknowledgements
       last[rank] = progress.checkpoint();
       if (rank == 1 && progress.layers_done() == 2) control.Cancel(absl::CancelledError("killed"));
     });
