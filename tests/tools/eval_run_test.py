@@ -197,13 +197,22 @@ class CommandTest(unittest.TestCase):
         self.assertLess(sparse["recall_mean"], 1)
         self.assertLessEqual(sparse["ci_low"], sparse["delta"])
 
+    def test_without_windows_texts_only_hide_things(self):
+        save_model(self.folder)
+        (self.folder / "story.txt").write_text("Once there was a river. " * 100)
+        status, _, err = command(self.folder, "--output", self.folder / "out", "--tokens", 512, "--text", self.folder / "story.txt",
+                                 "--own", "passkey", "--own_prompts", 1, "--windows", 0, "--policy", "a_shape", "--device", "cpu")
+        self.assertEqual(status, 0, err)
+        rows = json.loads((self.folder / "out" / "results.json").read_text())["rows"]
+        self.assertEqual({row["params"]["set"] for row in rows}, {"own_passkey"})
+
     def test_what_is_wrong_is_said_with_status_2(self):
         save_model(self.folder)
         for words, says in ((("/no/such", "--own"), "no directory with a config.json"),
                             ((self.folder, "--own"), "nothing to measure"),
                             ((self.folder, "--policy", "x"), "policy 'x' is not one of"),
                             ((self.folder, "--text", "/no/such"), "text /no/such: no such file"),
-                            ((self.folder, "--windows", "0"), "--windows=0; at least 1")):
+                            ((self.folder, "--windows", "-1"), "--windows=-1; at least 0")):
             with self.subTest(says):
                 status, _, err = command(*words, "--output", self.folder / "out", "--tokens", 512, "--device", "cpu")
                 self.assertEqual(status, 2)

@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tokens", nargs="+", type=int, default=[4096, 8192], help="prompt lengths")
     add("--text", nargs="+", default=[], metavar="FILE",
         help="texts for perplexity and to hide things in; a name as emma, persuasion or kjv finds Debian's packages")
-    add("--windows", type=int, default=8, help="of a text and length")
+    add("--windows", type=int, default=8, help="of a text and length; 0: texts are only what things are hidden in")
     add("--targets", type=int, default=2048, help="last tokens of a window, which are scored")
     add("--prompts", nargs="+", type=Path, default=[], metavar="FILE.jsonl",
         help="retrieval prompts: token ids, RULER's or InfiniteBench's form")
@@ -96,6 +96,8 @@ def gather(args: argparse.Namespace, tokenizer, notes: List[str]) -> dict:
 
 def make_windows(title: str, ids: list, prefix: list, lengths: list, args: argparse.Namespace, notes: List[str]) -> dict:
     """Windows of a text by length; the longest length that fits says where they end."""
+    if args.windows == 0:
+        return {}
     targets = min(args.targets, lengths[0] - len(prefix) - 1)
     fitting = [length for length in lengths if length - len(prefix) <= len(ids)]
     if len(fitting) < len(lengths):
@@ -134,7 +136,7 @@ def describe(args: argparse.Namespace, path: Path, dtype: str) -> dict:
 
 def check(args: argparse.Namespace) -> None:
     """ValueError where a flag's number is out of range."""
-    for name, least in (("windows", 1), ("targets", 1), ("own_prompts", 0), ("questions", 1), ("recall_prompts", 0),
+    for name, least in (("windows", 0), ("targets", 1), ("own_prompts", 0), ("questions", 1), ("recall_prompts", 0),
                         ("recall_rows", 1), ("prompts_at_most", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name}={getattr(args, name)}; at least {least} is wanted")
