@@ -10,6 +10,16 @@
 #include "base/version.h"
 
 namespace headwater::testing {
+namespace {
+
+template <typename Report>
+void NameReport(const v1::PrefillAssignment& assignment, Report* report) {
+  report->set_request_id(assignment.request_id());
+  report->set_epoch(assignment.epoch());
+  report->set_rank(assignment.rank());
+}
+
+}  // namespace
 
 void RecordingWatcher::OnEvent(std::shared_ptr<const v1::PrefillResponse> event) {
   if (ended_) violations.push_back("event after the end");
@@ -227,9 +237,7 @@ void FakeCluster::Progress(const std::string& id, uint32_t layers_done) {
   const PlayedWorker& worker = workers_.at(id);
   v1::ConnectRequest message;
   auto* progress = message.mutable_progress();
-  progress->set_request_id(worker.assignment.request_id());
-  progress->set_epoch(worker.assignment.epoch());
-  progress->set_rank(worker.assignment.rank());
+  NameReport(worker.assignment, progress);
   progress->set_layers_done(layers_done);
   progress->set_bytes_acked(1000 * layers_done);
   progress->set_pairs_computed(10 * layers_done);
@@ -251,9 +259,7 @@ void FakeCluster::ReportCheckpoint(const std::string& id, const v1::RankCheckpoi
   const PlayedWorker& worker = workers_.at(id);
   v1::ConnectRequest message;
   auto* progress = message.mutable_progress();
-  progress->set_request_id(worker.assignment.request_id());
-  progress->set_epoch(worker.assignment.epoch());
-  progress->set_rank(worker.assignment.rank());
+  NameReport(worker.assignment, progress);
   progress->set_layers_done(checkpoint.layer());
   *progress->mutable_checkpoint() = checkpoint;
   scheduler.OnWorkerMessage(worker.connection, message);
@@ -262,9 +268,7 @@ void FakeCluster::ReportCheckpoint(const std::string& id, const v1::RankCheckpoi
 v1::RankCompleted FakeCluster::CompletionOf(const std::string& id) {
   const v1::PrefillAssignment& assignment = workers_.at(id).assignment;
   v1::RankCompleted completed;
-  completed.set_request_id(assignment.request_id());
-  completed.set_epoch(assignment.epoch());
-  completed.set_rank(assignment.rank());
+  NameReport(assignment, &completed);
   completed.set_kv_digest_share(std::string(16, static_cast<char>(assignment.rank() + 1)));
   completed.set_kv_bytes(4000);
   completed.set_kv_blocks(8);
@@ -286,9 +290,7 @@ void FakeCluster::Fail(const std::string& id, const absl::Status& status) {
   const PlayedWorker& worker = workers_.at(id);
   v1::ConnectRequest message;
   auto* failed = message.mutable_failed();
-  failed->set_request_id(worker.assignment.request_id());
-  failed->set_epoch(worker.assignment.epoch());
-  failed->set_rank(worker.assignment.rank());
+  NameReport(worker.assignment, failed);
   *failed->mutable_error() = ToRpcStatus(status);
   scheduler.OnWorkerMessage(worker.connection, message);
 }
