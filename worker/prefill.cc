@@ -58,6 +58,7 @@ class PrefillLoop {
         all_queries_(job.partition, job.partition),
         last_query_(job.partition, OnlyLastToken(job.partition, num_tokens_)),
         first_layer_(job.resume.has_value() ? job.resume->layer : 0),
+        checkpoint_layers_(context.checkpoints != nullptr ? context.checkpoint_layers : 0),
         kv_(compute_, job, context.sender),
         egress_(TakeBuffers(), context.stall_timeout) {
     int64_t row = 0;
@@ -139,15 +140,13 @@ class PrefillLoop {
     return absl::OkStatus();
   }
 
-  bool TakesCheckpoints() const {
-    return context_.checkpoints != nullptr && context_.checkpoint_layers > 0 && job_.world_size() > 1;
-  }
+  bool TakesCheckpoints() const { return checkpoint_layers_ > 0 && job_.world_size() > 1; }
 
   // Begins to hand the layer's input to the right neighbour, who gets it while the layer is computed.
   absl::Status StartCheckpoint(int32_t layer) {
     // Layer 0's input is the embedding, which costs little to make again.
     if (!TakesCheckpoints() || layer == 0) return absl::OkStatus();
-    if (layer % context_.checkpoint_layers != 0 && layer != first_layer_) return absl::OkStatus();
+    if (layer % checkpoint_layers_ != 0 && layer != first_layer_) return absl::OkStatus();
     HW_ASSIGN_OR_RETURN(const CheckpointStore::Rows rows, context_.checkpoints->Start(layer));
     std::copy_n(hidden_, rows.own.size(), rows.own.begin());
     const auto bytes = [](absl::Span<float> values) {
@@ -308,7 +307,13 @@ class PrefillLoop {
     return absl::OkStatus();
   }
 
-  // Ranks that differ in what sizes a chunk would read each other's bytes wrong.
+  struct Agreement {
+    uint32_t plan = 0;
+    int32_t checkpoint_layers = 0;
+  };
+
+  // Ranks that differ in what sizes a chunk would read each other's bytes wrong. Checkpoints are taken as
+  // often as the rank wants that wants fewest.
   absl::Status CheckAgreement() {
     std::string plan = absl::StrCat(context_.model->fingerprint(), " ", kernels::NameOf(compute_), " ",
                                     job_.policy->name(), " ", num_tokens_);
@@ -317,27 +322,30 @@ class PrefillLoop {
       for (const TokenRange& range : tokens) absl::StrAppend(&plan, " ", range.begin, "-", range.end);
     }
     absl::StrAppend(&plan, " ", Crc32c(job_.tokens.data(), job_.tokens.size() * sizeof(int32_t)), " from ",
-                    first_layer_, " every ", TakesCheckpoints() ? context_.checkpoint_layers : 0);
-    std::vector<uint32_t> all;
-    HW_RETURN_IF_ERROR(GatherFromAll(Crc32c(plan.data(), plan.size()), &all));
+                    first_layer_);
+    std::vector<Agreement> all;
+    HW_RETURN_IF_ERROR(GatherFromAll({Crc32c(plan.data(), plan.size()), checkpoint_layers_}, &all));
+    for (const Agreement& one : all) {
+      const bool none = one.checkpoint_layers == 0 || checkpoint_layers_ == 0;
+      checkpoint_layers_ = none ? 0 : std::max(checkpoint_layers_, one.checkpoint_layers);
+    }
     for (size_t rank = 0; rank < all.size(); ++rank) {
-      if (all[rank] == all[static_cast<size_t>(job_.rank)]) continue;
+      if (all[rank].plan == all[static_cast<size_t>(job_.rank)].plan) continue;
       return MakeError(
           absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_MODEL_MISMATCH,
           absl::StrCat("rank ", rank, " and rank ", job_.rank, " differ in model, compute type (here ",
-                       kernels::NameOf(compute_), "), policy, prompt, partition, first layer or ",
-                       "--checkpoint_layers (here ", context_.checkpoint_layers, ")"));
+                       kernels::NameOf(compute_), "), policy, prompt, partition or first layer"));
     }
     return absl::OkStatus();
   }
 
   // So that no rank leaves the group while another still waits for what it has sent.
   absl::Status WaitForPeers() {
-    std::vector<uint32_t> all;
-    return GatherFromAll(0, &all);
+    std::vector<Agreement> all;
+    return GatherFromAll({}, &all);
   }
 
-  absl::Status GatherFromAll(uint32_t mine, std::vector<uint32_t>* all) {
+  absl::Status GatherFromAll(const Agreement& mine, std::vector<Agreement>* all) {
     all->assign(job_.partition.size(), mine);
     if (context_.collectives == nullptr) return absl::OkStatus();
     const JobControl::Waiting waiting(context_.control);
@@ -360,6 +368,7 @@ class PrefillLoop {
   std::vector<Segment> segments_;
   std::unique_ptr<PendingExchange> checkpoint_;  // under way
   std::vector<uint32_t> taken_;                  // layers of the checkpoints
+  int32_t checkpoint_layers_;
   float* hidden_ = nullptr;
   float* attention_ = nullptr;
   float* lse_ = nullptr;

@@ -71,7 +71,7 @@ struct PrefillContext {
   KvSender* sender = nullptr;
   JobControl* control = nullptr;
   CheckpointStore* checkpoints = nullptr;  // null: the job has no resume point, and none are taken
-  int checkpoint_layers = 0;               // a group takes one before every layer that is a multiple; 0: none
+  int checkpoint_layers = 0;               // before every multiple of its ranks' largest; 0 on one: none
   Arena* arena = nullptr;                  // Reset() to at least plan.arena_bytes()
   WorkerMetrics* metrics = nullptr;        // may be null
   absl::Duration stall_timeout = absl::Seconds(30);

@@ -291,6 +291,26 @@ TEST_F(ResumeTest, GoesThroughGlooToo) {
   EXPECT_EQ(again->logits, group->logits);
 }
 
+// As while flags are changed from worker to worker.
+TEST_F(ResumeTest, RanksTakeCheckpointsAsOftenAsTheOneThatWantsFewest) {
+  for (const auto& [second, newest] : {std::pair(4, 4), std::pair(0, -1)}) {
+    std::vector<CheckpointStore> stores(2);
+    GroupRun run;
+    run.world_size = 2;
+    run.checkpoints = {&stores[0], &stores[1]};
+    run.change_context = [second](int rank, PrefillContext* context) {
+      context->checkpoint_layers = rank == 0 ? 1 : second;
+    };
+    const auto group = RunGroup(*model_, Tokens(), run);
+    for (const absl::Status& status : group->statuses) ASSERT_TRUE(status.ok()) << status;
+    for (const CheckpointStore& store : stores) {
+      for (int32_t layer = 0; layer < kLayers; ++layer) {
+        EXPECT_EQ(store.Find("test", 0, layer, 0) != nullptr, layer == newest) << layer;
+      }
+    }
+  }
+}
+
 TEST_F(ResumeTest, RefusesToProvideWhatIsNotThere) {
   GroupRun run;
   PrefillJob job = MakeJob(*model_, Tokens(), run, 0);

@@ -77,6 +77,7 @@ std::unique_ptr<GroupResult> RunGroup(const Model& model, absl::Span<const int32
       context.progress = [&](const PrefillProgress& progress) {
         if (run.on_layer) run.on_layer(rank, &control, progress);
       };
+      if (run.change_context) run.change_context(rank, &context);
       absl::StatusOr<PrefillResult> result = RunPrefill(job, context);
       group->statuses[at] = result.status();
       if (result.ok()) group->statuses[at] = sink.Finish();

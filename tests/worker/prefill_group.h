@@ -34,6 +34,7 @@ struct GroupRun {
   // Of the ranks; empty: no checkpoints.
   std::vector<CheckpointStore*> checkpoints;
   int checkpoint_layers = 0;
+  std::function<void(int rank, PrefillContext* context)> change_context;
   // Changes a rank's job before it runs.
   std::function<void(int rank, PrefillJob* job)> change_job;
   // Runs on rank `rank`'s thread after every layer.
