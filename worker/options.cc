@@ -108,7 +108,8 @@ void Declare(WorkerOptions* o, FlagSet* flags) {
              "layers whose KV may wait for its acknowledgement, on the CPU; a GPU has a ring of 256 MiB");
   flags->Int("checkpoint_layers", &o->checkpoint_layers, 0, 1024,
              "a group keeps what goes into every so many layers, on two ranks each, so that a prompt goes on "
-             "there when one is lost; 0: never, it starts anew");
+             "there when one is lost; fewer than egress_buffers: a slow decode node may leave the ranks "
+             "without a common one; 0: never, it starts anew");
   flags->Duration("collective_timeout", &o->collective_timeout, absl::Milliseconds(100), most,
                   "how long a peer may stay away, besides the time that a slow machine needs");
   flags->Duration("kv_stall_timeout", &o->kv_stall_timeout, absl::Milliseconds(100), most,

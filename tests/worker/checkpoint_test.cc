@@ -6,7 +6,6 @@
 #include <string>
 #include <vector>
 
-#include "absl/time/clock.h"
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -14,6 +13,7 @@
 #include "tests/model/checkpoint_files.h"
 #include "tests/model/dense_forward.h"
 #include "tests/support/tiny_model.h"
+#include "tests/worker/acked.h"
 #include "tests/worker/gloo_group.h"
 #include "tests/worker/prefill_group.h"
 
@@ -145,11 +145,11 @@ class ResumeTest : public ::testing::Test {
     std::unique_ptr<GroupResult> group;
     GroupRun run;
   };
-  // pause: after each layer, for the acknowledgements.
-  Disturbed Disturb(int world, v1::Partition partition, int victim,
-                    absl::Duration pause = absl::ZeroDuration()) {
+  // It goes when all blocks of the layers below 4 are acknowledged, and checkpoint 4 has been reported.
+  Disturbed Disturb(int world, v1::Partition partition, int victim) {
     Disturbed out;
     out.reported.resize(static_cast<size_t>(world));
+    std::vector<KvSender*> senders(static_cast<size_t>(world));
     out.run.world_size = world;
     out.run.partition = partition;
     out.run.checkpoint_layers = 2;
@@ -157,12 +157,18 @@ class ResumeTest : public ::testing::Test {
       out.stores.push_back(std::make_unique<CheckpointStore>());
       out.run.checkpoints.push_back(out.stores.back().get());
     }
-    out.run.on_layer = [&out, victim, pause](int rank, JobControl* control, const PrefillProgress& progress) {
+    out.run.change_context = [&senders](int rank, PrefillContext* context) {
+      senders[static_cast<size_t>(rank)] = context->sender;
+    };
+    out.run.on_layer = [&out, &senders, victim](int rank, JobControl* control,
+                                                const PrefillProgress& progress) {
       out.reported[static_cast<size_t>(rank)] = progress.checkpoint;
-      absl::SleepFor(pause);
+      if (progress.layers_done == 4) WaitAckedBelow(senders[static_cast<size_t>(rank)], 4);
       if (rank == victim && progress.layers_done == 5) control->Cancel(absl::CancelledError("killed"));
     };
     out.group = RunGroup(*model_, Tokens(), out.run);
+    out.run.change_context = nullptr;
+    out.run.on_layer = nullptr;
     return out;
   }
 
@@ -195,7 +201,7 @@ Model* ResumeTest::model_ = nullptr;
 DenseResult* ResumeTest::expected_ = nullptr;
 
 TEST_F(ResumeTest, ReportsTheNewestCheckpointBelowWhichAllIsAcknowledged) {
-  const Disturbed before = Disturb(2, v1::PARTITION_ZIGZAG, 1, absl::Milliseconds(200));
+  const Disturbed before = Disturb(2, v1::PARTITION_ZIGZAG, 1);
   KvDigest sum;
   uint64_t blocks = 0;
   for (const auto& reported : before.reported) {
@@ -333,7 +339,6 @@ TEST_F(ResumeTest, RefusesToProvideWhatIsNotThere) {
 TEST_F(ResumeTest, RanksThatBeginAtDifferentLayersAreRefused) {
   Disturbed before = Disturb(2, v1::PARTITION_CONTIGUOUS, 0);
   GroupRun run = before.run;
-  run.on_layer = nullptr;
   run.change_job = [](int rank, PrefillJob* job) {
     if (rank == 0) return;
     job->resume.emplace();

@@ -15,6 +15,7 @@
 #include "base/rpc/grpc_status.h"
 #include "tests/model/checkpoint_files.h"
 #include "tests/model/dense_forward.h"
+#include "tests/worker/acked.h"
 #include "tests/worker/assignments.h"
 #include "tests/worker/gloo_group.h"
 #include "tests/worker/receiver.h"
@@ -194,18 +195,25 @@ TEST_F(ExecutorTest, APeerThatIsCancelledMidRingEndsTheOtherRankAsWorkerLost) {
 
 // The first rank of two goes on alone with what both had.
 TEST_F(ExecutorTest, GoesOnFromACheckpointWhereItsPeerWasLost) {
-  ExecutorOptions options = Options(0);
-  options.checkpoint_layers = 1;
-  PrefillExecutor survivor(options);
-  options = Options(1);
-  options.checkpoint_layers = 1;
-  PrefillExecutor lost(options);
+  const KvSender* senders[2] = {nullptr, nullptr};
+  const auto options = [&](int rank) {
+    ExecutorOptions made = Options(rank);
+    made.checkpoint_layers = 1;
+    made.make_sender = [&senders](const KvSenderOptions& sender, const KvGeometry& geometry) {
+      auto created = KvSender::Create(sender, geometry);
+      senders[sender.rank] = created.get();
+      return created;
+    };
+    return made;
+  };
+  PrefillExecutor survivor(options(0));
+  PrefillExecutor lost(options(1));
   receiver_.Open(Make(300, 2, 0));
   v1::RankCheckpoint last[2];
   const auto run = [&](PrefillExecutor* executor, int rank) {
     JobControl control;
     return executor->Run(Make(300, 2, rank), &control, [&, rank](const v1::RankProgress& progress) {
-      absl::SleepFor(absl::Milliseconds(200));  // for the acknowledgements
+      if (progress.layers_done() == 1) WaitAckedBelow(senders[rank], 1);
       last[rank] = progress.checkpoint();
       if (rank == 1 && progress.layers_done() == 2) control.Cancel(absl::CancelledError("killed"));
     });
