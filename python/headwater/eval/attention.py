@@ -5,6 +5,7 @@ Everywhere q is [tokens, query heads, head_dim], k and v [keys, KV heads, head_d
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable, Optional, Sequence, Tuple
 
@@ -64,7 +65,7 @@ def masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 def exact_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor,
                visit: Optional[Callable[[int, slice, torch.Tensor], None]] = None) -> torch.Tensor:
-    """Dense attention in f32 of the queries q [rows, query heads, head_dim] at `positions` (int64 [rows]) of the keys.
+    """Dense attention, summed in f32, of the queries q [rows, query heads, head_dim] at `positions` (int64 [rows]) of the keys.
 
     visit(first query head, slice of rows, probabilities f32 [query heads of the group, rows of the slice, keys]) is called
     for every KV head and slice. Returns f32 [rows, query heads, head_dim].
@@ -78,13 +79,29 @@ def exact_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: tor
         k_head, v_head = k[:, head].float(), v[:, head].float()
         for first in range(0, len(q), step):
             rows = slice(first, min(first + step, len(q)))
-            scores = q[rows, heads].float().transpose(0, 1) @ k_head.T / math.sqrt(q.shape[2])
-            scores.masked_fill_(keys > positions[rows, None], -math.inf)
+            queries = q[rows, heads].float().transpose(0, 1)
+            with _tf32(q.dtype == torch.bfloat16):
+                scores = torch.baddbmm(queries.new_empty(()), queries, k_head.T.expand(group, -1, -1), beta=0,
+                                       alpha=1 / math.sqrt(q.shape[2]))
+            seen_by_all = int(positions[rows].min()) + 1
+            scores[..., seen_by_all:].masked_fill_(keys[seen_by_all:] > positions[rows, None], -math.inf)
             scores = torch.softmax(scores, dim=-1)
             if visit is not None:
                 visit(heads.start, rows, scores)
-            out[rows, heads] = (scores @ v_head).transpose(0, 1)
+            with _tf32(v.dtype == torch.bfloat16):
+                out[rows, heads] = (scores @ v_head).transpose(0, 1)
     return out
+
+
+@contextmanager
+def _tf32(wanted: bool):
+    """f32 products through tensor cores. Exact for what was bf16, which TF32 holds; probabilities lose what is under 2^-11."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = wanted
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def recall_and_error(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, stats: Stats,
