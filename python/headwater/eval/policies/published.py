@@ -24,7 +24,11 @@ class Published:
     name: ClassVar[str]
 
     def __post_init__(self):
-        self._run(1, 1, 128, False)  # refuses values out of range
+        self._run(self.heads(), 1, 128, False)  # refuses values out of range
+
+    def heads(self) -> int:
+        """That the parameters speak of: query heads of a layer."""
+        return 1
 
     def attend(self, layer, q, k, v):
         run = self._run(q.shape[1], k.shape[1], q.shape[2], q.is_cuda)
@@ -138,12 +142,18 @@ class Share(Published):
     clusters: str = dataclasses.field(default="", metadata={"table": True})
     name = "share"
 
+    def heads(self):
+        return self._file().heads if self.clusters else 1
+
+    def _file(self):
+        from headwater import cluster
+
+        return cluster.load(self.clusters)
+
     def tables(self):
         if not self.clusters:
             return {}
-        from headwater import cluster
-
-        found = cluster.load(self.clusters)
+        found = self._file()
         return {"clusters": [(layer, head, number) for number, heads in found.clusters.items() for layer, head in heads],
                 "shared_clusters": sorted(found.shared)}
 
