@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("--recall_prompts", type=int, default=1, help="of a set and length that recall is sampled on; also warms up")
     add("--recall_rows", type=int, default=64, help="sampled rows of such a prompt")
     add("--limit_s", type=float, default=float("inf"), help="time of one policy")
+    add("--commit", default="", help="that rows name, where the checkout has no git history of its own")
     add("--seed", type=int, default=1)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=DTYPES, help="default: bf16 on a GPU, f32 else")
@@ -130,7 +131,7 @@ def describe(args: argparse.Namespace, path: Path, dtype: str) -> dict:
     questions = ("Several questions of a context share its cache and attend exactly." if args.share_context else
                  "Every question was prefilled with its context (dense: after it, which is the same).")
     return {"model": path.resolve().name, "device": device, "dtype": dtype, "seed": args.seed, "questions": questions,
-            "commit": commit_of_tree(), "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "commit": args.commit or commit_of_tree(), "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
             "flags": flags, "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from pathlib import Path
-from typing import List, Optional
+from typing import Dict, List, Optional
 
 from headwater.eval.files import write_text
 from headwater.eval.metrics import bootstrap, percentile, perplexity, relative_perplexity
@@ -136,8 +136,12 @@ PANELS = (("perplexity over dense, relative", "delta", True), ("right answers, s
           ("attention, ms", "attention_ms", None))
 
 
+TRADES = (("perplexity over dense, relative", "delta", True), ("answer NLL over dense, nats", "nll_delta", False))
+
+
 def plot(path: Path, rows: List[dict]) -> bool:
-    """Six panels over prompt length, a line a policy, its sets averaged. False where matplotlib is absent."""
+    """Six panels over prompt length, a line a policy, its sets averaged, and two at the longest: what is lost over attention's
+    time. False where matplotlib is absent."""
     try:
         import matplotlib
     except ImportError:
@@ -145,23 +149,35 @@ def plot(path: Path, rows: List[dict]) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
+    figure, axes = pyplot.subplots(2, 4, figsize=(20, 9), constrained_layout=True)
     policies = list(dict.fromkeys(row["params"]["policy"] for row in rows))
-    for axis, (title, key, of_text) in zip(axes.flat, PANELS):
+    for axis, (title, key, of_text) in zip(axes[:, :3].flat, PANELS):
         for policy in policies:
-            points = {}
-            for row in rows:
-                is_text = row["params"]["set"].startswith("ppl:")
-                if row["params"]["policy"] == policy and key in row["metrics"] and of_text in (None, is_text):
-                    points.setdefault(row["params"]["tokens"], []).append(row["metrics"][key])
-            lengths = sorted(points)
-            if lengths:
-                axis.plot(lengths, [statistics.fmean(points[n]) for n in lengths], marker="o", label=policy)
+            points = _means(rows, policy, key, of_text)
+            axis.plot(list(points), list(points.values()), marker="o")
         axis.set_xscale("log", base=2)
         axis.set_title(title)
         axis.set_xlabel("tokens")
+    longest = max(row["params"]["tokens"] for row in rows)
+    for axis, (title, key, of_text) in zip(axes[:, 3], TRADES):
+        for policy in policies:
+            time, lost = (_means(rows, policy, name, of_text).get(longest) for name in ("attention_ms", key))
+            axis.plot(*([[time], [lost]] if None not in (time, lost) else [[], []]), marker="o", linestyle="", markersize=9)
+        axis.set_title(f"{title}, {longest} tokens")
+        axis.set_xlabel("attention, ms")
+    for axis in axes.flat:
         axis.grid(alpha=0.3)
-    axes.flat[0].legend()
-    figure.savefig(path, dpi=120)
+    figure.legend(axes[0, 0].lines, policies, loc="outside lower center", ncols=min(4, len(policies)))
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True
+
+
+def _means(rows: List[dict], policy: str, key: str, of_text: Optional[bool]) -> Dict[int, float]:
+    """By length, of a metric over the sets of texts, of questions, or (None) all."""
+    points: Dict[int, List[float]] = {}
+    for row in rows:
+        is_text = row["params"]["set"].startswith("ppl:")
+        if row["params"]["policy"] == policy and key in row["metrics"] and of_text in (None, is_text):
+            points.setdefault(row["params"]["tokens"], []).append(row["metrics"][key])
+    return {length: statistics.fmean(points[length]) for length in sorted(points)}

@@ -18,7 +18,7 @@ EXPERIMENTS = {one.number: one for one in (latency.EXPERIMENT, dense_heads.EXPER
 LENGTHS = ("tokens", "audit_tokens", "skeleton_tokens", "criteria_tokens", "structured_tokens", "flash_tokens")
 COUNTS = ("timed_prompts", "windows", "targets", "own_prompts", "questions", "recall_rows", "audit_prompts",
           "criteria_groups", "repeats")
-NOT_OF_FIGURES = ("model", "output", "experiments", "limit_s", "draw")  # flags that change no figure
+NOT_OF_FIGURES = ("model", "output", "experiments", "limit_s", "draw", "commit")  # flags that change no figure
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
         help="lengths of 6")
     add("--repeats", type=int, default=7, help="timed calls of 6, half of them above 65536 tokens")
     add("--seed", type=int, default=1)
+    add("--commit", default="", help="that rows name, where the checkout has no git history of its own")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=cli.DTYPES, help="default: bf16 on a GPU, f32 else")
     return flags
@@ -89,7 +90,7 @@ def check(args: argparse.Namespace) -> List[int]:
 def setting_of(args: argparse.Namespace, name: str, device: str, dtype: str, config) -> Setting:
     flags = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_OF_FIGURES}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Setting(name, device, dtype, cli.commit_of_tree(), args.seed, config.num_hidden_layers,
+    return Setting(name, device, dtype, args.commit or cli.commit_of_tree(), args.seed, config.num_hidden_layers,
                    config.num_attention_heads, config.num_key_value_heads, head_dim, flags)
 
 
