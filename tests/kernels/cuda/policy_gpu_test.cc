@@ -246,7 +246,8 @@ TEST(PolicyGpuRefusals, NamesWhatIsWrong) {
   CudaSelection selection;
   EXPECT_EQ(policy->Select({0, nullptr, nullptr, nullptr}, nullptr, &selection).code(),
             StatusCode::kInvalidArgument);
-  EXPECT_EQ(policy->Begin(10000, nullptr, 0, nullptr).code(), StatusCode::kInvalidArgument);
+  const int64_t tokens = std::max<int64_t>(10000, parameters.dense_below_tokens);  // dense wants no memory
+  EXPECT_EQ(policy->Begin(tokens, nullptr, 0, nullptr).code(), StatusCode::kInvalidArgument);
   EXPECT_EQ(policy->Begin(0, nullptr, 0, nullptr).code(), StatusCode::kInvalidArgument);
 }
 
