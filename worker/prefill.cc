@@ -12,6 +12,7 @@
 #include "base/status_macros.h"
 #include "kernels/attention/block_index.h"
 #include "model/kernel_status.h"
+#include "worker/agreement.h"
 #include "worker/egress.h"
 #include "worker/layer_kv.h"
 #include "worker/ring.h"
@@ -69,7 +70,9 @@ class PrefillLoop {
   }
 
   absl::StatusOr<PrefillResult> Run() {
-    HW_RETURN_IF_ERROR(CheckAgreement());
+    HW_RETURN_IF_ERROR(
+        AgreeOnPlan(job_, absl::StrCat(context_.model->fingerprint(), " ", kernels::NameOf(compute_)),
+                    context_.collectives, context_.control, &checkpoint_layers_));
     HW_RETURN_IF_ERROR(job_.resume.has_value() ? Resume() : Embed());
     if (TakesCheckpoints()) {
       context_.checkpoints->Begin(job_.request_id, job_.epoch, job_.rank, job_.partition,
@@ -83,7 +86,7 @@ class PrefillLoop {
       if (context_.progress) context_.progress(result_.progress);
     }
     HW_RETURN_IF_ERROR(ScoreLastToken());
-    HW_RETURN_IF_ERROR(WaitForPeers());
+    HW_RETURN_IF_ERROR(WaitForPeers(context_.collectives, context_.control));
     return std::move(result_);
   }
 
@@ -305,52 +308,6 @@ class PrefillLoop {
     const absl::Span<const float> logits(logits_, static_cast<size_t>(config_.vocab_size));
     result_.top = TopTokens(logits, std::max(1, job_.top_logprobs));
     return absl::OkStatus();
-  }
-
-  struct Agreement {
-    uint32_t plan = 0;
-    int32_t checkpoint_layers = 0;
-  };
-
-  // Ranks that differ in what sizes a chunk would read each other's bytes wrong. Checkpoints are taken as
-  // often as the rank wants that wants fewest.
-  absl::Status CheckAgreement() {
-    std::string plan = absl::StrCat(context_.model->fingerprint(), " ", kernels::NameOf(compute_), " ",
-                                    job_.policy->name(), " ", num_tokens_);
-    for (const RankTokens& tokens : job_.partition) {
-      absl::StrAppend(&plan, ";");
-      for (const TokenRange& range : tokens) absl::StrAppend(&plan, " ", range.begin, "-", range.end);
-    }
-    absl::StrAppend(&plan, " ", Crc32c(job_.tokens.data(), job_.tokens.size() * sizeof(int32_t)), " from ",
-                    first_layer_);
-    std::vector<Agreement> all;
-    HW_RETURN_IF_ERROR(GatherFromAll({Crc32c(plan.data(), plan.size()), checkpoint_layers_}, &all));
-    for (const Agreement& one : all) {
-      const bool none = one.checkpoint_layers == 0 || checkpoint_layers_ == 0;
-      checkpoint_layers_ = none ? 0 : std::max(checkpoint_layers_, one.checkpoint_layers);
-    }
-    for (size_t rank = 0; rank < all.size(); ++rank) {
-      if (all[rank].plan == all[static_cast<size_t>(job_.rank)].plan) continue;
-      return MakeError(
-          absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_MODEL_MISMATCH,
-          absl::StrCat("rank ", rank, " and rank ", job_.rank, " differ in model, compute type (here ",
-                       kernels::NameOf(compute_), "), policy, prompt, partition or first layer"));
-    }
-    return absl::OkStatus();
-  }
-
-  // So that no rank leaves the group while another still waits for what it has sent.
-  absl::Status WaitForPeers() {
-    std::vector<Agreement> all;
-    return GatherFromAll({}, &all);
-  }
-
-  absl::Status GatherFromAll(const Agreement& mine, std::vector<Agreement>* all) {
-    all->assign(job_.partition.size(), mine);
-    if (context_.collectives == nullptr) return absl::OkStatus();
-    const JobControl::Waiting waiting(context_.control);
-    const absl::Status status = context_.collectives->AllGather(&mine, sizeof(mine), all->data());
-    return status.ok() ? status : CollectiveError(status, *context_.control);
   }
 
   const PrefillJob& job_;

@@ -33,14 +33,14 @@ uint64_t PairsOf(int64_t num_tokens, int32_t num_q_heads) {
 
 }  // namespace
 
-kernels::CudaAttentionArgs CudaPass::AttentionArgs(const char* k, const char* v, int64_t begin,
+kernels::CudaAttentionArgs CudaPass::AttentionArgs(const char* k, const char* v, int64_t row, int64_t begin,
                                                    int64_t count) const {
   kernels::CudaAttentionArgs args;
   args.num_q_heads = config_.num_q_heads;
   args.num_kv_heads = config_.num_kv_heads;
   args.head_dim = config_.head_dim;
   args.softmax_scale = CudaPolicyShapeOf(config_).softmax_scale;
-  args.q = args.out = Q(begin);
+  args.q = args.out = Q(row);
   args.k = k;
   args.v = v;
   args.total_q = count;
@@ -52,15 +52,29 @@ absl::Status CudaPass::Launch(const kernels::CudaAttentionArgs& args) {
   return FromKernels(kernels::CudaAttention(args, workspace_, workspace_bytes_, stream_), "attention");
 }
 
-absl::Status CudaPass::Attend(int32_t layer, const char* k, const char* v, int64_t first) {
-  const bool searched = pattern_.has_value() && first == 0;
-  if (searched) HW_RETURN_IF_ERROR(pattern_->StartLayer(stream_));
+absl::Status CudaPass::Attend(int32_t layer, const char* k, const char* v) {
+  if (IsLast(layer)) {
+    if (!HoldsLastToken()) return absl::OkStatus();
+    return AttendRange(layer, k, v, num_rows_ - 1, {num_tokens_ - 1, num_tokens_});
+  }
+  if (pattern_) HW_RETURN_IF_ERROR(pattern_->StartLayer(stream_));
+  int64_t row = 0;
+  for (const TokenRange& range : tokens_) {
+    HW_RETURN_IF_ERROR(AttendRange(layer, k, v, row, range));
+    row += range.size();
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaPass::AttendRange(int32_t layer, const char* k, const char* v, int64_t row,
+                                   const TokenRange& range) {
+  const bool searched = pattern_.has_value() && !IsLast(layer);
   const double flop_per_pair = 4.0 * static_cast<double>(q_width_) * (searched ? density_ : 1);
   PrefillProgress& progress = sequences_[0].result.progress;
-  for (int64_t begin = first; begin < num_tokens_;) {
-    int64_t count = std::min(num_tokens_ - begin, QueriesOfCall(flop_per_pair, begin));
+  for (int64_t begin = range.begin; begin < range.end;) {
+    int64_t count = std::min(range.end - begin, QueriesOfCall(flop_per_pair, begin));
     if (searched) count = std::min(count, CudaPatternPlan::kMaxQueries);
-    kernels::CudaAttentionArgs args = AttentionArgs(k, v, begin, count);
+    kernels::CudaAttentionArgs args = AttentionArgs(k, v, row + begin - range.begin, begin, count);
     if (searched) {
       HW_RETURN_IF_ERROR(pattern_->Select(begin, &args, log_.AddSearch(layer, begin, count), stream_));
     }
@@ -77,7 +91,7 @@ absl::Status CudaPass::Attend(int32_t layer, const char* k, const char* v, int64
 }
 
 absl::Status CudaPass::AttendPacked(const char* k, const char* v) {
-  kernels::CudaAttentionArgs args = AttentionArgs(k, v, 0, num_tokens_);
+  kernels::CudaAttentionArgs args = AttentionArgs(k, v, 0, 0, num_tokens_);
   args.num_sequences = static_cast<int32_t>(sequences_.size());
   args.cu_seqlens_q = args.cu_seqlens_k = cu_seqlens_;
   HW_RETURN_IF_ERROR(Launch(args));
@@ -97,7 +111,7 @@ absl::Status CudaPass::AttendPolicy(int32_t layer, const char* k, const char* v,
   const kernels::CudaPolicyLayer arrays{layer, Q(0), k, v};
   HW_ASSIGN_OR_RETURN(const bool dense, policy_pass_->Select(arrays));
   *out = Q(0);
-  if (dense) return Attend(layer, k, v, 0);
+  if (dense) return Attend(layer, k, v);
   HW_RETURN_IF_ERROR(policy_pass_->Attend(arrays, out));
   return pacer_.Enqueued(WorkOf(config_, num_tokens_).dense_attention * policy_pass_->density());
 }
@@ -114,7 +128,7 @@ void CudaPass::LogOverflows(int32_t layer, uint32_t overflows) {
 void CudaPass::TakeDensity(int32_t layer) {
   PrefillProgress& progress = sequences_[0].result.progress;
   if (policy_pass_ != nullptr) {
-    if (FirstRow(layer) > 0) return;  // the policy was not told of it
+    if (IsLast(layer)) return;  // the policy was not told of it
     const CudaPolicyLog::Read read = policy_pass_->Take(layer, &progress);
     LogOverflows(layer, read.overflows);
     density_ = std::max(kLeastDensity, read.density);
@@ -137,7 +151,7 @@ void CudaPass::TakeDensity(int32_t layer) {
 
 // Of a whole layer: the last one computes one row's attention. Short prompts' kernels do not fill the device.
 void CudaPass::LearnSpeed(int32_t layer, absl::Duration linear, absl::Duration attention) {
-  if (context_.speed == nullptr || num_tokens_ < kLeastLearnt || packed() || layer + 1 == config_.num_layers)
+  if (context_.speed == nullptr || num_tokens_ < kLeastLearnt || packed() || shared() || IsLast(layer))
     return;
   const LayerWork work = WorkOf(config_, num_tokens_);
   context_.speed->Add(work.linear, linear, work.dense_attention * density_, attention);

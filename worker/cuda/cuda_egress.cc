@@ -179,20 +179,20 @@ class Egress final : public CudaEgress {
   }
 
   absl::Status SendTensor(const Layer& layer, size_t i, KvKind kind, std::deque<Piece>* under_way) {
-    const CudaEgressItem& item = items_[i];
-    const auto num_tokens = static_cast<int64_t>(item.job->tokens.size());
-    const auto piece_tokens = static_cast<int64_t>(CudaEgressMemory::kSlotBytes / BlockBytes(*item.job) *
-                                                   item.job->geometry->layout().block_tokens());
-    for (int64_t begin = 0; begin < num_tokens && item_status(i).ok(); begin += piece_tokens) {
-      // What is under way must be handed on before its slots can come back.
-      while (under_way->size() > kCopiesAhead) HW_RETURN_IF_ERROR(HandOn(under_way));
-      Piece piece{
-          i,      layer.layer, kind, begin, std::min(num_tokens, begin + piece_tokens), memory_.next_use++,
-          nullptr};
-      absl::Duration stalled;  // counted where compute waits
-      HW_RETURN_IF_ERROR(memory_.ring->Acquire(piece.use, &own_control_, &piece.slot, &stalled));
-      HW_RETURN_IF_ERROR(Copy(piece, kind == KvKind::kK ? layer.k : layer.v));
-      under_way->push_back(piece);
+    const PrefillJob& job = *items_[i].job;
+    const auto piece_tokens = static_cast<int64_t>(CudaEgressMemory::kSlotBytes / BlockBytes(job) *
+                                                   job.geometry->layout().block_tokens());
+    for (const TokenRange& range : job.local()) {
+      for (int64_t begin = range.begin; begin < range.end && item_status(i).ok(); begin += piece_tokens) {
+        // What is under way must be handed on before its slots can come back.
+        while (under_way->size() > kCopiesAhead) HW_RETURN_IF_ERROR(HandOn(under_way));
+        const int64_t end = std::min(range.end, begin + piece_tokens);
+        Piece piece{i, layer.layer, kind, begin, end, memory_.next_use++, nullptr};
+        absl::Duration stalled;  // counted where compute waits
+        HW_RETURN_IF_ERROR(memory_.ring->Acquire(piece.use, &own_control_, &piece.slot, &stalled));
+        HW_RETURN_IF_ERROR(Copy(piece, kind == KvKind::kK ? layer.k : layer.v));
+        under_way->push_back(piece);
+      }
     }
     return absl::OkStatus();
   }

@@ -39,9 +39,9 @@ struct CudaEgressMemory {
   int64_t next_use = 0;
 };
 
-// One prompt of a pass.
+// One prompt of a pass; of one that is shared, this rank's tokens leave.
 struct CudaEgressItem {
-  const PrefillJob* job = nullptr;  // of one rank
+  const PrefillJob* job = nullptr;
   KvSender* sender = nullptr;
   int64_t first_row = 0;  // of its tokens in the pass's K and V
 };

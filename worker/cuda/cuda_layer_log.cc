@@ -18,14 +18,16 @@ absl::Status Between(const CudaEvent& from, const CudaEvent& to, absl::Duration*
 
 }  // namespace
 
-absl::Status CudaLayerLog::Init(int32_t num_layers, int64_t num_chunks, int64_t max_searches) {
+absl::Status CudaLayerLog::Init(int32_t num_layers, int64_t num_chunks, int64_t max_searches, bool gathers) {
+  gathers_ = gathers;
   num_chunks_ = num_chunks;
   max_searches_ = max_searches;
   events_.resize(static_cast<size_t>(num_layers));
   first_rows_.resize(events_.size());
   searches_.resize(events_.size());
   for (Events& events : events_) {
-    for (CudaEvent* event : {&events.begin, &events.projected, &events.attended, &events.end}) {
+    for (CudaEvent* event :
+         {&events.begin, &events.projected, &events.gathered, &events.attended, &events.end}) {
       HW_RETURN_IF_ERROR(event->Create(cudaEventDefault));
     }
   }
@@ -77,7 +79,8 @@ absl::Status CudaLayerLog::ReadTimes(int32_t layer, Times* times) const {
   const Events& at = events(layer);
   absl::Duration before, after;
   HW_RETURN_IF_ERROR(Between(at.begin, at.projected, &before));
-  HW_RETURN_IF_ERROR(Between(at.projected, at.attended, &times->attention));
+  if (gathers_) HW_RETURN_IF_ERROR(Between(at.projected, at.gathered, &times->exchange));
+  HW_RETURN_IF_ERROR(Between(gathers_ ? at.gathered : at.projected, at.attended, &times->attention));
   HW_RETURN_IF_ERROR(Between(at.attended, at.end, &after));
   times->linear = before + after;
   return absl::OkStatus();

@@ -41,15 +41,16 @@ class CudaEvent {
 class CudaLayerLog {
  public:
   struct Events {
-    CudaEvent begin, projected, attended, end;  // projected: K and V are whole
+    // projected: this rank's K and V are whole; gathered: all ranks' are, in a group
+    CudaEvent begin, projected, gathered, attended, end;
   };
   // Queries of one search.
   struct Search {
     int64_t begin, count;
   };
 
-  // max_searches: of a layer.
-  absl::Status Init(int32_t num_layers, int64_t num_chunks, int64_t max_searches);
+  // max_searches: of a layer. gathers: `gathered` is recorded.
+  absl::Status Init(int32_t num_layers, int64_t num_chunks, int64_t max_searches, bool gathers);
 
   const Events& events(int32_t layer) const { return events_[static_cast<size_t>(layer)]; }
 
@@ -68,7 +69,7 @@ class CudaLayerLog {
   std::vector<int64_t> NonFiniteRows(int32_t layer, int64_t chunk_tokens) const;
   // Likewise.
   struct Times {
-    absl::Duration linear, attention;
+    absl::Duration linear, exchange, attention;  // exchange: what attention waited for it
   };
   absl::Status ReadTimes(int32_t layer, Times* times) const;
   struct Searches {
@@ -87,6 +88,7 @@ class CudaLayerLog {
 
   int64_t num_chunks_ = 0;
   int64_t max_searches_ = 0;
+  bool gathers_ = false;
   std::vector<Events> events_;
   std::vector<int64_t> first_rows_;
   std::vector<std::vector<Search>> searches_;

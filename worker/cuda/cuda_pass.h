@@ -17,6 +17,7 @@
 #include "base/status_macros.h"
 #include "kernels/cuda/attention.h"
 #include "model/cuda/device_buffer.h"
+#include "worker/cuda/cuda_group.h"
 #include "worker/cuda/cuda_layer_log.h"
 #include "worker/cuda/cuda_pattern.h"
 #include "worker/cuda/cuda_policy_pass.h"
@@ -37,8 +38,11 @@ class CudaPass {
 
  private:
   absl::Status RunLayers();
-  absl::Status Step() { return StepSequences(egress_.get(), &sequences_); }
+  absl::Status Step();
   bool packed() const { return sequences_.size() > 1; }
+  bool shared() const { return context_.devices != nullptr; }
+  bool HoldsLastToken() const { return !tokens_.empty() && tokens_.back().end == num_tokens_; }
+  absl::Status Agree();
 
   absl::Status Prepare();
   absl::Status BeginPattern(const CudaPrefillPlan& plan, char* memory);
@@ -55,22 +59,46 @@ class CudaPass {
     return absl::OkStatus();
   }
 
-  absl::Status RunLayer(int32_t layer);
-  // Of those whose attention is computed: in the last layer only the last token's result is used.
-  int64_t FirstRow(int32_t layer) const {
-    return layer + 1 == config_.num_layers && !packed() ? num_tokens_ - 1 : 0;
+  // Likewise for this rank's tokens: work(chunk), which is enqueued in whole.
+  template <typename Work>
+  absl::Status ForTokens(const Work& work, double flop_per_row = 0) {
+    for (const CudaChunk& chunk : chunks_) {
+      HW_RETURN_IF_ERROR(work(chunk));
+      HW_RETURN_IF_ERROR(pacer_.Enqueued(flop_per_row * static_cast<double>(chunk.tokens.size())));
+    }
+    return absl::OkStatus();
   }
-  // attention: of row `first` on.
-  absl::Status FinishRows(int32_t layer, const char* attention, int64_t first);
+
+  absl::Status RunLayer(int32_t layer);
+  // Q, K and V of this rank's tokens; the others' K and V are on their way when it returns.
+  absl::Status Project(int32_t layer, char* k, char* v);
+  // Of what the group shares.
+  std::vector<SharedArray> SharedArrays(char* k, char* v) const;
+  bool IsLast(int32_t layer) const { return layer + 1 == config_.num_layers && !packed(); }
+  // The rows whose attention is computed: in the last layer only the last token's result is used.
+  struct Rows {
+    int64_t first, count;
+  };
+  Rows QueriesOf(int32_t layer) const {
+    if (!IsLast(layer)) return {0, num_rows_};
+    return HoldsLastToken() ? Rows{num_rows_ - 1, 1} : Rows{0, 0};
+  }
+  // Of a row of this rank.
+  int64_t TokenOf(int64_t row) const;
+  // attention: of the first of QueriesOf().
+  absl::Status FinishRows(int32_t layer, const char* attention);
   absl::Status CheckFinishedLayers();
   absl::Status ScoreLastTokens();
   void FillReports();
 
   // cuda_attend.cc. Each writes the layer's attention to Q's memory, AttendPolicy() to *out.
-  kernels::CudaAttentionArgs AttentionArgs(const char* k, const char* v, int64_t begin, int64_t count) const;
+  // Of `count` queries from `row` on, the first of which is token `begin`.
+  kernels::CudaAttentionArgs AttentionArgs(const char* k, const char* v, int64_t row, int64_t begin,
+                                           int64_t count) const;
   absl::Status Launch(const kernels::CudaAttentionArgs& args);
-  // Queries from `first` on, some at a time; each call's output takes the place of its queries.
-  absl::Status Attend(int32_t layer, const char* k, const char* v, int64_t first);
+  // Of QueriesOf(), some at a time; each call's output takes the place of its queries.
+  absl::Status Attend(int32_t layer, const char* k, const char* v);
+  absl::Status AttendRange(int32_t layer, const char* k, const char* v, int64_t row, const TokenRange& range);
   // All prompts at once.
   absl::Status AttendPacked(const char* k, const char* v);
   absl::Status AttendPolicy(int32_t layer, const char* k, const char* v, char** out);
@@ -79,6 +107,9 @@ class CudaPass {
   void LogOverflows(int32_t layer, uint32_t overflows);
   void LearnSpeed(int32_t layer, absl::Duration linear, absl::Duration attention);
 
+  int64_t RowChunks(int64_t rows) const {
+    return (rows + model_->chunk_tokens() - 1) / model_->chunk_tokens();
+  }
   float* Hidden(int64_t row) const { return hidden_ + row * config_.hidden_size; }
   char* Q(int64_t row) const { return q_ + row * q_width_ * 2; }
 
@@ -88,8 +119,10 @@ class CudaPass {
   const int64_t q_width_;
   const int64_t kv_width_;
   std::vector<CudaSequence> sequences_;
-  int64_t num_tokens_ = 0;
-  int64_t chunks_ = 0;
+  int64_t num_tokens_ = 0;  // whose K and V are here: of all prompts, or of the prompt that is shared
+  RankTokens tokens_;       // of them, those that are computed here, row by row
+  int64_t num_rows_ = 0;
+  std::vector<CudaChunk> chunks_;
   absl::Time start_;
   DeviceBuffer memory_;
   int32_t* ids_ = nullptr;
@@ -114,6 +147,7 @@ class CudaPass {
   int32_t layers_done_ = 0;
   int32_t checked_ = 0;
   std::unique_ptr<CudaEgress> egress_;
+  std::optional<CudaKvExchange> exchange_;  // of a shared prompt
 };
 
 }  // namespace headwater

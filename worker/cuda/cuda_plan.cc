@@ -96,18 +96,19 @@ CudaPolicyPlan PlanCudaPolicy(const kernels::CudaPolicy& policy, const ModelConf
 }
 
 CudaPrefillPlan PlanCudaPrefill(const ModelConfig& config, int64_t chunk_tokens, int64_t num_tokens,
-                                int64_t num_prompts, const CudaPolicyPlan& policy) {
+                                int64_t num_prompts, const CudaPolicyPlan& policy, int64_t num_rows) {
+  if (num_rows == 0) num_rows = num_tokens;
   const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
   const int64_t kv_width = int64_t{config.num_kv_heads} * config.head_dim;
   CudaPrefillPlan plan;
   plan.policy = policy;
   plan.tokens = Bytes(num_tokens, 1, sizeof(int32_t));
-  plan.hidden = Bytes(num_tokens, config.hidden_size, sizeof(float));
-  plan.q = Bytes(num_tokens, q_width, 2);
+  plan.hidden = Bytes(num_rows, config.hidden_size, sizeof(float));
+  plan.q = Bytes(num_rows, q_width, 2);
   plan.kv = Bytes(num_tokens, 2 * kv_width, 2);
   plan.num_kv = kCudaKvBuffers;
   plan.logits = Bytes(num_prompts, config.vocab_size, sizeof(float));
-  plan.bad_rows = Bytes(kCudaKvBuffers, CeilDiv(num_tokens, chunk_tokens), sizeof(int64_t));
+  plan.bad_rows = Bytes(kCudaKvBuffers, CeilDiv(num_rows, chunk_tokens), sizeof(int64_t));
   plan.workspace = 4096 + Bytes(num_prompts, 1, 64);
   if (num_prompts > 1) {
     plan.positions = plan.tokens;

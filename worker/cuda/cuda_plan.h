@@ -58,9 +58,9 @@ struct CudaPrefillPlan {
   uint64_t tokens = 0;      // ids
   uint64_t positions = 0;   // of packed prompts' tokens, int32
   uint64_t cu_seqlens = 0;  // of packed prompts, int32
-  uint64_t hidden = 0;      // [tokens, hidden_size] f32
-  uint64_t q = 0;           // [tokens, num_q_heads, head_dim] bf16; attention writes its output in its place
-  uint64_t kv = 0;          // K and V of one layer, bf16
+  uint64_t hidden = 0;      // [rows, hidden_size] f32
+  uint64_t q = 0;           // [rows, num_q_heads, head_dim] bf16; attention writes its output in its place
+  uint64_t kv = 0;          // K and V of one layer of the whole prompt, bf16
   int num_kv = 0;           // of those
   uint64_t logits = 0;      // [prompts, vocab_size] f32
   uint64_t bad_rows = 0;
@@ -71,9 +71,11 @@ struct CudaPrefillPlan {
   // Each part rounded up to 256 bytes.
   uint64_t total_bytes() const;
 };
-// num_prompts: over 1, packed in one pass; they go dense and need nothing for lists.
+// num_prompts: over 1, packed in one pass; they go dense and need nothing for lists. num_rows: tokens of this
+// rank; 0: all.
 CudaPrefillPlan PlanCudaPrefill(const ModelConfig& config, int64_t chunk_tokens, int64_t num_tokens,
-                                int64_t num_prompts = 1, const CudaPolicyPlan& policy = {});
+                                int64_t num_prompts = 1, const CudaPolicyPlan& policy = {},
+                                int64_t num_rows = 0);
 
 // Rounded up to the alignment of a part.
 uint64_t AlignedCudaPart(uint64_t bytes);

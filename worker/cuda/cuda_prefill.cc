@@ -7,8 +7,11 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 
+#include "base/log.h"
 #include "base/status_macros.h"
+#include "worker/agreement.h"
 #include "worker/cuda/cuda_pass.h"
+#include "worker/ring_attention.h"
 
 namespace headwater {
 namespace {
@@ -27,12 +30,16 @@ CudaPass::CudaPass(absl::Span<const CudaPrefillPrompt> prompts, const CudaPrefil
       q_width_(int64_t{config_.num_q_heads} * config_.head_dim),
       kv_width_(int64_t{config_.num_kv_heads} * config_.head_dim),
       start_(absl::Now()),
-      pacer_([this] { return Step(); }) {
+      pacer_([this] { return Step(); }, context.devices != nullptr) {
   sequences_ = MakeSequences(prompts, &num_tokens_);
+  tokens_ = shared() ? prompts[0].job->local() : RankTokens{{0, num_tokens_}};
+  num_rows_ = NumTokens(tokens_);
+  chunks_ = ChunksOf(tokens_, model_->chunk_tokens());
 }
 
 CudaPass::~CudaPass() {
   egress_.reset();
+  exchange_.reset();
   if (stream_ != nullptr) {
     (void)cudaStreamSynchronize(stream_);
     (void)cudaStreamDestroy(stream_);
@@ -41,6 +48,12 @@ CudaPass::~CudaPass() {
 
 std::vector<absl::StatusOr<PrefillResult>> CudaPass::Run() {
   const absl::Status pass = RunLayers();
+  if (shared() && !pass.ok()) {
+    // What is enqueued must end although the other ranks may not come to it.
+    context_.devices->Abort();
+    context_.collectives->Abort();
+    if (context_.metrics != nullptr) context_.metrics->collective_aborts.Increment();
+  }
   std::vector<absl::StatusOr<PrefillResult>> results;
   for (CudaSequence& sequence : sequences_) {
     if (sequence.status.ok()) sequence.status = pass;
@@ -54,9 +67,10 @@ std::vector<absl::StatusOr<PrefillResult>> CudaPass::Run() {
 }
 
 absl::Status CudaPass::RunLayers() {
+  HW_RETURN_IF_ERROR(Agree());
   HW_RETURN_IF_ERROR(Prepare());
-  HW_RETURN_IF_ERROR(ForChunks(num_tokens_, [&](int64_t begin, int64_t count) {
-    return model_->Embed(ids_ + begin, count, Hidden(begin), stream_);
+  HW_RETURN_IF_ERROR(ForTokens([&](const CudaChunk& chunk) {
+    return model_->Embed(ids_ + chunk.tokens.begin, chunk.tokens.size(), Hidden(chunk.row), stream_);
   }));
   for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
     HW_RETURN_IF_ERROR(RunLayer(layer));
@@ -70,7 +84,25 @@ absl::Status CudaPass::RunLayers() {
   HW_RETURN_IF_ERROR(ScoreLastTokens());
   FillReports();
   HW_RETURN_IF_ERROR(egress_->Finish([this] { return Step(); }));
-  return Step();
+  HW_RETURN_IF_ERROR(Step());
+  return WaitForPeers(context_.collectives, sequences_[0].prompt->control);
+}
+
+absl::Status CudaPass::Step() {
+  HW_RETURN_IF_ERROR(StepSequences(egress_.get(), &sequences_));
+  if (!shared()) return absl::OkStatus();
+  const absl::Status status = context_.devices->Check();
+  return status.ok() ? status : CollectiveError(status, *sequences_[0].prompt->control);
+}
+
+absl::Status CudaPass::Agree() {
+  if (!shared()) return absl::OkStatus();
+  int32_t checkpoint_layers = 0;
+  const std::string computes =
+      absl::StrCat(model_->fingerprint(), " bf16, linear layers in ", NameOf(model_->linear()), ", ",
+                   model_->chunk_tokens(), " tokens");
+  return AgreeOnPlan(*sequences_[0].prompt->job, computes, context_.collectives,
+                     sequences_[0].prompt->control, &checkpoint_layers);
 }
 
 absl::Status CudaPass::Prepare() {
@@ -85,7 +117,7 @@ absl::Status CudaPass::Prepare() {
     if (policy_ != nullptr) policy = PlanCudaPolicy(*policy_, config_, num_tokens_);
   }
   const CudaPrefillPlan plan = PlanCudaPrefill(config_, model_->chunk_tokens(), num_tokens_,
-                                               static_cast<int64_t>(sequences_.size()), policy);
+                                               static_cast<int64_t>(sequences_.size()), policy, num_rows_);
   HW_ASSIGN_OR_RETURN(memory_, DeviceBuffer::Allocate(plan.total_bytes(), "the prompt"));
   char* at = memory_.data();
   const auto take = [&](uint64_t bytes) { return std::exchange(at, at + AlignedCudaPart(bytes)); };
@@ -99,12 +131,16 @@ absl::Status CudaPass::Prepare() {
   bad_rows_ = reinterpret_cast<int64_t*>(take(plan.bad_rows));
   workspace_ = take(plan.workspace);
   workspace_bytes_ = plan.workspace;
-  chunks_ = CeilDiv(num_tokens_, model_->chunk_tokens());
   HW_RETURN_IF_ERROR(FromCuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream"));
   HW_RETURN_IF_ERROR(pacer_.Init(stream_));
   HW_RETURN_IF_ERROR(BeginPattern(plan, at));
-  HW_RETURN_IF_ERROR(
-      log_.Init(config_.num_layers, chunks_, pattern_ ? CeilDiv(num_tokens_, kLeastQueries) : 0));
+  const int64_t searches = CeilDiv(num_rows_, kLeastQueries) + static_cast<int64_t>(tokens_.size());
+  HW_RETURN_IF_ERROR(log_.Init(config_.num_layers, std::max<int64_t>(1, RowChunks(num_rows_)),
+                               pattern_ ? searches : 0, shared()));
+  if (shared()) {
+    exchange_.emplace(job.partition, model_->chunk_tokens(), context_.devices);
+    HW_RETURN_IF_ERROR(exchange_->Init());
+  }
   HW_RETURN_IF_ERROR(Upload());
   std::vector<CudaEgressItem> items;
   for (const CudaSequence& sequence : sequences_) {
@@ -164,47 +200,76 @@ absl::Status CudaPass::RunLayer(int32_t layer) {
   char* const k = kv_[layer % kCudaKvBuffers];
   char* const v = k + num_tokens_ * kv_width_ * 2;
   HW_RETURN_IF_ERROR(events.begin.Record(stream_));
-  const kernels::CudaBlockStats stats = pattern_ ? pattern_->stats() : kernels::CudaBlockStats{};
-  HW_RETURN_IF_ERROR(ForChunks(
-      num_tokens_,
-      [&](int64_t begin, int64_t count) {
-        return model_->BeforeAttention(layer, Hidden(begin), count, begin,
-                                       packed() ? positions_ + begin : nullptr, Q(begin),
-                                       k + begin * kv_width_ * 2, v + begin * kv_width_ * 2, stats, stream_);
-      },
-      2.0 * config_.hidden_size * static_cast<double>(q_width_ + 2 * kv_width_)));
+  HW_RETURN_IF_ERROR(Project(layer, k, v));
   HW_RETURN_IF_ERROR(events.projected.Record(stream_));
   egress_->Send(layer, k, v, events.projected.get());
+  if (shared()) {
+    HW_RETURN_IF_ERROR(exchange_->Finish(SharedArrays(k, v), stream_));
+    HW_RETURN_IF_ERROR(events.gathered.Record(stream_));
+  }
 
-  const int64_t first = FirstRow(layer);
-  char* attention = Q(first);
+  char* attention = Q(QueriesOf(layer).first);
   if (packed()) {
     HW_RETURN_IF_ERROR(AttendPacked(k, v));
-  } else if (policy_pass_ != nullptr && first == 0) {
+  } else if (policy_pass_ != nullptr && !IsLast(layer)) {
     HW_RETURN_IF_ERROR(AttendPolicy(layer, k, v, &attention));
   } else {
-    HW_RETURN_IF_ERROR(Attend(layer, k, v, first));
+    HW_RETURN_IF_ERROR(Attend(layer, k, v));
   }
   HW_RETURN_IF_ERROR(events.attended.Record(stream_));
-  HW_RETURN_IF_ERROR(FinishRows(layer, attention, first));
+  HW_RETURN_IF_ERROR(FinishRows(layer, attention));
   HW_RETURN_IF_ERROR(events.end.Record(stream_));
   if (context_.metrics != nullptr)
     context_.metrics->layer_egress_stall.Observe(absl::ToDoubleSeconds(stalled));
   return absl::OkStatus();
 }
 
-absl::Status CudaPass::FinishRows(int32_t layer, const char* attention, int64_t first) {
-  int64_t* const bad = bad_rows_ + layer % kCudaKvBuffers * chunks_;
+absl::Status CudaPass::Project(int32_t layer, char* k, char* v) {
+  const kernels::CudaBlockStats stats = pattern_ ? pattern_->stats() : kernels::CudaBlockStats{};
+  const std::vector<SharedArray> arrays = SharedArrays(k, v);
+  size_t index = 0;
+  return ForTokens(
+      [&](const CudaChunk& chunk) -> absl::Status {
+        const int64_t begin = chunk.tokens.begin;
+        HW_RETURN_IF_ERROR(model_->BeforeAttention(
+            layer, Hidden(chunk.row), chunk.tokens.size(), begin, packed() ? positions_ + begin : nullptr,
+            Q(chunk.row), k + begin * kv_width_ * 2, v + begin * kv_width_ * 2, stats, stream_));
+        return shared() ? exchange_->ChunkReady(index++, arrays, stream_) : absl::OkStatus();
+      },
+      2.0 * config_.hidden_size * static_cast<double>(q_width_ + 2 * kv_width_));
+}
+
+std::vector<SharedArray> CudaPass::SharedArrays(char* k, char* v) const {
+  const auto row = static_cast<uint64_t>(kv_width_) * 2;
+  std::vector<SharedArray> arrays = {{k, row, 1}, {v, row, 1}};
+  if (pattern_) {
+    arrays.push_back({reinterpret_cast<char*>(pattern_->stats().k_mean),
+                      static_cast<uint64_t>(kv_width_) * sizeof(float), kernels::kStatsBlockTokens});
+  }
+  return arrays;
+}
+
+int64_t CudaPass::TokenOf(int64_t row) const {
+  for (const TokenRange& range : tokens_) {
+    if (row < range.size()) return range.begin + row;
+    row -= range.size();
+  }
+  return num_tokens_;
+}
+
+absl::Status CudaPass::FinishRows(int32_t layer, const char* attention) {
+  const auto [first, rows] = QueriesOf(layer);
+  int64_t* const bad = bad_rows_ + layer % kCudaKvBuffers * RowChunks(num_rows_);
   const double flop_per_row =
       2.0 * config_.hidden_size * (static_cast<double>(q_width_) + 3.0 * config_.intermediate_size);
   HW_RETURN_IF_ERROR(ForChunks(
-      num_tokens_ - first,
-      [&](int64_t begin, int64_t count) {
-        return model_->AfterAttention(layer, attention + begin * q_width_ * 2, count, Hidden(first + begin),
+      rows,
+      [&, start = first](int64_t begin, int64_t count) {
+        return model_->AfterAttention(layer, attention + begin * q_width_ * 2, count, Hidden(start + begin),
                                       bad + begin / model_->chunk_tokens(), stream_);
       },
       flop_per_row));
-  return log_.CopyBadRows(layer, bad, CeilDiv(num_tokens_ - first, model_->chunk_tokens()), first, stream_);
+  return log_.CopyBadRows(layer, bad, RowChunks(rows), first, stream_);
 }
 
 absl::Status CudaPass::CheckFinishedLayers() {
@@ -215,17 +280,19 @@ absl::Status CudaPass::CheckFinishedLayers() {
     for (const int64_t row : log_.NonFiniteRows(checked_, model_->chunk_tokens())) {
       // It spreads to all later tokens of its prompt. Another prompt's behind it in the chunk shows in that
       // one's logits at the latest.
-      EndNonFinite(egress_.get(), checked_, row, &sequences_);
+      EndNonFinite(egress_.get(), checked_, TokenOf(row), &sequences_);
     }
     CudaLayerLog::Times times;
     HW_RETURN_IF_ERROR(log_.ReadTimes(checked_, &times));
     for (CudaSequence& sequence : sequences_) {
       sequence.result.linear += times.linear;
+      sequence.result.exchange += times.exchange;
       sequence.result.attention += times.attention;
     }
     if (context_.metrics != nullptr) {
       context_.metrics->layer_linear.Observe(absl::ToDoubleSeconds(times.linear));
       context_.metrics->layer_attention.Observe(absl::ToDoubleSeconds(times.attention));
+      if (shared()) context_.metrics->layer_exchange.Observe(absl::ToDoubleSeconds(times.exchange));
     }
     if (pattern_ || policy_pass_ != nullptr) TakeDensity(checked_);
     LearnSpeed(checked_, times.linear, times.attention);
@@ -236,10 +303,11 @@ absl::Status CudaPass::CheckFinishedLayers() {
 absl::Status CudaPass::ScoreLastTokens() {
   std::vector<int64_t> rows;
   for (const CudaSequence& sequence : sequences_)
-    rows.push_back(sequence.first_row + sequence.num_tokens - 1);
-  HW_RETURN_IF_ERROR(model_->Logits(hidden_, rows, logits_, stream_));
+    rows.push_back(shared() ? num_rows_ - 1 : sequence.first_row + sequence.num_tokens - 1);
+  if (HoldsLastToken()) HW_RETURN_IF_ERROR(model_->Logits(hidden_, rows, logits_, stream_));
   HW_RETURN_IF_ERROR(pacer_.Drain());
   HW_RETURN_IF_ERROR(CheckFinishedLayers());
+  if (!HoldsLastToken()) return absl::OkStatus();
   std::vector<float> logits(static_cast<size_t>(config_.vocab_size));
   for (size_t i = 0; i < sequences_.size(); ++i) {
     HW_RETURN_IF_ERROR(Step());
@@ -248,7 +316,7 @@ absl::Status CudaPass::ScoreLastTokens() {
                                            logits.size() * sizeof(float), cudaMemcpyDeviceToHost),
                                 "logits"));
     if (!std::all_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); })) {
-      EndNonFinite(egress_.get(), config_.num_layers, rows[i], &sequences_);
+      EndNonFinite(egress_.get(), config_.num_layers, TokenOf(rows[i]), &sequences_);
       continue;
     }
     sequences_[i].result.top = TopTokens(logits, std::max(1, sequences_[i].prompt->job->top_logprobs));
@@ -274,7 +342,9 @@ void CudaPass::FillReports() {
 std::vector<absl::StatusOr<PrefillResult>> RunCudaPrefill(absl::Span<const CudaPrefillPrompt> prompts,
                                                           const CudaPrefillContext& context) {
   if (prompts.empty()) return {};
-  const absl::Status status = CheckPass(prompts);
+  HW_CHECK((context.devices == nullptr) == (context.collectives == nullptr));
+  const absl::Status status =
+      CheckPass(prompts, context.devices == nullptr ? 1 : context.devices->world_size());
   if (!status.ok()) return std::vector<absl::StatusOr<PrefillResult>>(prompts.size(), status);
   return CudaPass(prompts, context).Run();
 }

@@ -1,4 +1,4 @@
-// The layer-major loop on one GPU. The whole pass (a prompt, or several short ones packed) goes through a
+// The layer-major loop on a GPU. The whole pass (a prompt, or several short ones packed) goes through a
 // layer before the next one starts; a layer's K and V leave the device while the next one is computed, so
 // that the device holds those of two layers, whatever their number.
 #ifndef HW_WORKER_CUDA_CUDA_PREFILL_H_
@@ -13,8 +13,10 @@
 #include "absl/types/span.h"
 
 #include "model/cuda/cuda_model.h"
+#include "worker/collectives.h"
 #include "worker/cuda/cuda_egress.h"
 #include "worker/cuda/cuda_plan.h"
+#include "worker/cuda/device_group.h"
 #include "worker/job_control.h"
 #include "worker/prefill.h"
 
@@ -27,11 +29,15 @@ struct CudaPrefillContext {
   WorkerMetrics* metrics = nullptr;  // may be null
   bool measure_recall = false;       // of long prompts without a quality, too
   ComputeSpeed* speed = nullptr;     // what passes measure and time budgets go by; may be null
+  // Of the ranks that share the prompt, both or neither; the same ranks in both. Aborted where the pass
+  // fails.
+  Collectives* collectives = nullptr;
+  DeviceGroup* devices = nullptr;
 };
 
 // One prompt of a pass.
 struct CudaPrefillPrompt {
-  const PrefillJob* job = nullptr;  // of one rank
+  const PrefillJob* job = nullptr;
   KvSender* sender = nullptr;
   JobControl* control = nullptr;
   std::function<void(const PrefillProgress&)> progress;  // after every layer has been enqueued; may be empty
@@ -50,7 +56,10 @@ bool MayPackCuda(const PrefillJob& job);
 // Policies other than dense and probe attend to the whole prompt in one call, which may take seconds for a
 // million tokens: a cancelled pass waits for it.
 //
-// Errors as RunPrefill(); UNIMPLEMENTED: a policy that MakeCudaPolicy() does not make, more than one rank, KV
+// Ranks of a group compute the same bits as one rank does: each has the K and V of all (cuda_group.h).
+//
+// Errors as RunPrefill(); UNIMPLEMENTED: a policy that MakeCudaPolicy() does not make; in a group, one other
+// than dense and probe, or KV blocks that are no multiple of 128 tokens; KV
 // blocks larger than an egress buffer; RESOURCE_EXHAUSTED: the plan does not fit the device's free memory,
 // with both numbers; INVALID_ARGUMENT: prompts that cannot share a pass; FAILED_PRECONDITION,
 // TIME_BUDGET_TOO_SHORT.

@@ -6,15 +6,29 @@
 
 #include "base/rpc/grpc_status.h"
 #include "base/status_macros.h"
+#include "kernels/cuda/block_stats.h"
 #include "model/kernel_status.h"
 #include "worker/cuda/cuda_plan.h"
 
 namespace headwater {
 namespace {
 
-absl::Status CheckJob(const PrefillJob& job) {
-  if (job.world_size() != 1) return absl::UnimplementedError("context parallelism between GPUs");
-  return CudaEgress::CheckBlocks(job);
+absl::Status CheckJob(const PrefillJob& job, int world_size) {
+  if (job.world_size() != world_size) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a job of ", job.world_size(), " ranks in a group of ", world_size));
+  }
+  HW_RETURN_IF_ERROR(CudaEgress::CheckBlocks(job));
+  if (world_size == 1) return absl::OkStatus();
+  if (!IsDense(job) && ProbeOf(job) == nullptr) {
+    return absl::UnimplementedError(
+        absl::StrCat("policy '", job.policy->name(), "' over ", world_size, " GPUs"));
+  }
+  const uint32_t block_tokens = job.geometry->layout().block_tokens();
+  if (block_tokens % kernels::kStatsBlockTokens == 0) return absl::OkStatus();
+  return absl::UnimplementedError(absl::StrCat("KV blocks of ", block_tokens, " tokens over ", world_size,
+                                               " GPUs; a multiple of ", kernels::kStatsBlockTokens,
+                                               " is wanted"));
 }
 
 }  // namespace
@@ -39,11 +53,13 @@ absl::StatusOr<std::unique_ptr<kernels::CudaPolicy>> MakePolicyFor(
   return policy;
 }
 
-bool MayPackCuda(const PrefillJob& job) { return CheckJob(job).ok() && IsDense(job) && !job.quality.any(); }
+bool MayPackCuda(const PrefillJob& job) {
+  return CheckJob(job, 1).ok() && IsDense(job) && !job.quality.any();
+}
 
-absl::Status CheckPass(absl::Span<const CudaPrefillPrompt> prompts) {
+absl::Status CheckPass(absl::Span<const CudaPrefillPrompt> prompts, int world_size) {
   for (const CudaPrefillPrompt& prompt : prompts) {
-    HW_RETURN_IF_ERROR(CheckJob(*prompt.job));
+    HW_RETURN_IF_ERROR(CheckJob(*prompt.job, world_size));
     if (prompts.size() > 1 && !MayPackCuda(*prompt.job)) {
       return absl::InvalidArgumentError(
           absl::StrCat("request ", prompt.job->request_id, " cannot share a pass: policy '",
@@ -98,14 +114,14 @@ absl::Status StepSequences(CudaEgress* egress, std::vector<CudaSequence>* sequen
   return alive ? absl::OkStatus() : ended;
 }
 
-void EndNonFinite(CudaEgress* egress, int32_t layer, int64_t row, std::vector<CudaSequence>* sequences) {
+void EndNonFinite(CudaEgress* egress, int32_t layer, int64_t token, std::vector<CudaSequence>* sequences) {
   for (size_t i = 0; i < sequences->size(); ++i) {
     CudaSequence& sequence = (*sequences)[i];
-    const int64_t token = row - sequence.first_row;
-    if (token < 0 || token >= sequence.num_tokens || !sequence.status.ok()) continue;
+    const int64_t own = token - sequence.first_row;
+    if (own < 0 || own >= sequence.num_tokens || !sequence.status.ok()) continue;
     sequence.status =
         MakeError(absl::StatusCode::kInternal, v1::ERROR_REASON_NON_FINITE,
-                  absl::StrCat("layer ", layer, ": not finite at token ", token, " of the prompt"),
+                  absl::StrCat("layer ", layer, ": not finite at token ", own, " of the prompt"),
                   {{"layer", absl::StrCat(layer)}});
     egress->Drop(i);
   }

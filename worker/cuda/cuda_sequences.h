@@ -35,8 +35,8 @@ const kernels::ProbeParameters* ProbeOf(const PrefillJob& job);
 absl::StatusOr<std::unique_ptr<kernels::CudaPolicy>> MakePolicyFor(
     const ModelConfig& config, const kernels::PolicyParameters& parameters, int64_t num_tokens);
 
-// What RunCudaPrefill() refuses before it looks at the device.
-absl::Status CheckPass(absl::Span<const CudaPrefillPrompt> prompts);
+// What RunCudaPrefill() refuses before it looks at the device. world_size: of the group that the pass is in.
+absl::Status CheckPass(absl::Span<const CudaPrefillPrompt> prompts, int world_size);
 
 // One behind the other; *num_tokens: of all.
 std::vector<CudaSequence> MakeSequences(absl::Span<const CudaPrefillPrompt> prompts, int64_t* num_tokens);
@@ -53,9 +53,9 @@ CudaPassInputs MakePassInputs(const std::vector<CudaSequence>& sequences);
 // begun), and drops their blocks. The error of one that has ended once all have.
 absl::Status StepSequences(CudaEgress* egress, std::vector<CudaSequence>* sequences);
 
-// Ends a prompt, unless it has ended, and drops its blocks. INTERNAL, NON_FINITE with the layer: for `row` of
-// the pass after that layer, or, with num_layers for the layer, for the logits.
-void EndNonFinite(CudaEgress* egress, int32_t layer, int64_t row, std::vector<CudaSequence>* sequences);
+// Ends a prompt, unless it has ended, and drops its blocks. INTERNAL, NON_FINITE with the layer: for token
+// `token` of the pass after that layer, or, with num_layers for the layer, for the logits.
+void EndNonFinite(CudaEgress* egress, int32_t layer, int64_t token, std::vector<CudaSequence>* sequences);
 
 }  // namespace headwater
 

@@ -2,7 +2,9 @@
 #ifndef HW_WORKER_CUDA_GPU_PACER_H_
 #define HW_WORKER_CUDA_GPU_PACER_H_
 
+#include <chrono>
 #include <functional>
+#include <thread>
 #include <utility>
 
 #include <cuda_runtime_api.h>
@@ -16,8 +18,9 @@ namespace headwater {
 
 class GpuPacer {
  public:
-  // step: the loop's heartbeat; an error ends it.
-  explicit GpuPacer(std::function<absl::Status()> step) : step_(std::move(step)) {}
+  // step: the loop's heartbeat; an error ends it. polls: it is called while the device is waited for, too,
+  // which may never get done where it waits for others.
+  GpuPacer(std::function<absl::Status()> step, bool polls) : step_(std::move(step)), polls_(polls) {}
   ~GpuPacer() {
     for (const cudaEvent_t event : events_) {
       if (event != nullptr) (void)cudaEventDestroy(event);
@@ -45,19 +48,37 @@ class GpuPacer {
     flop_ = 0;
     cudaEvent_t& event = events_[marks_++ % kMarks];
     // Set kMarks marks ago, or never.
+    if (polls_) HW_RETURN_IF_ERROR(Poll([&] { return cudaEventQuery(event); }));
     HW_RETURN_IF_ERROR(FromCuda(cudaEventSynchronize(event), "the device"));
     HW_RETURN_IF_ERROR(FromCuda(cudaEventRecord(event, stream_), "an event"));
     return step_();
   }
 
   // Waits until all that is enqueued has run.
-  absl::Status Drain() { return FromCuda(cudaStreamSynchronize(stream_), "the device"); }
+  absl::Status Drain() {
+    if (polls_) HW_RETURN_IF_ERROR(Poll([&] { return cudaStreamQuery(stream_); }));
+    return FromCuda(cudaStreamSynchronize(stream_), "the device");
+  }
 
  private:
+  static constexpr std::chrono::microseconds kPollInterval{200};
+
+  template <typename Query>
+  absl::Status Poll(const Query& query) const {
+    cudaError_t state;
+    while ((state = query()) == cudaErrorNotReady) {
+      (void)cudaGetLastError();  // no failure: the next launch must not take it for its own
+      HW_RETURN_IF_ERROR(step_());
+      std::this_thread::sleep_for(kPollInterval);
+    }
+    return FromCuda(state, "the device");
+  }
+
   static constexpr unsigned kMarks = 2;
   static constexpr double kFlopPerMark = 5e12;  // about 8 ms of an H100
 
   const std::function<absl::Status()> step_;
+  const bool polls_;
   cudaStream_t stream_ = nullptr;
   cudaEvent_t events_[kMarks] = {};
   unsigned marks_ = 0;

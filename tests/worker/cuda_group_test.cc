@@ -1,0 +1,66 @@
+// What ranks on GPUs hand over, which needs no GPU.
+#include "worker/cuda/cuda_group.h"
+
+#include <cstring>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace headwater {
+
+bool operator==(const TokenRange& a, const TokenRange& b) { return a.begin == b.begin && a.end == b.end; }
+
+namespace {
+
+std::vector<TokenRange> RangesOf(const std::vector<CudaChunk>& chunks) {
+  std::vector<TokenRange> ranges;
+  for (const CudaChunk& chunk : chunks) ranges.push_back(chunk.tokens);
+  return ranges;
+}
+
+TEST(ChunksOfTest, CoverTheRangesInOrderAndCrossNone) {
+  const std::vector<CudaChunk> chunks = ChunksOf({{0, 600}, {1024, 1025}, {2048, 2560}}, 256);
+  EXPECT_EQ(
+      RangesOf(chunks),
+      (std::vector<TokenRange>{{0, 256}, {256, 512}, {512, 600}, {1024, 1025}, {2048, 2304}, {2304, 2560}}));
+  int64_t row = 0;
+  for (const CudaChunk& chunk : chunks) {
+    EXPECT_EQ(chunk.row, row);
+    row += chunk.tokens.size();
+  }
+  EXPECT_TRUE(ChunksOf({}, 256).empty());
+}
+
+// Keeps what it is given.
+class FakeGroup final : public DeviceGroup {
+ public:
+  FakeGroup(int rank, int world_size) : rank_(rank), world_size_(world_size) {}
+  int rank() const override { return rank_; }
+  int world_size() const override { return world_size_; }
+  absl::Status Exchange(absl::Span<const DeviceParts>, absl::Span<const DeviceParts>, absl::string_view,
+                        cudaStream_t) override {
+    return absl::OkStatus();
+  }
+  absl::Status Check() override { return absl::OkStatus(); }
+  void Abort() override {}
+
+ private:
+  const int rank_, world_size_;
+};
+
+TEST(CudaKvExchangeTest, CountsWhatComesFromOthers) {
+  const std::vector<RankTokens> partition = {{{0, 256}, {768, 1000}}, {{256, 768}}, {}};
+  const std::vector<SharedArray> arrays = {{nullptr, 10, 1}, {nullptr, 7, 128}};
+  std::vector<uint64_t> received;
+  for (int rank = 0; rank < 3; ++rank) {
+    FakeGroup group(rank, 3);
+    received.push_back(CudaKvExchange(partition, 256, &group).ReceivedBytes(arrays));
+  }
+  // 488 tokens in blocks 0, 1, 6 and 7 (of 104 tokens), and 512 in four blocks.
+  const uint64_t first = 488 * 10 + 4 * 7, second = 512 * 10 + 4 * 7;
+  EXPECT_THAT(received, ::testing::ElementsAre(second, first, first + second));
+}
+
+}  // namespace
+}  // namespace headwater

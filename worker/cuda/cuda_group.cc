@@ -1,0 +1,122 @@
+#include "worker/cuda/cuda_group.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/status_macros.h"
+
+namespace headwater {
+namespace {
+
+// Exchanges of a layer: all but the last are hidden behind projections; each one costs a launch on every GPU.
+constexpr size_t kPieces = 4;
+
+template <typename T>
+T CeilDiv(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+DevicePart PartOf(const SharedArray& array, const TokenRange& tokens) {
+  const auto first = static_cast<uint64_t>(tokens.begin / array.tokens);
+  const auto count = static_cast<uint64_t>(CeilDiv(tokens.size(), array.tokens));
+  return {array.data + first * array.bytes, count * array.bytes};
+}
+
+}  // namespace
+
+std::vector<CudaChunk> ChunksOf(const RankTokens& tokens, int64_t chunk_tokens) {
+  std::vector<CudaChunk> chunks;
+  int64_t row = 0;
+  for (const TokenRange& range : tokens) {
+    for (int64_t begin = range.begin; begin < range.end; begin += chunk_tokens) {
+      const TokenRange part{begin, std::min(range.end, begin + chunk_tokens)};
+      chunks.push_back({row, part});
+      row += part.size();
+    }
+  }
+  return chunks;
+}
+
+CudaKvExchange::CudaKvExchange(const std::vector<RankTokens>& partition, int64_t chunk_tokens,
+                               DeviceGroup* group)
+    : group_(group) {
+  size_t most = 0;
+  for (const RankTokens& tokens : partition) {
+    chunks_.push_back(ChunksOf(tokens, chunk_tokens));
+    most = std::max(most, chunks_.back().size());
+  }
+  chunks_per_piece_ = std::max<size_t>(1, CeilDiv(most, kPieces));
+  num_pieces_ = CeilDiv(most, chunks_per_piece_);
+}
+
+CudaKvExchange::~CudaKvExchange() {
+  if (stream_ == nullptr) return;
+  (void)cudaStreamSynchronize(stream_);
+  (void)cudaStreamDestroy(stream_);
+}
+
+absl::Status CudaKvExchange::Init() {
+  HW_RETURN_IF_ERROR(FromCuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream"));
+  HW_RETURN_IF_ERROR(ready_.Create(cudaEventDisableTiming));
+  return done_.Create(cudaEventDisableTiming);
+}
+
+absl::Status CudaKvExchange::ChunkReady(size_t index, absl::Span<const SharedArray> arrays,
+                                        cudaStream_t stream) {
+  return StartPieces((index + 1) / chunks_per_piece_, arrays, stream);
+}
+
+absl::Status CudaKvExchange::Finish(absl::Span<const SharedArray> arrays, cudaStream_t stream) {
+  HW_RETURN_IF_ERROR(StartPieces(num_pieces_, arrays, stream));
+  started_ = 0;
+  HW_RETURN_IF_ERROR(done_.Record(stream_));
+  return FromCuda(cudaStreamWaitEvent(stream, done_.get(), 0), "the exchange of K and V");
+}
+
+absl::Status CudaKvExchange::StartPieces(size_t end, absl::Span<const SharedArray> arrays,
+                                         cudaStream_t stream) {
+  for (; started_ < end; ++started_) {
+    HW_RETURN_IF_ERROR(ready_.Record(stream));
+    HW_RETURN_IF_ERROR(FromCuda(cudaStreamWaitEvent(stream_, ready_.get(), 0), "the exchange of K and V"));
+    const auto own = static_cast<size_t>(group_->rank());
+    std::vector<DeviceParts> send(chunks_.size(), PartsOf(own, started_, arrays)), receive(chunks_.size());
+    for (size_t rank = 0; rank < chunks_.size(); ++rank) {
+      if (rank != own) receive[rank] = PartsOf(rank, started_, arrays);
+    }
+    send[own].clear();
+    HW_RETURN_IF_ERROR(group_->Exchange(send, receive, "exchange of a layer's K and V", stream_));
+  }
+  return absl::OkStatus();
+}
+
+DeviceParts CudaKvExchange::PartsOf(size_t rank, size_t piece, absl::Span<const SharedArray> arrays) const {
+  const std::vector<CudaChunk>& chunks = chunks_[rank];
+  const size_t end = std::min(chunks.size(), (piece + 1) * chunks_per_piece_);
+  RankTokens ranges;
+  for (size_t i = piece * chunks_per_piece_; i < end; ++i) {
+    const TokenRange& tokens = chunks[i].tokens;
+    if (!ranges.empty() && ranges.back().end == tokens.begin) {
+      ranges.back().end = tokens.end;
+    } else {
+      ranges.push_back(tokens);
+    }
+  }
+  DeviceParts parts;
+  for (const TokenRange& range : ranges) {
+    for (const SharedArray& array : arrays) parts.push_back(PartOf(array, range));
+  }
+  return parts;
+}
+
+uint64_t CudaKvExchange::ReceivedBytes(absl::Span<const SharedArray> arrays) const {
+  uint64_t bytes = 0;
+  for (size_t rank = 0; rank < chunks_.size(); ++rank) {
+    if (rank == static_cast<size_t>(group_->rank())) continue;
+    for (const CudaChunk& chunk : chunks_[rank]) {
+      for (const SharedArray& array : arrays) bytes += PartOf(array, chunk.tokens).bytes;
+    }
+  }
+  return bytes;
+}
+
+}  // namespace headwater
