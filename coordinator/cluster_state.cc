@@ -63,10 +63,10 @@ std::vector<PlanWorker> ForPlanner(const std::vector<const Worker*>& workers, co
     planned.worker_id = registration.worker_id();
     planned.memory = registration.memory();
     planned.max_world_size = registration.max_world_size();
-    if (!needs.by_limits) continue;
-    if (const v1::PolicyLimit* const limit = LimitOf(registration, needs.policy)) {
-      planned.max_tokens = limit->max_tokens();
-    }
+    const v1::PolicyLimit* const limit = LimitOf(registration, needs.policy);
+    if (limit == nullptr) continue;
+    if (limit->max_world_size() > 0) planned.max_world_size = limit->max_world_size();
+    if (needs.by_limits) planned.max_tokens = limit->max_tokens();
   }
   return out;
 }

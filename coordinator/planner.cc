@@ -22,7 +22,11 @@ uint64_t RankBytes(const PlanSpec& spec, uint32_t world_size, const v1::MemoryMo
   Uint128 bytes_per_token = memory.bytes_per_token();
   if (world_size > 1 || spec.resumes) bytes_per_token += memory.group_bytes_per_token();
   // A token takes less than 2^65 bytes, a prompt has less than 2^32 tokens.
-  const Uint128 bytes = bytes_per_token * local_tokens + memory.fixed_bytes();
+  Uint128 bytes = bytes_per_token * local_tokens + memory.fixed_bytes();
+  if (world_size > 1) {
+    bytes += Uint128{memory.group_bytes_per_prompt_token()} *
+             (spec.num_tokens - std::min(spec.num_tokens, local_tokens));
+  }
   constexpr uint64_t kMost = std::numeric_limits<uint64_t>::max();
   return bytes > kMost ? kMost : static_cast<uint64_t>(bytes);
 }

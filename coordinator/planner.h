@@ -44,9 +44,9 @@ uint64_t MaxLocalTokens(uint64_t num_tokens, uint32_t world_size, v1::Partition 
 
 // Chooses among `workers`, which serve one model and what the prompt asks for. Those earlier in the vector
 // are preferred among equally fitting ones; `worker_ids` of the plan is sorted, so that the same set of
-// workers always gives the same ranks. A rank with n tokens fits where fixed_bytes + n * bytes_per_token (and
-// n * group_bytes_per_token more in a group, or from a checkpoint) <= budget_bytes - weight_bytes and n <=
-// max_tokens. Where the wished number does not fit, fewer and then more
+// workers always gives the same ranks. A rank with n tokens fits where its bytes by MemoryModel <=
+// budget_bytes
+// - weight_bytes and n <= max_tokens. Where the wished number does not fit, fewer and then more
 // workers are tried, unless spec.world_size is set.
 //
 // UNAVAILABLE, NO_WORKERS: fewer workers that can be in a group of spec.world_size than that, or none.

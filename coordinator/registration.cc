@@ -83,7 +83,10 @@ absl::Status CheckMemory(const v1::MemoryModel& memory) {
   HW_RETURN_IF_ERROR(Range("memory.weight_bytes", memory.weight_bytes(), 0, memory.budget_bytes()));
   HW_RETURN_IF_ERROR(Range("memory.fixed_bytes", memory.fixed_bytes(), 0, kMaxBytes));
   HW_RETURN_IF_ERROR(Range("memory.bytes_per_token", memory.bytes_per_token(), 1, kMaxBytesPerToken));
-  return Range("memory.group_bytes_per_token", memory.group_bytes_per_token(), 0, kMaxBytesPerToken);
+  HW_RETURN_IF_ERROR(
+      Range("memory.group_bytes_per_token", memory.group_bytes_per_token(), 0, kMaxBytesPerToken));
+  return Range("memory.group_bytes_per_prompt_token", memory.group_bytes_per_prompt_token(), 0,
+               kMaxBytesPerToken);
 }
 
 absl::Status CheckPolicyLimits(const v1::WorkerRegistration& registration) {

@@ -1,15 +1,28 @@
-// Collectives: what the ranks of a group say to each other. Implementations: in-process (threads), Gloo
-// (TCP); NCCL later.
+// Collectives: what the ranks of a group say to each other from host memory. Implementations: in-process
+// (threads), Gloo (TCP). GPUs have cuda/device_group.h beside it.
 #ifndef HW_WORKER_COLLECTIVES_H_
 #define HW_WORKER_COLLECTIVES_H_
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "absl/status/status.h"
+#include "absl/time/time.h"
 #include "absl/types/span.h"
 
 namespace headwater {
+
+// A group to be formed.
+struct GroupSpec {
+  std::string name;
+  int rank = 0;
+  int world_size = 1;
+  std::string rendezvous_address;
+  absl::Duration connect_timeout;  // of forming it
+  absl::Duration timeout;          // of each operation
+  absl::Duration device_timeout;   // of each one between GPUs, which no slow core delays
+};
 
 // One transfer under way; both buffers must stay until Wait() has returned.
 class PendingExchange {

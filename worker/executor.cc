@@ -205,9 +205,7 @@ v1::ConnectRequest PrefillExecutor::Run(const v1::PrefillAssignment& assignment,
   return Report(assignment, &*job, outcome, start);
 }
 
-absl::StatusOr<std::unique_ptr<Collectives>> PrefillExecutor::JoinGroup(
-    const v1::PrefillAssignment& assignment, const PrefillJob& job, JobControl* control) {
-  if (job.world_size() == 1) return std::unique_ptr<Collectives>();
+GroupSpec PrefillExecutor::SpecOf(const v1::PrefillAssignment& assignment, const PrefillJob& job) const {
   GroupSpec spec;
   spec.name = absl::StrCat(job.request_id, "/", job.epoch);
   spec.rank = job.rank;
@@ -215,6 +213,14 @@ absl::StatusOr<std::unique_ptr<Collectives>> PrefillExecutor::JoinGroup(
   spec.rendezvous_address = assignment.rendezvous_address();
   spec.connect_timeout = options_.collective_timeout;
   spec.timeout = options_.collective_timeout + SlowPeerAllowance(options_.backend->config(), job);
+  // A peer may wait for its decode node.
+  spec.device_timeout = options_.collective_timeout + options_.kv_stall_timeout;
+  return spec;
+}
+
+absl::StatusOr<std::unique_ptr<Collectives>> PrefillExecutor::JoinGroup(const GroupSpec& spec,
+                                                                        JobControl* control) {
+  if (spec.world_size == 1) return std::unique_ptr<Collectives>();
   const JobControl::Waiting waiting(control);
   const absl::Time start = Clock::Real()->Now();
   absl::StatusOr<std::unique_ptr<Collectives>> group = options_.join_group(spec, control);
@@ -229,9 +235,11 @@ absl::StatusOr<PrefillExecutor::Outcome> PrefillExecutor::RunChecked(
     const std::function<void(const v1::RankProgress&)>& progress) {
   HW_RETURN_IF_ERROR(options_.backend->Reserve(job));
   last_group_.reset();
-  HW_ASSIGN_OR_RETURN(std::unique_ptr<Collectives> collectives, JoinGroup(assignment, job, control));
+  const GroupSpec spec = SpecOf(assignment, job);
+  HW_ASSIGN_OR_RETURN(std::unique_ptr<Collectives> collectives, JoinGroup(spec, control));
   Outcome outcome;
-  const absl::Status status = RunWithSender(assignment, job, collectives.get(), control, progress, &outcome);
+  const absl::Status status =
+      RunWithSender(assignment, job, spec, collectives.get(), control, progress, &outcome);
   if (!status.ok()) {
     // Whatever broke on the way down, the cause is the cancellation.
     HW_RETURN_IF_ERROR(control->status());
@@ -242,7 +250,8 @@ absl::StatusOr<PrefillExecutor::Outcome> PrefillExecutor::RunChecked(
 }
 
 absl::Status PrefillExecutor::RunWithSender(const v1::PrefillAssignment& assignment, const PrefillJob& job,
-                                            Collectives* collectives, JobControl* control,
+                                            const GroupSpec& spec, Collectives* collectives,
+                                            JobControl* control,
                                             const std::function<void(const v1::RankProgress&)>& progress,
                                             Outcome* outcome) {
   std::unique_ptr<KvSender> sender = MakeSender(assignment, job, options_.kv_channels);
@@ -252,6 +261,7 @@ absl::Status PrefillExecutor::RunWithSender(const v1::PrefillAssignment& assignm
   }
   PrefillContext context = MakeContext(job, sender.get(), control, progress);
   context.collectives = collectives;
+  context.group = &spec;
   context.checkpoints = &checkpoints_;
   context.checkpoint_layers = options_.checkpoint_layers;
   absl::Status status;

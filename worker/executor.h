@@ -25,16 +25,6 @@
 
 namespace headwater {
 
-// A group to be formed.
-struct GroupSpec {
-  std::string name;
-  int rank = 0;
-  int world_size = 1;
-  std::string rendezvous_address;
-  absl::Duration connect_timeout;  // of forming it
-  absl::Duration timeout;          // of each operation
-};
-
 struct ExecutorOptions {
   PrefillBackend* backend = nullptr;
   std::string worker_id;
@@ -79,10 +69,10 @@ class PrefillExecutor final : public AssignmentRunner {
   absl::StatusOr<Outcome> RunChecked(const v1::PrefillAssignment& assignment, const PrefillJob& job,
                                      JobControl* control,
                                      const std::function<void(const v1::RankProgress&)>& progress);
-  absl::StatusOr<std::unique_ptr<Collectives>> JoinGroup(const v1::PrefillAssignment& assignment,
-                                                         const PrefillJob& job, JobControl* control);
+  GroupSpec SpecOf(const v1::PrefillAssignment& assignment, const PrefillJob& job) const;
+  absl::StatusOr<std::unique_ptr<Collectives>> JoinGroup(const GroupSpec& spec, JobControl* control);
   absl::Status RunWithSender(const v1::PrefillAssignment& assignment, const PrefillJob& job,
-                             Collectives* collectives, JobControl* control,
+                             const GroupSpec& spec, Collectives* collectives, JobControl* control,
                              const std::function<void(const v1::RankProgress&)>& progress, Outcome* outcome);
 
   std::unique_ptr<KvSender> MakeSender(const v1::PrefillAssignment& assignment, const PrefillJob& job,

@@ -68,6 +68,7 @@ struct PrefillProgress {
 struct PrefillContext {
   const Model* model = nullptr;
   Collectives* collectives = nullptr;  // null: world size 1
+  const GroupSpec* group = nullptr;    // of the collectives; may be null where the backend needs no other
   KvSender* sender = nullptr;
   JobControl* control = nullptr;
   CheckpointStore* checkpoints = nullptr;  // null: the job has no resume point, and none are taken

@@ -116,6 +116,18 @@ TEST(PlannerTest, GroupsAndCheckpointsTakeTheirBytesToo) {
       << large_group.status();
 }
 
+TEST(PlannerTest, WhatIsHeldOfOtherRanksTokensCountsInGroups) {
+  auto workers = Workers(2, 1024);
+  for (PlanWorker& worker : workers) worker.memory.set_group_bytes_per_prompt_token(300);
+  PlanSpec spec = Spec(1024);
+  spec.world_size = 1;
+  EXPECT_EQ(MakePlan(spec, workers)->bytes_per_rank(), 1'029'000u);
+  spec.world_size = 2;
+  EXPECT_EQ(MakePlan(spec, workers)->bytes_per_rank(), 5000 + 512 * 1000 + 512 * 300u);
+  for (PlanWorker& worker : workers) worker.memory.set_group_bytes_per_prompt_token(2001);
+  EXPECT_EQ(ReasonOf(MakePlan(spec, workers).status()), v1::ERROR_REASON_MEMORY_PLAN_TOO_LARGE);
+}
+
 TEST(PlannerTest, SpreadsAShortPromptThatFitsNoSingleWorker) {
   const auto plan = MakePlan(Spec(2000), Workers(4, 1100));
   ASSERT_TRUE(plan.ok()) << plan.status();

@@ -43,6 +43,8 @@ TEST(RegistrationTest, RefusesWorkersThatCannotBe) {
       {"no policy", [](auto* r) { r->clear_policies(); }},
       {"bad policy", [](auto* r) { r->add_policies("\x01"); }},
       {"another default policy", [](auto* r) { r->set_default_policy("magic"); }},
+      {"bytes of a prompt's token",
+       [](auto* r) { r->mutable_memory()->set_group_bytes_per_prompt_token((uint64_t{1} << 32) + 1); }},
       {"limits of another policy", [](auto* r) { r->add_policy_limits()->set_name("magic"); }},
       {"packs one prompt",
        [](auto* r) {
@@ -147,6 +149,19 @@ TEST(ClusterStateTest, WhatARequestGetsThatNamesNoPolicyIsWhatAllWorkersHave) {
   EXPECT_EQ(cluster.FindModel("tiny")->default_policy, "dense");
   EXPECT_EQ(cluster.FindModel("tiny")->dense_below.at("headwater"), 4096u) << "w2 does not have it";
   EXPECT_TRUE(cluster.FindModel("tiny")->serves_quality) << "two of three do";
+}
+
+TEST(ClusterStateTest, APolicyMayHaveSmallerGroups) {
+  ClusterState cluster;
+  auto worker = MakeWorker("w0");
+  worker.set_max_world_size(8);
+  worker.add_policies("headwater");
+  worker.add_policy_limits()->set_name("headwater");
+  worker.mutable_policy_limits(0)->set_max_world_size(1);
+  ASSERT_TRUE(cluster.AddWorker(WorkerOf(worker)).ok());
+  EXPECT_EQ(cluster.LivingWorkers({"tiny", "headwater"})[0].max_world_size, 1u);
+  EXPECT_EQ(cluster.LivingWorkers({"tiny", "headwater", false, false})[0].max_world_size, 1u);
+  EXPECT_EQ(cluster.LivingWorkers({"tiny", "dense"})[0].max_world_size, 8u);
 }
 
 TEST(ClusterStateTest, HandsOutWorkersThatHaveWhatIsNeeded) {

@@ -113,15 +113,18 @@ class Backend final : public PrefillBackend {
     model.set_weight_bytes(resident_bytes());
     model.set_bytes_per_token((many - one) / (kMany - 1) + 1);
     model.set_fixed_bytes(one + PlanCudaPattern(model_->config(), kMany).total_bytes() + 16 * 256);
+    const uint64_t others =
+        PlanCudaPrefill(model_->config(), model_->chunk_tokens(), 2 * kMany, 1, {}, kMany).total_bytes();
+    model.set_group_bytes_per_prompt_token((others - many) / kMany + 1);
     return model;
   }
 
   absl::StatusOr<MemoryPlan> Plan(const kernels::PatternPolicy& policy, kernels::DType /*wire*/,
                                   int64_t local_tokens, int64_t /*max_rank_tokens*/, int64_t num_tokens,
                                   int world_size, int64_t /*held_tokens*/) const override {
-    if (world_size != 1) return absl::UnimplementedError("context parallelism between GPUs");
+    if (world_size > 1) HW_RETURN_IF_ERROR(CheckSharedPolicy(policy, num_tokens, world_size));
     MemoryPlan plan;
-    HW_ASSIGN_OR_RETURN(plan.device, BytesOf(policy.parameters(), local_tokens));
+    HW_ASSIGN_OR_RETURN(plan.device, BytesOf(policy.parameters(), num_tokens, local_tokens));
     HW_RETURN_IF_ERROR(CheckMemoryPlan(plan, budget_bytes_, resident_bytes()));
     plan.tokens = static_cast<uint64_t>(num_tokens) * kBytesPerPromptToken;
     return plan;
@@ -203,7 +206,7 @@ class Backend final : public PrefillBackend {
       int64_t fits = 0, too_long = model_->config().max_position + 1;
       while (too_long - fits > 1) {
         const int64_t middle = fits + (too_long - fits) / 2;
-        const absl::StatusOr<uint64_t> bytes = BytesOf(parameters, middle);
+        const absl::StatusOr<uint64_t> bytes = BytesOf(parameters, middle, middle);
         (bytes.ok() && *bytes <= room ? fits : too_long) = middle;
       }
       v1::PolicyLimit& limit = limits.emplace_back();
@@ -219,11 +222,14 @@ class Backend final : public PrefillBackend {
   uint64_t DenseBytes(int64_t num_tokens) const {
     return PlanCudaPrefill(model_->config(), model_->chunk_tokens(), num_tokens).total_bytes();
   }
-  absl::StatusOr<uint64_t> BytesOf(const kernels::PolicyParameters& parameters, int64_t num_tokens) const {
+  // local_tokens: of the prompt's, those that are computed here.
+  absl::StatusOr<uint64_t> BytesOf(const kernels::PolicyParameters& parameters, int64_t num_tokens,
+                                   int64_t local_tokens) const {
     HW_ASSIGN_OR_RETURN(const auto policy, MakePolicyFor(model_->config(), parameters, num_tokens));
     CudaPolicyPlan plan;
     if (policy != nullptr) plan = PlanCudaPolicy(*policy, model_->config(), num_tokens);
-    return PlanCudaPrefill(model_->config(), model_->chunk_tokens(), num_tokens, 1, plan).total_bytes();
+    return PlanCudaPrefill(model_->config(), model_->chunk_tokens(), num_tokens, 1, plan, local_tokens)
+        .total_bytes();
   }
 
   const std::unique_ptr<CudaModel> model_;

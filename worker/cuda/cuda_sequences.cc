@@ -20,10 +20,7 @@ absl::Status CheckJob(const PrefillJob& job, int world_size) {
   }
   HW_RETURN_IF_ERROR(CudaEgress::CheckBlocks(job));
   if (world_size == 1) return absl::OkStatus();
-  if (!IsDense(job) && ProbeOf(job) == nullptr) {
-    return absl::UnimplementedError(
-        absl::StrCat("policy '", job.policy->name(), "' over ", world_size, " GPUs"));
-  }
+  HW_RETURN_IF_ERROR(CheckSharedPolicy(*job.policy, static_cast<int64_t>(job.tokens.size()), world_size));
   const uint32_t block_tokens = job.geometry->layout().block_tokens();
   if (block_tokens % kernels::kStatsBlockTokens == 0) return absl::OkStatus();
   return absl::UnimplementedError(absl::StrCat("KV blocks of ", block_tokens, " tokens over ", world_size,
@@ -32,6 +29,14 @@ absl::Status CheckJob(const PrefillJob& job, int world_size) {
 }
 
 }  // namespace
+
+absl::Status CheckSharedPolicy(const kernels::PatternPolicy& policy, int64_t num_tokens, int world_size) {
+  if (num_tokens < kernels::DenseBelowTokens(policy.parameters()) ||
+      std::holds_alternative<kernels::ProbeParameters>(policy.parameters())) {
+    return absl::OkStatus();
+  }
+  return absl::UnimplementedError(absl::StrCat("policy '", policy.name(), "' over ", world_size, " GPUs"));
+}
 
 bool IsDense(const PrefillJob& job) {
   return static_cast<int64_t>(job.tokens.size()) < kernels::DenseBelowTokens(job.policy->parameters());

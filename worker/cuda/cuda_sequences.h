@@ -35,6 +35,10 @@ const kernels::ProbeParameters* ProbeOf(const PrefillJob& job);
 absl::StatusOr<std::unique_ptr<kernels::CudaPolicy>> MakePolicyFor(
     const ModelConfig& config, const kernels::PolicyParameters& parameters, int64_t num_tokens);
 
+// UNIMPLEMENTED: GPUs do not share prompts of that length under the policy; they share those that are dense,
+// or probe's.
+absl::Status CheckSharedPolicy(const kernels::PatternPolicy& policy, int64_t num_tokens, int world_size);
+
 // What RunCudaPrefill() refuses before it looks at the device. world_size: of the group that the pass is in.
 absl::Status CheckPass(absl::Span<const CudaPrefillPrompt> prompts, int world_size);
 
