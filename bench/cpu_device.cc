@@ -42,11 +42,14 @@ class CpuDevice final : public PrefillDevice {
     return job->plan.total_bytes() + backend_->memory_model().weight_bytes();
   }
   absl::Status Reserve(const PrefillJob& job) override { return backend_->Reserve(job); }
-  absl::StatusOr<PrefillResult> Run(const PrefillJob& job, KvSender* sender, JobControl* control) override {
+  absl::StatusOr<std::vector<PrefillResult>> Run(const PrefillJob& job, absl::Span<KvSender* const> senders,
+                                                 JobControl* control) override {
     PrefillContext context;
-    context.sender = sender;
+    context.sender = senders[0];
     context.control = control;
-    return backend_->Run(job, context);
+    std::vector<PrefillResult> results(1);
+    HW_ASSIGN_OR_RETURN(results[0], backend_->Run(job, context));
+    return results;
   }
 
   absl::StatusOr<std::optional<LinearRate>> MeasureLinear() override { return std::optional<LinearRate>(); }

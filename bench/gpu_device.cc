@@ -1,4 +1,4 @@
-// One GPU with a checkpoint, or with a preset's shape and random weights.
+// GPUs with a checkpoint, or with a preset's shape and random weights.
 #include <algorithm>
 #include <random>
 #include <string>
@@ -14,6 +14,7 @@
 #include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 
+#include "base/rpc/server.h"
 #include "base/status_macros.h"
 #include "bench/prefill_device.h"
 #include "kernels/cuda/linear.h"
@@ -26,11 +27,16 @@
 #include "worker/cuda/cuda_egress.h"
 #include "worker/cuda/cuda_prefill.h"
 #include "worker/cuda/cuda_sequences.h"
+#include "worker/cuda/nccl_group.h"
+#include "worker/inprocess_collectives.h"
+#include "worker/rendezvous.h"
 
 namespace headwater {
 namespace {
 
 constexpr uint32_t kSeed = 20261122;
+// Of an operation: a rank may be a layer of a long prompt behind.
+constexpr absl::Duration kGroupTimeout = absl::Minutes(2);
 
 // Looks at the device's memory every kPeriod from a thread of its own.
 class MemoryWatch {
@@ -143,43 +149,69 @@ absl::StatusOr<double> TimeLinear(kernels::CudaLinear* linear, LinearType type, 
   return rounds[rounds.size() / 2];
 }
 
+// A GPU and what it computes with.
+struct Rank {
+  std::unique_ptr<CudaModel> model;
+  std::unique_ptr<CudaEgressMemory> egress;
+  std::unique_ptr<MemoryWatch> watch;
+  // Of several ranks.
+  std::unique_ptr<Collectives> collectives;
+  std::unique_ptr<DeviceGroup> devices;
+};
+
 class GpuDevice final : public PrefillDevice {
  public:
-  GpuDevice(std::unique_ptr<CudaModel> model, std::unique_ptr<CudaEgressMemory> egress, std::string name,
-            bool measure_recall)
-      : model_(std::move(model)),
-        egress_(std::move(egress)),
-        name_(std::move(name)),
-        measure_recall_(measure_recall),
-        watch_(model_->device()) {}
+  GpuDevice(std::vector<Rank> ranks, std::string name, bool measure_recall)
+      : ranks_(std::move(ranks)), name_(std::move(name)), measure_recall_(measure_recall) {}
 
-  const ModelConfig& config() const override { return model_->config(); }
+  const ModelConfig& config() const override { return model().config(); }
   std::string name() const override { return name_; }
-  std::string linear() const override { return NameOf(model_->linear()); }
+  std::string linear() const override { return NameOf(model().linear()); }
   v1::KvDtype kv_dtype() const override { return v1::KV_DTYPE_BF16; }
+  int num_ranks() const override { return static_cast<int>(ranks_.size()); }
 
   absl::StatusOr<uint64_t> Plan(PrefillJob* job) const override {
     const auto tokens = static_cast<int64_t>(job->tokens.size());
-    HW_ASSIGN_OR_RETURN(const auto policy,
-                        MakePolicyFor(model_->config(), job->policy->parameters(), tokens));
+    HW_ASSIGN_OR_RETURN(const auto policy, MakePolicyFor(config(), job->policy->parameters(), tokens));
     CudaPolicyPlan plan;
-    if (policy != nullptr) plan = PlanCudaPolicy(*policy, model_->config(), tokens);
-    return PlanCudaPrefill(model_->config(), model_->chunk_tokens(), tokens, 1, plan).total_bytes() +
-           model_->weight_bytes() + model_->scratch_bytes();
+    if (policy != nullptr) plan = PlanCudaPolicy(*policy, config(), tokens);
+    int64_t most = 0;
+    for (const RankTokens& rank : job->partition) most = std::max(most, NumTokens(rank));
+    return PlanCudaPrefill(config(), model().chunk_tokens(), tokens, 1, plan, most).total_bytes() +
+           model().weight_bytes() + model().scratch_bytes();
   }
   // The loop allocates what the plan says and gives it back at its end.
   absl::Status Reserve(const PrefillJob& /*job*/) override { return absl::OkStatus(); }
-  absl::StatusOr<PrefillResult> Run(const PrefillJob& job, KvSender* sender, JobControl* control) override {
-    const CudaPrefillPrompt prompt{&job, sender, control, {}};
-    return std::move(
-        RunCudaPrefill({&prompt, 1}, {model_.get(), egress_.get(), nullptr, measure_recall_, &speed_})[0]);
+
+  absl::StatusOr<std::vector<PrefillResult>> Run(const PrefillJob& job, absl::Span<KvSender* const> senders,
+                                                 JobControl* control) override {
+    std::vector<absl::StatusOr<PrefillResult>> ended(ranks_.size());
+    std::vector<std::thread> threads;
+    for (size_t rank = 1; rank < ranks_.size(); ++rank) {
+      threads.emplace_back([&, rank] { ended[rank] = RunRank(rank, job, senders[rank], control); });
+    }
+    ended[0] = RunRank(0, job, senders[0], control);
+    for (std::thread& thread : threads) thread.join();
+    std::vector<PrefillResult> results;
+    absl::Status lost;  // what a rank ends with that another one left
+    for (absl::StatusOr<PrefillResult>& result : ended) {
+      if (result.ok()) {
+        results.push_back(*std::move(result));
+      } else if (absl::IsUnavailable(result.status())) {
+        lost.Update(result.status());
+      } else {
+        return result.status();
+      }
+    }
+    if (!lost.ok()) return lost;
+    return results;
   }
 
   absl::StatusOr<std::optional<LinearRate>> MeasureLinear() override {
-    const ModelConfig& c = model_->config();
-    const int64_t hidden = c.hidden_size, inner = c.intermediate_size, rows = model_->chunk_tokens();
+    const ModelConfig& c = config();
+    const int64_t hidden = c.hidden_size, inner = c.intermediate_size, rows = model().chunk_tokens();
     const int64_t q = int64_t{c.num_q_heads} * c.head_dim, kv = int64_t{c.num_kv_heads} * c.head_dim;
-    const LinearType type = model_->linear();
+    const LinearType type = model().linear();
     std::unique_ptr<kernels::CudaLinear> linear;
     HW_RETURN_IF_ERROR(FromKernels(kernels::CudaLinear::Create({}, &linear), "cuBLASLt"));
     LinearRate rate;
@@ -197,16 +229,89 @@ class GpuDevice final : public PrefillDevice {
     return std::optional<LinearRate>(rate);
   }
 
-  absl::StatusOr<uint64_t> TakePeakBytes() override { return watch_.TakeMost(); }
+  absl::StatusOr<uint64_t> TakePeakBytes() override {
+    uint64_t most = 0;
+    for (const Rank& rank : ranks_) {
+      HW_ASSIGN_OR_RETURN(const uint64_t bytes, rank.watch->TakeMost());
+      most = std::max(most, bytes);
+    }
+    return most;
+  }
 
  private:
-  const std::unique_ptr<CudaModel> model_;
-  const std::unique_ptr<CudaEgressMemory> egress_;
+  const CudaModel& model() const { return *ranks_[0].model; }
+
+  absl::StatusOr<PrefillResult> RunRank(size_t number, const PrefillJob& job, KvSender* sender,
+                                        JobControl* control) {
+    Rank& rank = ranks_[number];
+    PrefillJob own = job;
+    own.rank = static_cast<int>(number);
+    const CudaPrefillPrompt prompt{&own, sender, control, {}};
+    CudaPrefillContext context{rank.model.get(), rank.egress.get(), nullptr, measure_recall_, nullptr};
+    context.collectives = rank.collectives.get();
+    context.devices = rank.devices.get();
+    if (ranks_.size() == 1) context.speed = &speed_;
+    return std::move(RunCudaPrefill({&prompt, 1}, context)[0]);
+  }
+
+  std::vector<Rank> ranks_;
   const std::string name_;
   const bool measure_recall_;
   ComputeSpeed speed_;  // of the runs so far, as a worker keeps it
-  MemoryWatch watch_;
 };
+
+absl::StatusOr<Rank> OpenRank(const PrefillBenchOptions& options, int device) {
+  HW_RETURN_IF_ERROR(FromCuda(cudaSetDevice(device), absl::StrCat("cuda:", device)));
+  CudaModelOptions model_options;
+  model_options.directory = options.model;
+  model_options.device = device;
+  model_options.chunk_tokens = options.chunk_tokens;
+  model_options.linear = options.linear == "fp8" ? LinearType::kFP8 : LinearType::kBF16;
+  Rank rank;
+  if (options.model.empty()) {
+    HW_ASSIGN_OR_RETURN(const ModelConfig config, PresetConfig(options.preset, options.longest()));
+    HW_ASSIGN_OR_RETURN(rank.model, CudaModel::Random(config, model_options, kSeed));
+  } else {
+    absl::StatusOr<std::unique_ptr<CudaModel>> loaded = CudaModel::Load(model_options);
+    if (!loaded.ok()) return FlagError("model", options.model, loaded.status());
+    rank.model = *std::move(loaded);
+  }
+  HW_ASSIGN_OR_RETURN(rank.egress, CudaEgressMemory::Allocate());
+  rank.watch = std::make_unique<MemoryWatch>(device);
+  return rank;
+}
+
+// Ranks of one process: their host side goes through memory.
+absl::Status FormGroup(int first_device, std::vector<Rank>* ranks) {
+  const int world = static_cast<int>(ranks->size());
+  const auto service = MakeRendezvousService({});
+  HW_ASSIGN_OR_RETURN(const RunningServer server, StartServer("127.0.0.1:0", {service.get()}));
+  std::vector<std::unique_ptr<Collectives>> collectives = MakeInProcessGroup(world, kGroupTimeout);
+  std::vector<absl::Status> statuses(ranks->size());
+  std::vector<std::thread> threads;
+  for (int number = 0; number < world; ++number) {
+    threads.emplace_back([&, number] {
+      Rank& rank = (*ranks)[static_cast<size_t>(number)];
+      rank.collectives = std::move(collectives[static_cast<size_t>(number)]);
+      NcclOptions options;
+      options.rank = number;
+      options.world_size = world;
+      options.device = first_device + number;
+      options.group_name = "bench";
+      options.timeout = kGroupTimeout;
+      absl::StatusOr<std::unique_ptr<NcclGroup>> group = NcclGroup::Create(options);
+      absl::Status& status = statuses[static_cast<size_t>(number)];
+      status = group.status();
+      if (!status.ok()) return;
+      const auto rendezvous = RendezvousClient::Dial(server.address);
+      status = (*group)->Connect(rendezvous.get());
+      rank.devices = *std::move(group);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const absl::Status& status : statuses) HW_RETURN_IF_ERROR(status);
+  return absl::OkStatus();
+}
 
 }  // namespace
 
@@ -214,29 +319,20 @@ absl::StatusOr<std::unique_ptr<PrefillDevice>> OpenGpu(const PrefillBenchOptions
   const std::string flag = absl::StrCat("--device=", options.device);
   int count = 0;
   HW_RETURN_IF_ERROR(FromCuda(cudaGetDeviceCount(&count), flag));
-  if (options.gpu >= count) {
-    return absl::InvalidArgumentError(absl::StrCat(flag, ": this machine has ", count, " GPUs"));
+  if (options.gpu + options.gpus > count) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(flag, options.gpus > 1 ? absl::StrCat(" --gpus=", options.gpus) : "",
+                     ": this machine has ", count, " GPUs"));
   }
-  HW_RETURN_IF_ERROR(FromCuda(cudaSetDevice(options.gpu), flag));
   cudaDeviceProp properties{};
   HW_RETURN_IF_ERROR(FromCuda(cudaGetDeviceProperties(&properties, options.gpu), flag));
-  CudaModelOptions model_options;
-  model_options.directory = options.model;
-  model_options.device = options.gpu;
-  model_options.chunk_tokens = options.chunk_tokens;
-  model_options.linear = options.linear == "fp8" ? LinearType::kFP8 : LinearType::kBF16;
-  std::unique_ptr<CudaModel> model;
-  if (options.model.empty()) {
-    HW_ASSIGN_OR_RETURN(const ModelConfig config, PresetConfig(options.preset, options.longest()));
-    HW_ASSIGN_OR_RETURN(model, CudaModel::Random(config, model_options, kSeed));
-  } else {
-    absl::StatusOr<std::unique_ptr<CudaModel>> loaded = CudaModel::Load(model_options);
-    if (!loaded.ok()) return FlagError("model", options.model, loaded.status());
-    model = *std::move(loaded);
+  std::vector<Rank> ranks(static_cast<size_t>(options.gpus));
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    HW_ASSIGN_OR_RETURN(ranks[i], OpenRank(options, options.gpu + static_cast<int>(i)));
   }
-  HW_ASSIGN_OR_RETURN(std::unique_ptr<CudaEgressMemory> egress, CudaEgressMemory::Allocate());
-  return std::make_unique<GpuDevice>(std::move(model), std::move(egress), properties.name,
-                                     options.measure_recall);
+  if (ranks.size() > 1) HW_RETURN_IF_ERROR(FormGroup(options.gpu, &ranks));
+  HW_RETURN_IF_ERROR(FromCuda(cudaSetDevice(options.gpu), flag));
+  return std::make_unique<GpuDevice>(std::move(ranks), properties.name, options.measure_recall);
 }
 
 }  // namespace headwater

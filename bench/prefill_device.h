@@ -1,4 +1,5 @@
-// PrefillDevice: what a prefill benchmark times, the CPU or one GPU, with its model.
+// PrefillDevice: what a prefill benchmark times, the CPU, one GPU or several that share prompts, with its
+// model.
 #ifndef HW_BENCH_PREFILL_DEVICE_H_
 #define HW_BENCH_PREFILL_DEVICE_H_
 
@@ -6,9 +7,11 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 
 #include "bench/prefill_options.h"
 #include "bench/prefill_report.h"
@@ -26,12 +29,17 @@ class PrefillDevice {
   virtual std::string name() const = 0;    // of the hardware
   virtual std::string linear() const = 0;  // type of linear layers
   virtual v1::KvDtype kv_dtype() const = 0;
+  // That share a job: its partition must be of so many.
+  virtual int num_ranks() const { return 1; }
 
-  // Bytes that the job takes, those of the model included; sets the job's plan.
+  // Bytes that the job takes on the rank that takes most, those of the model included; sets the job's plan.
   virtual absl::StatusOr<uint64_t> Plan(PrefillJob* job) const = 0;
   // Makes room for the job; RunPrefill() and RunCudaPrefill() have the errors of Run().
   virtual absl::Status Reserve(const PrefillJob& job) = 0;
-  virtual absl::StatusOr<PrefillResult> Run(const PrefillJob& job, KvSender* sender, JobControl* control) = 0;
+  // One sender and one result a rank; the error is of the rank that failed first.
+  virtual absl::StatusOr<std::vector<PrefillResult>> Run(const PrefillJob& job,
+                                                         absl::Span<KvSender* const> senders,
+                                                         JobControl* control) = 0;
 
   // nullopt: this device has no floor.
   virtual absl::StatusOr<std::optional<LinearRate>> MeasureLinear() = 0;

@@ -1,5 +1,5 @@
-// headwater-bench-prefill, which `headwater bench prefill` runs: what one device makes of prompts of given
-// lengths.
+// headwater-bench-prefill, which `headwater bench prefill` runs: what one device, or several GPUs together,
+// make of prompts of given lengths.
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
@@ -51,15 +51,19 @@ absl::StatusOr<std::unique_ptr<Receiver>> StartReceiver() {
   return receiver;
 }
 
-absl::StatusOr<std::unique_ptr<KvSender>> ConnectTo(Receiver* receiver, const KvGeometry& geometry,
-                                                    int64_t channels) {
+absl::Status OpenSession(Receiver* receiver, const KvGeometry& geometry) {
   v1::OpenSessionRequest open;
   open.set_session_id(kName);
   open.set_session_token(kName);
   open.set_epoch(1);
   *open.mutable_layout() = geometry.layout();
-  HW_RETURN_IF_ERROR(receiver->store->OpenSession(open).status());
+  return receiver->store->OpenSession(open).status();
+}
+
+absl::StatusOr<std::unique_ptr<KvSender>> ConnectTo(Receiver* receiver, const KvGeometry& geometry,
+                                                    int64_t channels, size_t rank) {
   KvSenderOptions options;
+  options.rank = static_cast<uint32_t>(rank);
   options.address = receiver->server.address;
   options.session_id = options.session_token = kName;
   options.epoch = 1;
@@ -70,9 +74,11 @@ absl::StatusOr<std::unique_ptr<KvSender>> ConnectTo(Receiver* receiver, const Kv
 struct Sample {
   double ttft_s = 0;
   double kv_acked_s = 0;
-  double acked_share = 0;  // of the bytes, when the first token was known
-  PrefillResult result;
+  double acked_share = 0;              // of the bytes, when the first token was known
+  std::vector<PrefillResult> results;  // of the ranks
 };
+
+using Senders = std::vector<std::unique_ptr<KvSender>>;
 
 class Bench {
  public:
@@ -150,29 +156,38 @@ class Bench {
 
   absl::StatusOr<Sample> RunOnce(const PrefillJob& job) {
     HW_RETURN_IF_ERROR(device_->Reserve(job));
-    std::unique_ptr<KvSender> sender = std::make_unique<DiscardingSender>();
-    if (receiver_ != nullptr) {
-      HW_ASSIGN_OR_RETURN(sender, ConnectTo(receiver_.get(), *job.geometry, options_.kv_channels));
+    if (receiver_ != nullptr) HW_RETURN_IF_ERROR(OpenSession(receiver_.get(), *job.geometry));
+    Senders senders(job.partition.size());
+    for (size_t rank = 0; rank < senders.size(); ++rank) {
+      if (receiver_ == nullptr) {
+        senders[rank] = std::make_unique<DiscardingSender>();
+      } else {
+        HW_ASSIGN_OR_RETURN(senders[rank],
+                            ConnectTo(receiver_.get(), *job.geometry, options_.kv_channels, rank));
+      }
     }
-    HW_ASSIGN_OR_RETURN(Sample sample, Time(job, sender.get()));
-    sender.reset();  // closes its streams before the session goes
+    HW_ASSIGN_OR_RETURN(Sample sample, Time(job, senders));
+    senders.clear();  // closes their streams before the session goes
     if (receiver_ != nullptr) receiver_->store->Release(kName);
     return sample;
   }
 
-  absl::StatusOr<Sample> Time(const PrefillJob& job, KvSender* sender) {
+  absl::StatusOr<Sample> Time(const PrefillJob& job, const Senders& senders) {
     JobControl control;
     const Interrupt::Scope scope(interrupt_, [&](int) {
       control.Cancel(absl::CancelledError("interrupted"));
-      sender->Cancel();
+      for (const auto& sender : senders) sender->Cancel();
     });
+    std::vector<KvSender*> given;
+    for (const auto& sender : senders) given.push_back(sender.get());
     Sample sample;
     const absl::Time start = absl::Now();
-    HW_ASSIGN_OR_RETURN(sample.result, device_->Run(job, sender, &control));
+    HW_ASSIGN_OR_RETURN(sample.results, device_->Run(job, given, &control));
     sample.ttft_s = absl::ToDoubleSeconds(absl::Now() - start);
-    sample.acked_share =
-        static_cast<double>(sender->Stats().bytes_acked) / static_cast<double>(job.geometry->total_bytes());
-    HW_RETURN_IF_ERROR(sender->Finish());
+    uint64_t acked = 0;
+    for (const auto& sender : senders) acked += sender->Stats().bytes_acked;
+    sample.acked_share = static_cast<double>(acked) / static_cast<double>(job.geometry->total_bytes());
+    for (const auto& sender : senders) HW_RETURN_IF_ERROR(sender->Finish());
     sample.kv_acked_s = absl::ToDoubleSeconds(absl::Now() - start);
     return sample;
   }
@@ -181,6 +196,13 @@ class Bench {
     HW_ASSIGN_OR_RETURN(PrefillJob job, MakeBenchJob(device_->config(), prompt.tokens, device_->kv_dtype(),
                                                      options_.policy, tables_, options_.quality));
     if (!prompt.name.empty()) job.request_id = prompt.name;  // by which queries are sampled
+    if (device_->num_ranks() > 1) {
+      HW_ASSIGN_OR_RETURN(
+          job.partition,
+          PartitionTokens(static_cast<int64_t>(job.tokens.size()), device_->num_ranks(),
+                          options_.partition == "zigzag" ? v1::PARTITION_ZIGZAG : v1::PARTITION_CONTIGUOUS,
+                          job.geometry->layout().block_tokens()));
+    }
     PrefillReport report;
     HW_ASSIGN_OR_RETURN(report.planned_bytes, device_->Plan(&job));
     HW_RETURN_IF_ERROR(device_->TakePeakBytes().status());
@@ -209,20 +231,44 @@ class Bench {
       report->kv_acked_s = sample.kv_acked_s;
       report->kv_acked_share = sample.acked_share;
     }
-    report->stages = {{"linear", absl::ToDoubleSeconds(sample.result.linear)},
-                      {"attention", absl::ToDoubleSeconds(sample.result.attention)},
-                      {"egress_stall", absl::ToDoubleSeconds(sample.result.egress_stall)}};
-    const PrefillProgress& done = sample.result.progress;
-    report->density = static_cast<double>(done.pairs_computed) / static_cast<double>(done.pairs_possible);
-    report->attention = sample.result.attention_report;
+    report->gpus = options_.gpu == PrefillBenchOptions::kCpu ? 0 : device_->num_ranks();
+    FillStages(sample, report);
+    double computed = 0, possible = 0;
+    for (const PrefillResult& result : sample.results) {
+      computed += static_cast<double>(result.progress.pairs_computed);
+      possible += static_cast<double>(result.progress.pairs_possible);
+    }
+    report->density = computed / possible;
+    if (sample.results.size() == 1) report->attention = sample.results[0].attention_report;
     report->linear_flop = LinearFlop(config, report->tokens);
     report->attention_flop = report->density * DenseAttentionFlop(config, report->tokens);
     if (linear_rate_.has_value()) {
-      report->linear_floor_s = LinearSeconds(*linear_rate_, config, report->tokens);
+      report->linear_floor_s = LinearSeconds(*linear_rate_, config, report->tokens) / device_->num_ranks();
     }
     if (options_.attention_tflops > 0) {
-      report->attention_floor_s = report->attention_flop / (options_.attention_tflops * 1e12);
+      report->attention_floor_s =
+          report->attention_flop / (options_.attention_tflops * 1e12) / device_->num_ranks();
     }
+  }
+
+  // Of the rank that took longest in each.
+  void FillStages(const Sample& sample, PrefillReport* report) const {
+    double linear = 0, attention = 0, exchange = 0, stall = 0, computed = 0, most = 0;
+    for (const PrefillResult& result : sample.results) {
+      const double of_linear = absl::ToDoubleSeconds(result.linear),
+                   of_attention = absl::ToDoubleSeconds(result.attention);
+      linear = std::max(linear, of_linear);
+      attention = std::max(attention, of_attention);
+      exchange = std::max(exchange, absl::ToDoubleSeconds(result.exchange));
+      stall = std::max(stall, absl::ToDoubleSeconds(result.egress_stall));
+      computed += of_linear + of_attention;
+      most = std::max(most, of_linear + of_attention);
+    }
+    report->stages = {{"linear", linear}, {"attention", attention}, {"egress_stall", stall}};
+    if (sample.results.size() == 1) return;
+    report->stages.emplace_back("exchange", exchange);
+    const double mean = computed / static_cast<double>(sample.results.size());
+    report->group = {options_.partition, exchange / sample.ttft_s, most / mean};
   }
 
   void Show(const PrefillReport& report) {

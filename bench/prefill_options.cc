@@ -19,9 +19,10 @@ namespace {
 
 constexpr char kUsage[] =
     "headwater bench prefill [flags]\n\n"
-    "Times whole prefills on one device, a shape with random weights or a checkpoint, and shows each prompt\n"
-    "length beside its floor: the matrix products of its linear layers alone on this device, in this\n"
-    "process, and attention's FLOP at --attention_tflops.";
+    "Times whole prefills on one device, or on several GPUs that share each prompt, a shape with random\n"
+    "weights or a checkpoint, and shows each prompt length beside its floor: the matrix products of its\n"
+    "linear layers alone on one device, in this process, and attention's FLOP at --attention_tflops, dealt\n"
+    "evenly.";
 constexpr int64_t kMostTokens = int64_t{1} << 24;
 
 absl::Status Bad(absl::string_view flag, absl::string_view value, absl::string_view wanted) {
@@ -96,6 +97,9 @@ FlagSet Declare(PrefillBenchOptions* o) {
       "file of prompts, a JSON object a line: {\"name\", \"tokens\": [ids]}, or \"tokens_u16_b64\", base64 "
       "of little-endian uint16; in place of --tokens, with --model");
   flags.String("device", &o->device, "what computes: cuda:N for GPU N, or cpu (with --model)");
+  flags.Int("gpus", &o->gpus, 1, 64, "GPUs from --device on that share each prompt");
+  flags.Choice("partition", &o->partition, {"contiguous", "zigzag"},
+               "which tokens each of several GPUs computes");
   flags.Choice("linear", &o->linear, {"auto", "bf16", "fp8", "f32"},
                "type of linear layers; auto: bf16, or f32 on a CPU without bf16");
   flags.String("policy", &o->policy.name, "which key blocks attention takes");
@@ -189,6 +193,13 @@ absl::Status Check(const FlagSet& flags, PrefillBenchOptions* o) {
   if (!on_gpu && o->model.empty()) {
     return absl::InvalidArgumentError(
         "--device=cpu: random weights are made on a GPU; a CPU needs --model=DIR");
+  }
+  if (!on_gpu && o->gpus > 1) {
+    return absl::InvalidArgumentError(absl::StrCat("--gpus=", o->gpus, " with --device=cpu"));
+  }
+  if (flags.IsSet("partition") && o->gpus == 1) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--partition=", o->partition, ": one device has all tokens; --gpus=2 or more is wanted"));
   }
   if (!on_gpu && o->linear == "fp8") {
     return absl::InvalidArgumentError("--linear=fp8: a CPU computes in bf16 or f32");

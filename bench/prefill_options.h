@@ -26,7 +26,9 @@ struct PrefillBenchOptions {
   std::vector<int64_t> tokens = {8192};
   std::string prompts;  // file (bench/prefill_prompts.h), in place of random tokens; empty: none
   std::string device = "cuda:0";
-  int gpu = 0;  // --device's number, or kCpu
+  int gpu = 0;                       // --device's number, or kCpu
+  int64_t gpus = 1;                  // from there on
+  std::string partition = "zigzag";  // of a prompt over several
   std::string linear = "auto";
   BenchPolicy policy;
   QualityBound quality;  // no bound: none

@@ -97,7 +97,9 @@ absl::StatusOr<Outcome> Compute(PrefillDevice* device, const std::vector<uint32_
   outcome.kv = std::make_unique<KeepingSender>(*job.geometry);
   outcome.num_layers = config.num_layers;
   JobControl control;
-  HW_ASSIGN_OR_RETURN(const PrefillResult result, device->Run(job, outcome.kv.get(), &control));
+  KvSender* const sender = outcome.kv.get();
+  HW_ASSIGN_OR_RETURN(const std::vector<PrefillResult> results, device->Run(job, {&sender, 1}, &control));
+  const PrefillResult& result = results[0];
   outcome.logits.resize(static_cast<size_t>(config.vocab_size));
   for (const TokenScore& score : result.top) outcome.logits[static_cast<size_t>(score.token)] = score.logit;
   outcome.top = result.top.front().token;

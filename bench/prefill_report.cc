@@ -64,6 +64,10 @@ std::vector<Cell> Cells(const PrefillReport& r) {
       {"peak GiB", absl::StrFormat("%.2f", static_cast<double>(r.peak_bytes) / kGiB)},
       {"planned GiB", absl::StrFormat("%.2f", static_cast<double>(r.planned_bytes) / kGiB)}};
   cells.insert(cells.end(), rest.begin(), rest.end());
+  if (r.group.has_value()) {
+    cells.push_back({"exposed", Percent(r.group->exposed_comm_ratio)});
+    cells.push_back({"imbalance", absl::StrFormat("%.3f", r.group->imbalance)});
+  }
   if (r.attention.has_value() && r.attention->has_recall_mean()) {
     cells.push_back({"recall", absl::StrFormat("%.4f", r.attention->recall_mean())});
   }
@@ -141,13 +145,17 @@ Json ToJson(const PrefillReport& r, const PrefillBenchOptions& options) {
   Json params = {{"model", options.model_name()},
                  {"weights", options.model.empty() ? "random" : "checkpoint"},
                  {"tokens", r.tokens},
-                 {"gpus", options.gpu == PrefillBenchOptions::kCpu ? 0 : 1},
+                 {"gpus", r.gpus},
                  {"policy", options.policy.name},
                  {"density_mode", options.policy.density > 0 ? "forced" : "natural"},
                  {"linear", r.linear},
                  {"sink", options.sink},
                  {"repeat", options.repeat}};
   if (!r.prompt.empty()) params["prompt"] = r.prompt;
+  if (r.group.has_value()) {
+    params["partition"] = r.group->partition;
+    params["strategy"] = "allgather";
+  }
   if (!options.policy.parameters.empty()) params["policy_parameters"] = options.policy.parameters;
   if (options.measure_recall) params["measure_recall"] = true;
   const QualityBound& quality = options.quality;
@@ -169,6 +177,10 @@ Json ToJson(const PrefillReport& r, const PrefillBenchOptions& options) {
   add("linear_floor_s", r.linear_floor_s);
   add("attention_floor_s", r.attention_floor_s);
   add("floor_s", r.floor_s());
+  if (r.group.has_value()) {
+    metrics["exposed_comm_ratio"] = Rounded(r.group->exposed_comm_ratio);
+    metrics["imbalance"] = Rounded(r.group->imbalance);
+  }
   metrics["attention_flop"] = Rounded(r.attention_flop);
   metrics["planned_device_bytes"] = r.planned_bytes;
   metrics["peak_device_bytes"] = r.peak_bytes;
@@ -188,6 +200,7 @@ std::string TableTitle(const PrefillReport& r, const PrefillBenchOptions& o) {
   std::string text = absl::StrCat(r.device, ": ", o.model_name(), o.model.empty() ? " (random weights)" : "",
                                   ", linear ", r.linear, ", policy ", o.policy.name);
   if (o.policy.density > 0) absl::StrAppend(&text, " forced to ", o.policy.density);
+  if (r.group.has_value()) absl::StrAppend(&text, ", ", r.gpus, " GPUs, ", r.group->partition);
   absl::StrAppend(&text, ", sink ", o.sink, ", median of ", o.repeat, "\n");
   if (r.linear_floor_s.has_value()) {
     absl::StrAppend(&text, "floor: linear layers' products alone in this process");

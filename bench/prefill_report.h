@@ -3,6 +3,7 @@
 #ifndef HW_BENCH_PREFILL_REPORT_H_
 #define HW_BENCH_PREFILL_REPORT_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -43,10 +44,20 @@ struct PrefillReport {
   uint64_t planned_bytes = 0;  // weights, scratch and the prompt
   uint64_t peak_bytes = 0;     // measured
   std::optional<v1::AttentionReport> attention;
+  // Of several GPUs that share prompts:
+  struct Group {
+    std::string partition;
+    double exposed_comm_ratio =
+        0;                 // of the first token's time, what the rank waited for others that waited most
+    double imbalance = 0;  // compute of the rank that computed most over the mean
+  };
+  int gpus = 0;  // 0: a CPU
+  std::optional<Group> group;
 
   // Sums of the parts that are known; none without linear_floor_s.
   std::optional<double> floor_s() const;
-  double tflops() const { return (linear_flop + attention_flop) / ttft_s * 1e-12; }
+  // Of one device.
+  double tflops() const { return (linear_flop + attention_flop) / ttft_s * 1e-12 / std::max(1, gpus); }
 };
 
 // FLOP, and seconds at that rate, of a prompt's linear layers, and FLOP of its attention over all pairs. In

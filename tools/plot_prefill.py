@@ -3,7 +3,7 @@
 
     plot_prefill.py [ROWS.jsonl ...] --output prefill.png
 
-One line a series (device, model, policy, linear layers, sink), dashed its floor, points its peers. Of rows with equal
+One line a series (device, model, GPUs, policy, linear layers, sink), dashed its floor, points its peers. Of rows with equal
 parameters the last one counts; rows of packed prompts (bench/packed_bench.py) are left out. Needs matplotlib (pip install
 matplotlib); exit status 2 where it is missing.
 """
@@ -20,6 +20,8 @@ GIB = 2**30
 def series_name(row: dict, show_device: bool) -> str:
     params = row["params"]
     name = f"{params['model']}, {params['policy']}"
+    if params.get("gpus", 0) > 1:
+        name += f", {params['gpus']} GPUs ({params['partition']})"
     if params.get("density_mode") == "forced":
         name += f" at {row['metrics']['density']:.2g}"
     name += f", {params['linear']}" + (", KV verified" if params.get("sink") == "verify" else "")

@@ -110,6 +110,9 @@ void Declare(WorkerOptions* o, FlagSet* flags) {
              "a group keeps what goes into every so many layers, on two ranks each, so that a prompt goes on "
              "there when one is lost; fewer than egress_buffers: a slow decode node may leave the ranks "
              "without a common one; 0: never, it starts anew");
+  flags->Int("max_gpus", &o->max_gpus, 1, 64,
+             "most GPUs, this one among them, that may share a prompt; only prompts under the policies dense "
+             "and probe are shared");
   flags->Duration("collective_timeout", &o->collective_timeout, absl::Milliseconds(100), most,
                   "how long a peer may stay away, besides the time that a slow machine needs");
   flags->Duration("kv_stall_timeout", &o->kv_stall_timeout, absl::Milliseconds(100), most,

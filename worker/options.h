@@ -36,6 +36,7 @@ struct WorkerOptions {
   std::string share_clusters;  // files; empty: none
   std::string headwater_calibration;
   bool measure_recall = true;
+  int64_t max_gpus = 1;
   std::string log_format = "text";
 };
 

@@ -155,6 +155,10 @@ TEST(PrefillBenchOptionsTest, WrongFlagsAreNamed) {
   EXPECT_THAT(ErrorOf({"--density=nan"}), HasSubstr("'nan'"));
   EXPECT_THAT(ErrorOf({"--linear=f32"}), HasSubstr("--linear=f32"));
   EXPECT_THAT(ErrorOf({"--linear=fp8", "--device=cpu", "--model=x"}), HasSubstr("--linear=fp8"));
+  EXPECT_THAT(ErrorOf({"--gpus=2", "--device=cpu", "--model=x"}), HasSubstr("--gpus=2 with --device=cpu"));
+  EXPECT_THAT(ErrorOf({"--gpus=0"}), HasSubstr("--gpus"));
+  EXPECT_THAT(ErrorOf({"--partition=zigzag"}), AllOf(HasSubstr("--partition=zigzag"), HasSubstr("--gpus")));
+  EXPECT_THAT(ErrorOf({"--partition=odd", "--gpus=2"}), HasSubstr("--partition"));
   EXPECT_THAT(ErrorOf({"--linear=int4"}), HasSubstr("'int4'"));
   EXPECT_THAT(ErrorOf({"--sink=disk"}), AllOf(HasSubstr("--sink"), HasSubstr("none, verify")));
   EXPECT_THAT(ErrorOf({"--chunk_tokens=1000"}), AllOf(HasSubstr("1000"), HasSubstr("multiple of 128")));

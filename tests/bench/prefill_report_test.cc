@@ -23,6 +23,7 @@ PrefillReport Report() {
   report.linear = "bf16";
   report.date = absl::FromUnixSeconds(1'700'000'000);
   report.tokens = 1000;
+  report.gpus = 1;
   report.ttft_s = 4;
   report.stages = {{"linear", 2.5}, {"egress_stall", 0.125}};
   report.density = 0.25;
@@ -50,6 +51,24 @@ std::map<std::string, std::string> Columns(const PrefillReport& report) {
     begin = end;
   }
   return columns;
+}
+
+TEST(PrefillReportTest, SeveralGpusAreToldOf) {
+  PrefillReport report = Report();
+  report.gpus = 2;
+  report.group = {"zigzag", 0.0125, 1.03};
+  PrefillBenchOptions options;
+  const nlohmann::ordered_json row = ToJson(report, options);
+  EXPECT_EQ(row["params"]["gpus"], 2);
+  EXPECT_EQ(row["params"]["partition"], "zigzag");
+  EXPECT_EQ(row["params"]["strategy"], "allgather");
+  EXPECT_EQ(row["metrics"]["exposed_comm_ratio"], 0.0125);
+  EXPECT_EQ(row["metrics"]["imbalance"], 1.03);
+  EXPECT_EQ(row["metrics"]["tflops_per_gpu"], 1.0);  // 8 TFLOP in 4 s on two
+  const auto columns = Columns(report);
+  EXPECT_EQ(columns.at("exposed"), "1.2 %");
+  EXPECT_EQ(columns.at("imbalance"), "1.030");
+  EXPECT_NE(TableTitle(report, options).find("2 GPUs, zigzag"), std::string::npos);
 }
 
 TEST(PrefillReportTest, FlopOfAShapeCountedByHand) {

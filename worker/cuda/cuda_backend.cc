@@ -16,7 +16,9 @@
 #include "worker/cuda/cuda_egress.h"
 #include "worker/cuda/cuda_prefill.h"
 #include "worker/cuda/cuda_sequences.h"
+#include "worker/cuda/nccl_group.h"
 #include "worker/policy_tables.h"
+#include "worker/ring_attention.h"
 
 namespace headwater {
 namespace {
@@ -72,10 +74,11 @@ std::vector<std::string> ServedPolicies(const ModelConfig& config, const PolicyT
 class Backend final : public PrefillBackend {
  public:
   Backend(std::unique_ptr<CudaModel> model, std::unique_ptr<CudaEgressMemory> egress, uint64_t budget_bytes,
-          PolicyOptions policies)
+          PolicyOptions policies, uint32_t max_gpus)
       : model_(std::move(model)),
         egress_(std::move(egress)),
         budget_bytes_(budget_bytes),
+        max_gpus_(max_gpus),
         options_(std::move(policies)),
         policy_limits_(LimitsOfPolicies()),
         limits_(LimitsFor(*model_, budget_bytes, policy_limits_, options_.default_policy)) {}
@@ -91,7 +94,7 @@ class Backend final : public PrefillBackend {
     AddPolicyTables(options_.tables, given, parameters);
   }
 
-  uint32_t max_world_size() const override { return 1; }
+  uint32_t max_world_size() const override { return max_gpus_; }
 
   std::string Describe() const override {
     const v1::MemoryModel memory = memory_model();
@@ -144,27 +147,59 @@ class Backend final : public PrefillBackend {
       prompts.push_back(
           {jobs[i], contexts[i].sender, contexts[i].control, contexts[i].progress, contexts[i].ended});
     }
-    return RunPass(prompts, contexts.empty() ? nullptr : contexts[0].metrics);
+    return RunPass(prompts, PassContext(contexts.empty() ? nullptr : contexts[0].metrics));
   }
 
   // The loop allocates what the plan says and gives it back at its end.
   absl::Status Reserve(const PrefillJob& /*job*/) override { return absl::OkStatus(); }
 
   absl::StatusOr<PrefillResult> Run(const PrefillJob& job, const PrefillContext& context) override {
-    CudaPrefillPrompt prompt{&job, context.sender, context.control, context.progress, {}};
-    return std::move(RunPass({&prompt, 1}, context.metrics)[0]);
+    const CudaPrefillPrompt prompt{&job, context.sender, context.control, context.progress, {}};
+    CudaPrefillContext pass = PassContext(context.metrics);
+    if (job.world_size() == 1) return std::move(RunPass({&prompt, 1}, pass)[0]);
+    absl::StatusOr<std::unique_ptr<DeviceGroup>> devices = Join(*context.group, context.control);
+    if (!devices.ok()) {
+      context.collectives->Abort();
+      return CollectiveError(devices.status(), *context.control);
+    }
+    const JobControl::CancelHook hook(context.control, [&] { (*devices)->Abort(); });
+    pass.collectives = context.collectives;
+    pass.devices = devices->get();
+    return std::move(RunPass({&prompt, 1}, pass)[0]);
   }
 
  private:
+  CudaPrefillContext PassContext(WorkerMetrics* metrics) {
+    return {model_.get(), egress_.get(), metrics, options_.measure_recall, &speed_, nullptr, nullptr};
+  }
+
+  absl::StatusOr<std::unique_ptr<DeviceGroup>> Join(const GroupSpec& spec, JobControl* control) const {
+    NcclOptions options;
+    options.rank = spec.rank;
+    options.world_size = spec.world_size;
+    options.device = model_->device();
+    options.group_name = absl::StrCat(spec.name, "/gpus");
+    options.connect_timeout = spec.connect_timeout;
+    options.timeout = spec.device_timeout;
+    HW_ASSIGN_OR_RETURN(std::unique_ptr<NcclGroup> group, NcclGroup::Create(options));
+    const std::unique_ptr<RendezvousClient> rendezvous = RendezvousClient::Dial(spec.rendezvous_address);
+    const JobControl::CancelHook hook(control, [&] {
+      rendezvous->Abort();
+      group->Abort();
+    });
+    const JobControl::Waiting waiting(control);
+    HW_RETURN_IF_ERROR(group->Connect(rendezvous.get()));
+    return std::unique_ptr<DeviceGroup>(std::move(group));
+  }
+
   std::vector<absl::StatusOr<PrefillResult>> RunPass(absl::Span<const CudaPrefillPrompt> prompts,
-                                                     WorkerMetrics* metrics) {
+                                                     const CudaPrefillContext& context) {
     if (broken_) {
       return std::vector<absl::StatusOr<PrefillResult>>(
           prompts.size(), MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_WORKER_LOST,
                                     "this worker's GPU has failed, and its process ends"));
     }
-    auto results =
-        RunCudaPrefill(prompts, {model_.get(), egress_.get(), metrics, options_.measure_recall, &speed_});
+    auto results = RunCudaPrefill(prompts, context);
     const bool internal = std::any_of(results.begin(), results.end(),
                                       [](const auto& result) { return absl::IsInternal(result.status()); });
     if (const cudaError_t error = internal ? cudaDeviceSynchronize() : cudaSuccess; error != cudaSuccess) {
@@ -214,6 +249,7 @@ class Backend final : public PrefillBackend {
       // 0 would be no limit at all.
       limit.set_max_tokens(static_cast<uint64_t>(std::max<int64_t>(1, fits)));
       limit.set_dense_below_tokens(static_cast<uint64_t>(kernels::DenseBelowTokens(parameters)));
+      if (name != "dense" && name != "probe") limit.set_max_world_size(1);
     }
     return limits;
   }
@@ -235,6 +271,7 @@ class Backend final : public PrefillBackend {
   const std::unique_ptr<CudaModel> model_;
   const std::unique_ptr<CudaEgressMemory> egress_;
   const uint64_t budget_bytes_;
+  const uint32_t max_gpus_;
   const PolicyOptions options_;
   const std::vector<v1::PolicyLimit> policy_limits_;
   const PackLimits limits_;
@@ -278,7 +315,8 @@ absl::StatusOr<std::unique_ptr<PrefillBackend>> CudaBackend::Load(const WorkerOp
                       ReadPolicyTables(options.share_clusters, options.headwater_calibration, config));
   policies.served = ServedPolicies(config, policies.tables);
   HW_RETURN_IF_ERROR(CheckDefaultPolicy(policies.default_policy, policies.served));
-  return std::make_unique<Backend>(*std::move(loaded), std::move(egress), budget, std::move(policies));
+  return std::make_unique<Backend>(*std::move(loaded), std::move(egress), budget, std::move(policies),
+                                   static_cast<uint32_t>(options.max_gpus));
 }
 
 }  // namespace headwater

@@ -1,4 +1,4 @@
-// CudaBackend: prefill on one GPU.
+// CudaBackend: prefill on one GPU, which may share prompts with those of other workers.
 #ifndef HW_WORKER_CUDA_CUDA_BACKEND_H_
 #define HW_WORKER_CUDA_CUDA_BACKEND_H_
 

@@ -39,13 +39,15 @@ class GpuPacer {
     return absl::OkStatus();
   }
 
-  // `flop` more have been enqueued. Waits until no more than kMarks marks of kFlopPerMark are ahead of the
-  // device. The job's error, or the device's.
+  // `flop` more have been enqueued, in a few launches. Waits until no more than kMarks marks of kFlopPerMark
+  // are ahead of the device. The job's error, or the device's.
   absl::Status Enqueued(double flop) {
     HW_RETURN_IF_ERROR(step_());
     flop_ += flop;
-    if (flop_ < kFlopPerMark) return absl::OkStatus();
+    ++calls_;
+    if (flop_ < kFlopPerMark && (!polls_ || calls_ < kCallsPerMark)) return absl::OkStatus();
     flop_ = 0;
+    calls_ = 0;
     cudaEvent_t& event = events_[marks_++ % kMarks];
     // Set kMarks marks ago, or never.
     if (polls_) HW_RETURN_IF_ERROR(Poll([&] { return cudaEventQuery(event); }));
@@ -76,6 +78,8 @@ class GpuPacer {
 
   static constexpr unsigned kMarks = 2;
   static constexpr double kFlopPerMark = 5e12;  // about 8 ms of an H100
+  // A thread that enqueues more launches than CUDA queues waits in there, and would not see a lost peer.
+  static constexpr int kCallsPerMark = 16;
 
   const std::function<absl::Status()> step_;
   const bool polls_;
@@ -83,6 +87,7 @@ class GpuPacer {
   cudaEvent_t events_[kMarks] = {};
   unsigned marks_ = 0;
   double flop_ = 0;
+  int calls_ = 0;
 };
 
 }  // namespace headwater
