@@ -1,5 +1,5 @@
 // Collectives: what the ranks of a group say to each other. Implementations: in-process (threads), Gloo
-// (TCP); NCCL later.
+// (TCP). GPUs have cuda/device_group.h.
 #ifndef HW_WORKER_COLLECTIVES_H_
 #define HW_WORKER_COLLECTIVES_H_
 
