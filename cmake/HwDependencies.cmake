@@ -17,3 +17,21 @@ if(TARGET hw_tsan_edges)
   target_sources(hw_tsan_edges PRIVATE cmake/tsan/absl_mutex.cc cmake/tsan/grpc.cc)
   target_link_libraries(hw_tsan_edges PUBLIC absl::synchronization gRPC::grpc++)
 endif()
+
+# Groups over GPUs. NCCL comes with CUDA's packages or on its own; the CUDA worker can be built without it.
+if(HW_HAVE_CUDA)
+  find_package(CUDAToolkit REQUIRED)
+  find_path(HW_NCCL_INCLUDE_DIR nccl.h HINTS ${CUDAToolkit_INCLUDE_DIRS})
+  find_library(HW_NCCL_LIBRARY nccl HINTS ${CUDAToolkit_LIBRARY_DIR} ${CUDAToolkit_LIBRARY_ROOT}/lib)
+  if(HW_NCCL_INCLUDE_DIR AND HW_NCCL_LIBRARY)
+    set(HW_HAVE_NCCL ON)
+    add_library(hw_nccl INTERFACE IMPORTED)
+    target_include_directories(hw_nccl SYSTEM INTERFACE ${HW_NCCL_INCLUDE_DIR})
+    # Programs that make no groups need no NCCL where they run.
+    target_link_libraries(hw_nccl INTERFACE -Wl,--push-state,--as-needed ${HW_NCCL_LIBRARY} -Wl,--pop-state)
+    message(STATUS "Headwater: NCCL ${HW_NCCL_LIBRARY}")
+  else()
+    message(WARNING "NCCL was not found (nccl.h: ${HW_NCCL_INCLUDE_DIR}, library: ${HW_NCCL_LIBRARY}): the CUDA "
+      "worker is built WITHOUT groups over several GPUs. Set HW_NCCL_INCLUDE_DIR and HW_NCCL_LIBRARY.")
+  endif()
+endif()

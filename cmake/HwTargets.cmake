@@ -34,7 +34,7 @@ function(hw_binary name)
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/bin)
 endfunction()
 
-# hw_test(NAME SOURCES ... DEPS ... [LABELS cpu|service|gpu1|slow] [TIMEOUT s]): one ctest for the whole GoogleTest binary.
+# hw_test(NAME SOURCES ... DEPS ... [LABELS cpu|service|gpu1|gpu2|slow] [TIMEOUT s]): one ctest for the whole GoogleTest binary.
 function(hw_test name)
   if(NOT BUILD_TESTING)
     return()
