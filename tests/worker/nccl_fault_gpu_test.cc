@@ -118,6 +118,7 @@ TEST(NcclFaultGpuTest, AbortMayComeAtAnyTime) {
       }
       EXPECT_EQ(status.code(), absl::StatusCode::kCancelled) << status;
       EXPECT_TRUE(stream.BecomesIdle(absl::Seconds(5)));
+      Meet();
     });
     aborter.join();
   }

@@ -27,13 +27,12 @@ struct NcclOptions {
   absl::Duration timeout = absl::Seconds(30);
 };
 
-// NCCL trusts its peers: its sockets must not be open to strangers. NCCL gives a communicator back at
-// leisure, after the peers of other processes have given up theirs: a thread of the group's own waits for
-// that.
+// NCCL trusts its peers: its sockets must not be open to strangers.
 //
-// Exchange() waits while 64 operations are under way. Who enqueues hundreds of launches of their own behind
-// an exchange may be held by CUDA itself and come to no Check(): only an Abort() from another thread ends
-// that. Groups that share a device must be used in the same order on all ranks.
+// Exchange() waits while 64 operations are under way. Whoever enqueues hundreds of launches of their own
+// behind an exchange may be held by CUDA itself and come to no Check(): only an Abort() from another thread
+// ends that. Operations of groups that share a device must be enqueued in the same order on all ranks. A peer
+// of an aborted group notices by its own timeout.
 //
 // Created in two steps so that Abort() can end a Connect() that waits for a peer. Connect(), Exchange() and
 // Check() are for one thread, whose current device Connect() and Exchange() set; Abort() is for any.
@@ -43,14 +42,14 @@ class NcclGroup : public DeviceGroup {
   // no GPU; nor does a group of one rank, which sends nothing.
   static absl::StatusOr<std::unique_ptr<NcclGroup>> Create(const NcclOptions& options);
 
-  // Forms the communicator and connects every pair of ranks. Call once, before any operation.
-  // DEADLINE_EXCEEDED: a peer did not come; UNAVAILABLE: a peer came and went, or NCCL found no way to it;
-  // CANCELLED: Abort(); INTERNAL, RESOURCE_EXHAUSTED: CUDA's. `rendezvous` ends with the group's end if that
-  // comes while it is in use here.
+  // Forms the communicator and connects every pair of ranks. Call once, before any operation. An Abort()
+  // meanwhile aborts `rendezvous` too. DEADLINE_EXCEEDED: a peer did not come; UNAVAILABLE: a peer came and
+  // went, or NCCL cannot reach it; CANCELLED: Abort(); INTERNAL, RESOURCE_EXHAUSTED: CUDA's.
   virtual absl::Status Connect(RendezvousClient* rendezvous) = 0;
 
-  // The destructor waits for the peers' part of the parting, for 5 seconds at most; with operations under way
-  // it aborts. The streams must have become idle before memory that was exchanged is used otherwise.
+  // The destructor aborts what is under way. NCCL gives back what it holds when the peers of other processes
+  // have gone from it too: that is waited for 5 seconds at most, and goes on in the background after. After
+  // an abort, memory that was exchanged is free when the stream has become idle.
 };
 
 }  // namespace headwater
