@@ -69,6 +69,8 @@ std::vector<absl::StatusOr<PrefillResult>> CudaPass::Run() {
 absl::Status CudaPass::RunLayers() {
   HW_RETURN_IF_ERROR(Agree());
   HW_RETURN_IF_ERROR(Prepare());
+  // Memory is made while no rank waits for another on its device: that might wait for it in turn.
+  HW_RETURN_IF_ERROR(WaitForPeers(context_.collectives, sequences_[0].prompt->control));
   HW_RETURN_IF_ERROR(ForTokens([&](const CudaChunk& chunk) {
     return model_->Embed(ids_ + chunk.tokens.begin, chunk.tokens.size(), Hidden(chunk.row), stream_);
   }));
