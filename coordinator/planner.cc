@@ -12,6 +12,9 @@
 namespace headwater {
 namespace {
 
+// Of a rank, as the workers deal them.
+constexpr uint64_t kMaxStripes = 64;
+
 __extension__ using Uint128 = unsigned __int128;
 
 uint64_t CeilDiv(uint64_t a, uint64_t b) { return a / b + (a % b != 0 ? 1 : 0); }
@@ -39,7 +42,7 @@ v1::Partition PartitionOf(const PlanSpec& spec, uint32_t world_size) {
 uint32_t WishedWorldSize(const PlanSpec& spec, uint32_t num_workers) {
   if (spec.num_tokens < spec.context_parallel_min_tokens) return 1;
   const uint64_t blocks = CeilDiv(spec.num_tokens, spec.block_tokens);
-  const uint64_t least_blocks = PartitionOf(spec, num_workers) == v1::PARTITION_ZIGZAG ? 2 : 1;
+  const uint64_t least_blocks = PartitionOf(spec, num_workers) == v1::PARTITION_CONTIGUOUS ? 1 : 2;
   const uint64_t useful = std::max<uint64_t>(1, blocks / least_blocks);
   return static_cast<uint32_t>(std::min<uint64_t>(num_workers, useful));
 }
@@ -131,9 +134,15 @@ absl::Status TooLarge(const PlanSpec& spec, uint32_t world_size, const std::vect
 uint64_t MaxLocalTokens(uint64_t num_tokens, uint32_t world_size, v1::Partition partition,
                         uint32_t block_tokens) {
   const uint64_t blocks = CeilDiv(num_tokens, block_tokens);
-  const uint64_t local_blocks = partition == v1::PARTITION_ZIGZAG
-                                    ? 2 * CeilDiv(blocks, 2 * uint64_t{world_size})
-                                    : CeilDiv(blocks, world_size);
+  const uint64_t ranks = world_size;
+  uint64_t local_blocks = CeilDiv(blocks, ranks);
+  if (partition == v1::PARTITION_ZIGZAG) local_blocks = 2 * CeilDiv(blocks, 2 * ranks);
+  if (partition == v1::PARTITION_STRIPED) {
+    const uint64_t stripe = CeilDiv(blocks, kMaxStripes * ranks);
+    const uint64_t rounds = CeilDiv(blocks, stripe * ranks);
+    // Of the last round, rank 0 has the first stripe, which may be short.
+    local_blocks = (rounds - 1) * stripe + std::min(stripe, blocks - (rounds - 1) * stripe * ranks);
+  }
   return std::min(num_tokens, local_blocks * block_tokens);
 }
 

@@ -24,7 +24,7 @@ struct PlanWorker {
 struct PlanSpec {
   uint64_t num_tokens = 0;
   // Exactly this many workers; 0: one for prompts below context_parallel_min_tokens, else as many as there
-  // are, but no more than leave a block (zigzag: two) for each.
+  // are, but no more than leave a block (contiguous; else two) for each.
   uint32_t world_size = 0;
   // Unspecified: zigzag over several workers, contiguous on one.
   v1::Partition partition = v1::PARTITION_UNSPECIFIED;
@@ -37,8 +37,8 @@ struct PlanSpec {
   bool resumes = false;
 };
 
-// The most tokens that a rank gets: whole blocks (zigzag: whole chunks of 2R) dealt evenly, rounded up.
-// Requires world_size and block_tokens > 0.
+// The most tokens that a rank gets: whole blocks (zigzag: whole chunks of 2R) dealt evenly, rounded up;
+// striped: rank 0's stripes, of ceil(blocks / 64R) blocks each. Requires world_size and block_tokens > 0.
 uint64_t MaxLocalTokens(uint64_t num_tokens, uint32_t world_size, v1::Partition partition,
                         uint32_t block_tokens);
 

@@ -7,6 +7,7 @@
 
 #include "base/rpc/grpc_status.h"
 #include "kernels/attention/block_index.h"
+#include "worker/partition.h"
 
 namespace headwater {
 namespace {
@@ -20,6 +21,8 @@ constexpr uint64_t kPackedTokens = 4096;
 constexpr uint64_t kSenderBytesPerChannel = 8 << 20;
 // Token ids as the assignment's message, in its serialised form and as the loop takes them.
 constexpr uint64_t kBytesPerPromptToken = 16;
+// Each range may have one at either end.
+constexpr uint64_t kPartialTiles = 2 * static_cast<uint64_t>(kMaxRanges);
 // A block list grows by doubling.
 constexpr uint64_t kIndexSlack = 2;
 
@@ -90,8 +93,7 @@ MemoryPlan PlanMemory(const MemoryShape& shape, kernels::DType wire, int64_t loc
   const uint64_t local = static_cast<uint64_t>(local_tokens);
   const uint64_t heads = static_cast<uint64_t>(shape.num_q_heads);
   const uint64_t head_dim = static_cast<uint64_t>(shape.head_dim);
-  // Up to two segments, each with a partial tile at either end.
-  const uint64_t tiles = local / kernels::kQueryTileTokens + 4;
+  const uint64_t tiles = local / kernels::kQueryTileTokens + kPartialTiles;
   MemoryPlan plan;
   plan.hidden = Product({local, static_cast<uint64_t>(shape.hidden_size), sizeof(float)});
   plan.attention = Product({local, heads, head_dim, sizeof(float)});
@@ -140,7 +142,7 @@ v1::MemoryModel LinearMemoryModel(const MemoryShape& shape, uint64_t budget_byte
   model.set_fixed_bytes(
       Sum({shape.scratch_bytes, Product({static_cast<uint64_t>(shape.vocab_size), 2 * sizeof(float)}),
            Product({static_cast<uint64_t>(shape.max_position), kBytesPerPromptToken}),
-           Product({4, tile_bytes}), Product({buffers, MemoryPlan::kAlignment})}));
+           Product({kPartialTiles, tile_bytes}), Product({buffers, MemoryPlan::kAlignment})}));
   return model;
 }
 

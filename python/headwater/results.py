@@ -11,7 +11,7 @@ from headwater.v1 import decode_pb2, prefill_pb2, types_pb2
 KV_DTYPES = {"": types_pb2.KV_DTYPE_UNSPECIFIED, "f32": types_pb2.KV_DTYPE_F32, "f16": types_pb2.KV_DTYPE_F16,
              "bf16": types_pb2.KV_DTYPE_BF16}
 PARTITIONS = {"": types_pb2.PARTITION_UNSPECIFIED, "contiguous": types_pb2.PARTITION_CONTIGUOUS,
-              "zigzag": types_pb2.PARTITION_ZIGZAG}
+              "zigzag": types_pb2.PARTITION_ZIGZAG, "striped": types_pb2.PARTITION_STRIPED}
 _PARTITION_NAMES = {value: name for name, value in PARTITIONS.items()}
 _FINISH_REASONS = {decode_pb2.FINISH_REASON_LENGTH: "length", decode_pb2.FINISH_REASON_STOP: "stop",
                    decode_pb2.FINISH_REASON_CONTEXT: "context"}

@@ -46,6 +46,15 @@ TEST(PlannerTest, ChoosesTheNumberOfWorkersByLength) {
   }
 }
 
+TEST(PlannerTest, LeavesTwoBlocksForEachUnlessRanksHoldOneRun) {
+  PlanSpec spec = Spec(2048);
+  for (const auto& [partition, world_size] :
+       {std::pair(v1::PARTITION_CONTIGUOUS, 8u), {v1::PARTITION_ZIGZAG, 4u}, {v1::PARTITION_STRIPED, 4u}}) {
+    spec.partition = partition;
+    EXPECT_EQ(MakePlan(spec, Workers(16))->world_size(), world_size) << partition;
+  }
+}
+
 TEST(PlannerTest, BoundsTheTokensOfARank) {
   struct Row {
     uint64_t num_tokens;
@@ -56,11 +65,16 @@ TEST(PlannerTest, BoundsTheTokensOfARank) {
   };
   constexpr auto kZigzag = v1::PARTITION_ZIGZAG;
   constexpr auto kContiguous = v1::PARTITION_CONTIGUOUS;
+  constexpr auto kStriped = v1::PARTITION_STRIPED;
   for (const Row& row :
        {Row{1, 1, kContiguous, 256, 1}, Row{1, 4, kContiguous, 256, 1}, Row{1024, 4, kContiguous, 256, 256},
         Row{1025, 4, kContiguous, 256, 512}, Row{1024, 2, kZigzag, 256, 512},
         Row{1025, 2, kZigzag, 256, 1024}, Row{1024, 1, kZigzag, 256, 1024}, Row{300, 2, kZigzag, 16, 160},
-        Row{uint64_t{1} << 24, 256, kZigzag, 16, 65536}}) {
+        Row{uint64_t{1} << 24, 256, kZigzag, 16, 65536}, Row{1, 4, kStriped, 256, 1},
+        Row{1025, 2, kStriped, 256, 768}, Row{300, 2, kStriped, 16, 160},
+        // 130 blocks in 65 stripes of two, of which rank 0 has 33; the last one whole, then short.
+        Row{2077, 2, kStriped, 16, 1056}, Row{2064, 2, kStriped, 16, 1040},
+        Row{uint64_t{1} << 24, 256, kStriped, 16, 65536}}) {
     EXPECT_EQ(MaxLocalTokens(row.num_tokens, row.world_size, row.partition, row.block_tokens), row.local)
         << row.num_tokens << " over " << row.world_size;
   }
@@ -69,7 +83,7 @@ TEST(PlannerTest, BoundsTheTokensOfARank) {
 TEST(PlannerTest, RanksTogetherHoldAllTokens) {
   for (uint64_t tokens = 1; tokens < 5000; tokens += 37) {
     for (uint32_t world_size = 1; world_size <= 9; ++world_size) {
-      for (const auto partition : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG}) {
+      for (const auto partition : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG, v1::PARTITION_STRIPED}) {
         const uint64_t local = MaxLocalTokens(tokens, world_size, partition, 32);
         EXPECT_GE(local * world_size, tokens);
         EXPECT_LE(local, tokens);

@@ -59,7 +59,7 @@ TEST(MemoryPlanTest, LinearModelIsAnUpperBoundOfEveryPlan) {
       shape.egress_buffers = egress;
       const v1::MemoryModel model = LinearMemoryModel(shape, 1, 0);
       for (const DType wire : {DType::kF32, DType::kF16, DType::kBF16}) {
-        for (const auto kind : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG}) {
+        for (const auto kind : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG, v1::PARTITION_STRIPED}) {
           for (const int world : {1, 2, 3, 4, 8}) {
             for (int64_t tokens = 1; tokens <= shape.max_position; tokens = tokens * 5 / 4 + 1) {
               const auto ranks = PartitionTokens(tokens, world, kind, 16);
