@@ -39,6 +39,10 @@ v1::Partition PartitionOf(const PlanSpec& spec, uint32_t world_size) {
   return world_size > 1 ? v1::PARTITION_ZIGZAG : v1::PARTITION_CONTIGUOUS;
 }
 
+v1::Strategy StrategyOf(const PlanSpec& spec) {
+  return spec.strategy != v1::STRATEGY_UNSPECIFIED ? spec.strategy : v1::STRATEGY_RING;
+}
+
 uint32_t WishedWorldSize(const PlanSpec& spec, uint32_t num_workers) {
   if (spec.num_tokens < spec.context_parallel_min_tokens) return 1;
   const uint64_t blocks = CeilDiv(spec.num_tokens, spec.block_tokens);
@@ -83,6 +87,7 @@ std::optional<v1::PrefillPlan> PlanWith(const PlanSpec& spec, uint32_t world_siz
   std::sort(chosen.begin(), chosen.end());
   plan.set_world_size(world_size);
   plan.set_partition(partition);
+  plan.set_strategy(StrategyOf(spec));
   plan.set_block_tokens(spec.block_tokens);
   plan.set_bytes_per_rank(most_bytes);
   for (std::string& id : chosen) plan.add_worker_ids(std::move(id));

@@ -28,6 +28,8 @@ struct PlanSpec {
   uint32_t world_size = 0;
   // Unspecified: zigzag over several workers, contiguous on one.
   v1::Partition partition = v1::PARTITION_UNSPECIFIED;
+  // Unspecified: ring.
+  v1::Strategy strategy = v1::STRATEGY_UNSPECIFIED;
   uint32_t block_tokens = 256;
   uint64_t context_parallel_min_tokens = 2048;
   // For messages: what the workers were chosen by.

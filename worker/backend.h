@@ -79,7 +79,8 @@ class PrefillBackend {
   // FAILED_PRECONDITION, MEMORY_PLAN_TOO_LARGE, with bytes asked and available; errors of the policy.
   virtual absl::StatusOr<MemoryPlan> Plan(const kernels::PatternPolicy& policy, kernels::DType wire,
                                           int64_t local_tokens, int64_t max_rank_tokens, int64_t num_tokens,
-                                          int world_size, int64_t held_tokens) const = 0;
+                                          int world_size, int64_t held_tokens,
+                                          v1::Strategy strategy) const = 0;
 
   // Makes room for the job. RESOURCE_EXHAUSTED.
   virtual absl::Status Reserve(const PrefillJob& job) = 0;

@@ -55,6 +55,16 @@ TEST(PlannerTest, LeavesTwoBlocksForEachUnlessRanksHoldOneRun) {
   }
 }
 
+TEST(PlannerTest, TakesTheStrategyAskedForAndTheRingUnlessOneIs) {
+  for (const uint32_t world_size : {1u, 3u}) {
+    PlanSpec spec = Spec(5000);
+    spec.world_size = world_size;
+    EXPECT_EQ(MakePlan(spec, Workers(4))->strategy(), v1::STRATEGY_RING);
+    spec.strategy = v1::STRATEGY_SPARSE;
+    EXPECT_EQ(MakePlan(spec, Workers(4))->strategy(), v1::STRATEGY_SPARSE);
+  }
+}
+
 TEST(PlannerTest, BoundsTheTokensOfARank) {
   struct Row {
     uint64_t num_tokens;

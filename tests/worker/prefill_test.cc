@@ -312,6 +312,7 @@ TEST_F(PrefillTest, RefusesRanksThatDisagreeOnThePlan) {
   const std::function<void(PrefillJob*)> changes[] = {
       [](PrefillJob* job) { job->tokens[3] ^= 1; },
       [](PrefillJob* job) { std::swap(job->partition[0], job->partition[1]); },
+      [](PrefillJob* job) { job->strategy = v1::STRATEGY_ALLGATHER; },
   };
   for (const auto& change : changes) {
     GroupRun run = Two(v1::PARTITION_CONTIGUOUS);

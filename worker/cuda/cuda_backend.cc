@@ -118,7 +118,8 @@ class Backend final : public PrefillBackend {
 
   absl::StatusOr<MemoryPlan> Plan(const kernels::PatternPolicy& policy, kernels::DType /*wire*/,
                                   int64_t local_tokens, int64_t /*max_rank_tokens*/, int64_t num_tokens,
-                                  int world_size, int64_t /*held_tokens*/) const override {
+                                  int world_size, int64_t /*held_tokens*/,
+                                  v1::Strategy /*strategy*/) const override {
     if (world_size != 1) return absl::UnimplementedError("context parallelism between GPUs");
     MemoryPlan plan;
     HW_ASSIGN_OR_RETURN(plan.device, BytesOf(policy.parameters(), local_tokens));
