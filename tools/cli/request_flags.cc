@@ -126,6 +126,17 @@ absl::Status SetPartition(absl::string_view text, v1::PrefillRequest* request) {
   return absl::OkStatus();
 }
 
+absl::Status SetStrategy(absl::string_view text, v1::PrefillRequest* request) {
+  v1::Strategy strategy = v1::STRATEGY_UNSPECIFIED;
+  if (text != "auto" &&
+      (!v1::Strategy_Parse(absl::StrCat("STRATEGY_", absl::AsciiStrToUpper(text)), &strategy) ||
+       strategy == v1::STRATEGY_UNSPECIFIED)) {
+    return Bad(text, "one of auto, ring, allgather, sparse");
+  }
+  request->set_strategy(strategy);
+  return absl::OkStatus();
+}
+
 // Text fields.
 Setter Text(void (*set)(v1::PrefillRequest*, const std::string&)) {
   return [set](absl::string_view text, v1::PrefillRequest* request) {
@@ -160,7 +171,9 @@ const std::vector<Field>& Fields() {
        Number(0, 20, &v1::PrefillRequest::set_top_logprobs)},
       {"world_size", "0", "workers to use; 0: the planner decides",
        Number(0, 65536, &v1::PrefillRequest::set_world_size)},
-      {"partition", "auto", "how tokens are dealt to workers: auto, contiguous, zigzag, striped", SetPartition},
+      {"partition", "auto", "how tokens are dealt to workers: auto, contiguous, zigzag, striped",
+       SetPartition},
+      {"strategy", "auto", "how workers get each other's K/V: auto, ring, allgather, sparse", SetStrategy},
       {"block_tokens", "0", "tokens of one KV block; 0: the planner decides",
        Number(0, 4096, &v1::PrefillRequest::set_block_tokens)}};
   return *fields;
