@@ -38,7 +38,8 @@ class CpuDevice final : public PrefillDevice {
 
   absl::StatusOr<uint64_t> Plan(PrefillJob* job) const override {
     const auto tokens = static_cast<int64_t>(job->tokens.size());
-    HW_ASSIGN_OR_RETURN(job->plan, backend_->Plan(*job->policy, compute_, tokens, tokens, tokens, 1, 0));
+    HW_ASSIGN_OR_RETURN(
+        job->plan, backend_->Plan(*job->policy, compute_, tokens, tokens, tokens, 1, 0, v1::STRATEGY_RING));
     return job->plan.total_bytes() + backend_->memory_model().weight_bytes();
   }
   absl::Status Reserve(const PrefillJob& job) override { return backend_->Reserve(job); }

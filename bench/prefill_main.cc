@@ -197,6 +197,7 @@ class Bench {
                                                      options_.policy, tables_, options_.quality));
     if (!prompt.name.empty()) job.request_id = prompt.name;  // by which queries are sampled
     if (device_->num_ranks() > 1) {
+      job.strategy = v1::STRATEGY_ALLGATHER;
       HW_ASSIGN_OR_RETURN(
           job.partition,
           PartitionTokens(static_cast<int64_t>(job.tokens.size()), device_->num_ranks(),

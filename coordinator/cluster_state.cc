@@ -63,6 +63,9 @@ std::vector<PlanWorker> ForPlanner(const std::vector<const Worker*>& workers, co
     planned.worker_id = registration.worker_id();
     planned.memory = registration.memory();
     planned.max_world_size = registration.max_world_size();
+    planned.device = registration.device().substr(0, registration.device().find(':'));
+    for (const int strategy : registration.strategies())
+      planned.strategies.push_back(static_cast<v1::Strategy>(strategy));
     const v1::PolicyLimit* const limit = LimitOf(registration, needs.policy);
     if (limit == nullptr) continue;
     if (limit->max_world_size() > 0) planned.max_world_size = limit->max_world_size();

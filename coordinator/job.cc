@@ -132,6 +132,8 @@ absl::StatusOr<RankSums> SumRanks(const Job& job) {
     computed += static_cast<double>(report.pairs_computed());
     possible += static_cast<double>(report.pairs_possible());
     KeepSlowest(report.stages(), &sums.stages);
+    AddSaturating(report.exchange_bytes(), &sums.exchange_bytes);
+    AddSaturating(report.exchange_bytes_allgather(), &sums.exchange_bytes_allgather);
     // Ranks that share a prompt measure nothing: one that does is alone.
     if (report.has_attention()) sums.attention = report.attention();
     if (!report.has_first_token()) continue;

@@ -136,6 +136,8 @@ struct RankSums {
   KvSums kv;
   uint64_t kv_blocks_resent = 0;
   uint32_t kv_stream_resumes = 0;
+  uint64_t exchange_bytes = 0;
+  uint64_t exchange_bytes_allgather = 0;
   double density = 0;
   // The ranks' own where they gave one; with the policy and the density.
   v1::AttentionReport attention;

@@ -12,6 +12,9 @@
 namespace headwater {
 namespace {
 
+// Of a rank, as the workers deal them.
+constexpr uint64_t kMaxStripes = 64;
+
 __extension__ using Uint128 = unsigned __int128;
 
 uint64_t CeilDiv(uint64_t a, uint64_t b) { return a / b + (a % b != 0 ? 1 : 0); }
@@ -40,28 +43,47 @@ v1::Partition PartitionOf(const PlanSpec& spec, uint32_t world_size) {
   return world_size > 1 ? v1::PARTITION_ZIGZAG : v1::PARTITION_CONTIGUOUS;
 }
 
+bool Has(const PlanWorker& worker, v1::Strategy strategy) {
+  return worker.strategies.empty() ||
+         std::find(worker.strategies.begin(), worker.strategies.end(), strategy) != worker.strategies.end();
+}
+
+// Of workers of one kind.
+v1::Strategy StrategyOf(const PlanSpec& spec, const std::vector<PlanWorker>& workers) {
+  if (spec.strategy != v1::STRATEGY_UNSPECIFIED) return spec.strategy;
+  for (const v1::Strategy strategy : {v1::STRATEGY_RING, v1::STRATEGY_ALLGATHER}) {
+    if (std::all_of(workers.begin(), workers.end(),
+                    [&](const PlanWorker& worker) { return Has(worker, strategy); })) {
+      return strategy;
+    }
+  }
+  return v1::STRATEGY_SPARSE;
+}
+
 uint32_t WishedWorldSize(const PlanSpec& spec, uint32_t num_workers) {
   if (spec.num_tokens < spec.context_parallel_min_tokens) return 1;
   const uint64_t blocks = CeilDiv(spec.num_tokens, spec.block_tokens);
-  const uint64_t least_blocks = PartitionOf(spec, num_workers) == v1::PARTITION_ZIGZAG ? 2 : 1;
+  const uint64_t least_blocks = PartitionOf(spec, num_workers) == v1::PARTITION_CONTIGUOUS ? 1 : 2;
   const uint64_t useful = std::max<uint64_t>(1, blocks / least_blocks);
   return static_cast<uint32_t>(std::min<uint64_t>(num_workers, useful));
 }
 
-bool FitsGroup(const PlanWorker& worker, uint32_t world_size) {
+bool FitsGroup(const PlanSpec& spec, const PlanWorker& worker, uint32_t world_size) {
+  if (world_size > 1 && spec.strategy != v1::STRATEGY_UNSPECIFIED && !Has(worker, spec.strategy))
+    return false;
   return worker.max_world_size == 0 || worker.max_world_size >= world_size;
 }
 
-uint32_t NumForGroup(const std::vector<PlanWorker>& workers, uint32_t world_size) {
+uint32_t NumForGroup(const PlanSpec& spec, const std::vector<PlanWorker>& workers, uint32_t world_size) {
   return static_cast<uint32_t>(std::count_if(workers.begin(), workers.end(), [&](const PlanWorker& worker) {
-    return FitsGroup(worker, world_size);
+    return FitsGroup(spec, worker, world_size);
   }));
 }
 
 // The largest group that can be formed; 0: there are no workers.
-uint32_t LargestGroup(const std::vector<PlanWorker>& workers) {
+uint32_t LargestGroup(const PlanSpec& spec, const std::vector<PlanWorker>& workers) {
   auto world_size = static_cast<uint32_t>(workers.size());
-  while (world_size > 0 && NumForGroup(workers, world_size) < world_size) --world_size;
+  while (world_size > 0 && NumForGroup(spec, workers, world_size) < world_size) --world_size;
   return world_size;
 }
 
@@ -74,7 +96,7 @@ std::optional<v1::PrefillPlan> PlanWith(const PlanSpec& spec, uint32_t world_siz
   uint64_t most_bytes = 0;
   for (const PlanWorker& worker : workers) {
     const uint64_t bytes = RankBytes(spec, world_size, worker.memory, local_tokens);
-    if (bytes > AvailableBytes(worker.memory) || !FitsGroup(worker, world_size)) continue;
+    if (bytes > AvailableBytes(worker.memory) || !FitsGroup(spec, worker, world_size)) continue;
     if (worker.max_tokens > 0 && local_tokens > worker.max_tokens) continue;
     most_bytes = std::max(most_bytes, bytes);
     chosen.push_back(worker.worker_id);
@@ -84,6 +106,7 @@ std::optional<v1::PrefillPlan> PlanWith(const PlanSpec& spec, uint32_t world_siz
   std::sort(chosen.begin(), chosen.end());
   plan.set_world_size(world_size);
   plan.set_partition(partition);
+  plan.set_strategy(StrategyOf(spec, workers));
   plan.set_block_tokens(spec.block_tokens);
   plan.set_bytes_per_rank(most_bytes);
   for (std::string& id : chosen) plan.add_worker_ids(std::move(id));
@@ -114,7 +137,7 @@ absl::Status TooLarge(const PlanSpec& spec, uint32_t world_size, const std::vect
   std::vector<std::pair<uint64_t, uint64_t>> available_and_asked;
   available_and_asked.reserve(workers.size());
   for (const PlanWorker& worker : workers) {
-    if (!FitsGroup(worker, world_size)) continue;
+    if (!FitsGroup(spec, worker, world_size)) continue;
     available_and_asked.emplace_back(AvailableBytes(worker.memory),
                                      RankBytes(spec, world_size, worker.memory, local_tokens));
   }
@@ -130,19 +153,9 @@ absl::Status TooLarge(const PlanSpec& spec, uint32_t world_size, const std::vect
        {"world_size", absl::StrCat(world_size)}});
 }
 
-}  // namespace
-
-uint64_t MaxLocalTokens(uint64_t num_tokens, uint32_t world_size, v1::Partition partition,
-                        uint32_t block_tokens) {
-  const uint64_t blocks = CeilDiv(num_tokens, block_tokens);
-  const uint64_t local_blocks = partition == v1::PARTITION_ZIGZAG
-                                    ? 2 * CeilDiv(blocks, 2 * uint64_t{world_size})
-                                    : CeilDiv(blocks, world_size);
-  return std::min(num_tokens, local_blocks * block_tokens);
-}
-
-absl::StatusOr<v1::PrefillPlan> MakePlan(const PlanSpec& spec, const std::vector<PlanWorker>& workers) {
-  const uint32_t needed = std::max(spec.world_size, 1u), num_workers = NumForGroup(workers, needed);
+// Among workers of one kind.
+absl::StatusOr<v1::PrefillPlan> MakePlanAmong(const PlanSpec& spec, const std::vector<PlanWorker>& workers) {
+  const uint32_t needed = std::max(spec.world_size, 1u), num_workers = NumForGroup(spec, workers, needed);
   if (num_workers < needed) {
     return MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_NO_WORKERS,
                      absl::StrCat(needed, " workers with policy ", spec.policy,
@@ -155,7 +168,7 @@ absl::StatusOr<v1::PrefillPlan> MakePlan(const PlanSpec& spec, const std::vector
     if (plan.has_value()) return *std::move(plan);
     return TooLarge(spec, spec.world_size, workers);
   }
-  const uint32_t largest = LargestGroup(workers), wished = WishedWorldSize(spec, largest);
+  const uint32_t largest = LargestGroup(spec, workers), wished = WishedWorldSize(spec, largest);
   for (uint32_t world_size = wished; world_size >= 1; --world_size) {
     if (auto plan = PlanWith(spec, world_size, workers)) return *std::move(plan);
   }
@@ -163,6 +176,40 @@ absl::StatusOr<v1::PrefillPlan> MakePlan(const PlanSpec& spec, const std::vector
     if (auto plan = PlanWith(spec, world_size, workers)) return *std::move(plan);
   }
   return TooLarge(spec, largest, workers);
+}
+
+}  // namespace
+
+uint64_t MaxLocalTokens(uint64_t num_tokens, uint32_t world_size, v1::Partition partition,
+                        uint32_t block_tokens) {
+  const uint64_t blocks = CeilDiv(num_tokens, block_tokens);
+  const uint64_t ranks = world_size;
+  uint64_t local_blocks = CeilDiv(blocks, ranks);
+  if (partition == v1::PARTITION_ZIGZAG) local_blocks = 2 * CeilDiv(blocks, 2 * ranks);
+  if (partition == v1::PARTITION_STRIPED) {
+    const uint64_t stripe = CeilDiv(blocks, kMaxStripes * ranks);
+    const uint64_t rounds = CeilDiv(blocks, stripe * ranks);
+    // Of the last round, rank 0 has the first stripe, which may be short.
+    local_blocks = (rounds - 1) * stripe + std::min(stripe, blocks - (rounds - 1) * stripe * ranks);
+  }
+  return std::min(num_tokens, local_blocks * block_tokens);
+}
+
+absl::StatusOr<v1::PrefillPlan> MakePlan(const PlanSpec& spec, const std::vector<PlanWorker>& workers) {
+  std::vector<std::vector<PlanWorker>> kinds;
+  for (const PlanWorker& worker : workers) {
+    auto kind = std::find_if(kinds.begin(), kinds.end(),
+                             [&](const auto& some) { return some.front().device == worker.device; });
+    if (kind == kinds.end()) kind = kinds.emplace(kinds.end());
+    kind->push_back(worker);
+  }
+  absl::StatusOr<v1::PrefillPlan> plan = MakePlanAmong(spec, kinds.empty() ? workers : kinds.front());
+  for (size_t i = 1; i < kinds.size() && !plan.ok(); ++i) {
+    absl::StatusOr<v1::PrefillPlan> other = MakePlanAmong(spec, kinds[i]);
+    // That it is too large for some says more than that others are not there.
+    if (other.ok() || absl::IsUnavailable(plan.status())) plan = std::move(other);
+  }
+  return plan;
 }
 
 }  // namespace headwater

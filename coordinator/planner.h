@@ -19,15 +19,19 @@ struct PlanWorker {
   v1::MemoryModel memory;
   uint32_t max_world_size = 0;  // of a group that it can be in; 0: any
   uint64_t max_tokens = 0;      // that it holds under the prompt's policy; 0: no more is known than `memory`
+  std::string device;           // "cpu", "cuda": a group is of one kind
+  std::vector<v1::Strategy> strategies;  // of groups that it can be in; empty: all
 };
 
 struct PlanSpec {
   uint64_t num_tokens = 0;
   // Exactly this many workers; 0: one for prompts below context_parallel_min_tokens, else as many as there
-  // are, but no more than leave a block (zigzag: two) for each.
+  // are, but no more than leave a block (contiguous; else two) for each.
   uint32_t world_size = 0;
   // Unspecified: zigzag over several workers, contiguous on one.
   v1::Partition partition = v1::PARTITION_UNSPECIFIED;
+  // Unspecified: the first of ring, allgather and sparse that the workers have.
+  v1::Strategy strategy = v1::STRATEGY_UNSPECIFIED;
   uint32_t block_tokens = 256;
   uint64_t context_parallel_min_tokens = 2048;
   // For messages: what the workers were chosen by.
@@ -37,17 +41,17 @@ struct PlanSpec {
   bool resumes = false;
 };
 
-// The most tokens that a rank gets: whole blocks (zigzag: whole chunks of 2R) dealt evenly, rounded up.
-// Requires world_size and block_tokens > 0.
+// The most tokens that a rank gets: whole blocks (zigzag: whole chunks of 2R) dealt evenly, rounded up;
+// striped: rank 0's stripes, of ceil(blocks / 64R) blocks each. Requires world_size and block_tokens > 0.
 uint64_t MaxLocalTokens(uint64_t num_tokens, uint32_t world_size, v1::Partition partition,
                         uint32_t block_tokens);
 
 // Chooses among `workers`, which serve one model and what the prompt asks for. Those earlier in the vector
 // are preferred among equally fitting ones; `worker_ids` of the plan is sorted, so that the same set of
 // workers always gives the same ranks. A rank with n tokens fits where its bytes by MemoryModel <=
-// budget_bytes
-// - weight_bytes and n <= max_tokens. Where the wished number does not fit, fewer and then more
-// workers are tried, unless spec.world_size is set.
+// budget_bytes - weight_bytes and n <= max_tokens. Where the wished number does not fit, fewer and then more
+// workers are tried, unless spec.world_size is set. A group is of one kind of device: the first worker's, or
+// the next one's where no plan fits.
 //
 // UNAVAILABLE, NO_WORKERS: fewer workers that can be in a group of spec.world_size than that, or none.
 // FAILED_PRECONDITION, MEMORY_PLAN_TOO_LARGE, with bytes asked and available: no choice fits.

@@ -89,6 +89,16 @@ absl::Status CheckMemory(const v1::MemoryModel& memory) {
                kMaxBytesPerToken);
 }
 
+absl::Status CheckStrategies(const v1::WorkerRegistration& registration) {
+  HW_RETURN_IF_ERROR(Range("number of strategies", static_cast<uint64_t>(registration.strategies_size()), 0,
+                           v1::Strategy_ARRAYSIZE));
+  for (const int strategy : registration.strategies()) {
+    if (strategy != v1::STRATEGY_UNSPECIFIED && v1::Strategy_IsValid(strategy)) continue;
+    return Bad("strategies", absl::StrCat(strategy), "a strategy");
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckPolicyLimits(const v1::WorkerRegistration& registration) {
   const auto& policies = registration.policies();
   const auto has = [&](const std::string& name) {
@@ -128,6 +138,7 @@ absl::Status CheckRegistration(const v1::WorkerRegistration& registration) {
   HW_RETURN_IF_ERROR(
       Range("number of policies", static_cast<uint64_t>(registration.policies_size()), 1, kMaxPolicies));
   for (const std::string& policy : registration.policies()) HW_RETURN_IF_ERROR(Text("policies", policy));
+  HW_RETURN_IF_ERROR(CheckStrategies(registration));
   HW_RETURN_IF_ERROR(CheckPolicyLimits(registration));
   return CheckPacking(registration);
 }

@@ -94,6 +94,7 @@ Scheduler::Planned Scheduler::PlanOverLiving(const Job& job) const {
   spec.world_size = job.request().world_size();
   if (job.epoch > 0) spec.world_size = std::min(spec.world_size, static_cast<uint32_t>(living.size()));
   spec.partition = job.request().partition();
+  spec.strategy = job.request().strategy();
   spec.block_tokens = job.layout.block_tokens();
   spec.context_parallel_min_tokens = options_.context_parallel_min_tokens;
   spec.policy = job.policy;

@@ -226,6 +226,8 @@ void Scheduler::Complete(Job& job) {
   out->set_kv_blocks(sums->kv.blocks);
   out->set_kv_blocks_resent(sums->kv_blocks_resent);
   out->set_kv_stream_resumes(sums->kv_stream_resumes);
+  out->set_exchange_bytes(sums->exchange_bytes);
+  out->set_exchange_bytes_allgather(sums->exchange_bytes_allgather);
   out->set_kv_digest(absl::BytesToHexString(sums->kv.digest));
   *out->mutable_layout() = job.layout;
   *out->mutable_plan() = job.plan;

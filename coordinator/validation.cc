@@ -73,6 +73,10 @@ absl::Status CheckRanges(const v1::PrefillRequest& request) {
     return BadField("partition", absl::StrCat(static_cast<int>(request.partition())),
                     "a value of headwater.v1.Partition");
   }
+  if (!v1::Strategy_IsValid(request.strategy())) {
+    return BadField("strategy", absl::StrCat(static_cast<int>(request.strategy())),
+                    "a value of headwater.v1.Strategy");
+  }
   if (!v1::KvDtype_IsValid(request.kv_dtype())) {
     return Refuse(v1::ERROR_REASON_KV_DTYPE_UNSUPPORTED, "kv_dtype",
                   absl::StrCat(static_cast<int>(request.kv_dtype())), "a value of headwater.v1.KvDtype");

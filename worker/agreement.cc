@@ -30,7 +30,8 @@ absl::Status GatherFromAll(const Agreement& mine, Collectives* group, JobControl
 }
 
 uint32_t PlanDigest(const PrefillJob& job, absl::string_view computes) {
-  std::string plan = absl::StrCat(computes, " ", job.policy->name(), " ", job.tokens.size());
+  std::string plan =
+      absl::StrCat(computes, " ", job.policy->name(), " ", job.strategy, " ", job.tokens.size());
   for (const RankTokens& tokens : job.partition) {
     absl::StrAppend(&plan, ";");
     for (const TokenRange& range : tokens) absl::StrAppend(&plan, " ", range.begin, "-", range.end);
@@ -57,7 +58,7 @@ absl::Status AgreeOnPlan(const PrefillJob& job, absl::string_view computes, Coll
     return MakeError(
         absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_MODEL_MISMATCH,
         absl::StrCat("rank ", rank, " and rank ", job.rank, " differ in model, compute type (here ", computes,
-                     "), policy, prompt, partition or first layer"));
+                     "), policy, prompt, strategy, partition or first layer"));
   }
   return absl::OkStatus();
 }

@@ -61,6 +61,10 @@ absl::Status CheckPlan(const v1::PrefillAssignment& assignment, const std::strin
   if (assignment.rank() >= plan.world_size()) {
     return BadField(absl::StrCat("rank ", assignment.rank(), " is not below world_size ", plan.world_size()));
   }
+  if (!v1::Strategy_IsValid(plan.strategy())) {
+    return BadField(absl::StrCat("plan.strategy ", static_cast<int>(plan.strategy()),
+                                 " is unknown; known are ring (1), allgather (2) and sparse (3)"));
+  }
   if (plan.worker_ids_size() != static_cast<int>(plan.world_size())) {
     return BadField(absl::StrCat("plan.worker_ids names ", plan.worker_ids_size(), " workers, world_size is ",
                                  plan.world_size()));
@@ -241,15 +245,17 @@ absl::StatusOr<PrefillJob> CheckAssignment(const v1::PrefillAssignment& assignme
   job.epoch = assignment.epoch();
   job.rank = static_cast<int>(assignment.rank());
   job.partition = *std::move(partition);
+  // A coordinator that knows no strategies means the first that there was.
+  job.strategy = plan.strategy() == v1::STRATEGY_UNSPECIFIED ? v1::STRATEGY_RING : plan.strategy();
   job.geometry = std::make_shared<const KvGeometry>(*std::move(geometry));
   job.top_logprobs = static_cast<int>(assignment.top_logprobs());
   int64_t most = 0;
   for (const RankTokens& tokens : job.partition) most = std::max(most, NumTokens(tokens));
   HW_ASSIGN_OR_RETURN(
-      job.plan,
-      context.backend->Plan(*job.policy, WireType(assignment.layout().dtype()), NumTokens(job.local()), most,
-                            static_cast<int64_t>(job.tokens.size()), job.world_size(),
-                            job.resume.has_value() ? MostCheckpointTokens(job.resume->partition) : 0));
+      job.plan, context.backend->Plan(
+                    *job.policy, WireType(assignment.layout().dtype()), NumTokens(job.local()), most,
+                    static_cast<int64_t>(job.tokens.size()), job.world_size(),
+                    job.resume.has_value() ? MostCheckpointTokens(job.resume->partition) : 0, job.strategy));
   return job;
 }
 

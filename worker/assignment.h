@@ -20,7 +20,6 @@ struct AssignmentContext {
 };
 
 inline constexpr int kMaxTopLogprobs = 20;
-inline constexpr int kMaxWorldSize = 256;
 
 // The job, with its memory plan, or the first field that is wrong: INVALID_ARGUMENT with the reason that fits
 // (EMPTY_PROMPT, TOKEN_OUT_OF_RANGE, PROMPT_TOO_LONG, UNKNOWN_POLICY, BAD_POLICY_PARAMETER, BAD_REQUEST_ID,

@@ -70,6 +70,8 @@ class PrefillBackend {
                          kernels::PolicyParameters* /*parameters*/) const {}
   // Ranks of the largest group that it can compute in; 0: any number.
   virtual uint32_t max_world_size() const = 0;
+  // How it shares prompts with others; empty: any way.
+  virtual std::vector<v1::Strategy> strategies() const { return {}; }
   // For the planner: what prompts may take.
   virtual v1::MemoryModel memory_model() const = 0;
   // One line for the log: type, weights, budget.
@@ -79,7 +81,8 @@ class PrefillBackend {
   // FAILED_PRECONDITION, MEMORY_PLAN_TOO_LARGE, with bytes asked and available; errors of the policy.
   virtual absl::StatusOr<MemoryPlan> Plan(const kernels::PatternPolicy& policy, kernels::DType wire,
                                           int64_t local_tokens, int64_t max_rank_tokens, int64_t num_tokens,
-                                          int world_size, int64_t held_tokens) const = 0;
+                                          int world_size, int64_t held_tokens,
+                                          v1::Strategy strategy) const = 0;
 
   // Makes room for the job. RESOURCE_EXHAUSTED.
   virtual absl::Status Reserve(const PrefillJob& job) = 0;

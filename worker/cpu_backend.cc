@@ -66,9 +66,10 @@ std::string CpuBackend::Describe() const {
 
 absl::StatusOr<MemoryPlan> CpuBackend::Plan(const kernels::PatternPolicy& /*policy*/, kernels::DType wire,
                                             int64_t local_tokens, int64_t max_rank_tokens, int64_t num_tokens,
-                                            int world_size, int64_t held_tokens) const {
+                                            int world_size, int64_t held_tokens,
+                                            v1::Strategy strategy) const {
   const MemoryPlan plan =
-      PlanMemory(shape_, wire, local_tokens, max_rank_tokens, num_tokens, world_size, held_tokens);
+      PlanMemory(shape_, wire, local_tokens, max_rank_tokens, num_tokens, world_size, held_tokens, strategy);
   HW_RETURN_IF_ERROR(CheckMemoryPlan(plan, budget_bytes_, model_->weight_bytes()));
   return plan;
 }

@@ -35,7 +35,7 @@ class CpuBackend final : public PrefillBackend {
   std::string Describe() const override;
   absl::StatusOr<MemoryPlan> Plan(const kernels::PatternPolicy& policy, kernels::DType wire,
                                   int64_t local_tokens, int64_t max_rank_tokens, int64_t num_tokens,
-                                  int world_size, int64_t held_tokens) const override;
+                                  int world_size, int64_t held_tokens, v1::Strategy strategy) const override;
   absl::Status Reserve(const PrefillJob& job) override { return arena_.Reset(job.plan.arena_bytes()); }
   absl::StatusOr<PrefillResult> Run(const PrefillJob& job, const PrefillContext& context) override;
 

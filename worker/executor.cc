@@ -55,6 +55,8 @@ void FillCompleted(const PrefillJob& job, const PrefillResult& result, const KvS
   SetDuration(result.egress_stall, stages->mutable_egress_stall());
   SetDuration(egress_tail, stages->mutable_egress_tail());
   SetDuration(total, stages->mutable_total());
+  completed->set_exchange_bytes(result.exchange_bytes);
+  completed->set_exchange_bytes_allgather(result.exchange_bytes_allgather);
   if (result.top.empty()) return;
   completed->set_first_token(static_cast<uint32_t>(result.top[0].token));
   const size_t reported = std::min(result.top.size(), static_cast<size_t>(job.top_logprobs));

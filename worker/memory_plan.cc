@@ -7,6 +7,8 @@
 
 #include "base/rpc/grpc_status.h"
 #include "kernels/attention/block_index.h"
+#include "worker/key_selection.h"
+#include "worker/partition.h"
 
 namespace headwater {
 namespace {
@@ -20,6 +22,8 @@ constexpr uint64_t kPackedTokens = 4096;
 constexpr uint64_t kSenderBytesPerChannel = 8 << 20;
 // Token ids as the assignment's message, in its serialised form and as the loop takes them.
 constexpr uint64_t kBytesPerPromptToken = 16;
+// Each range may have one at either end.
+constexpr uint64_t kPartialTiles = 2 * static_cast<uint64_t>(kMaxRanges);
 // A block list grows by doubling.
 constexpr uint64_t kIndexSlack = 2;
 
@@ -53,6 +57,12 @@ uint64_t IndexBytesPerTile(int64_t num_tokens) {
   return Product({kIndexSlack, blocks * sizeof(int32_t) + sizeof(int64_t) + 1});
 }
 
+uint64_t SelectionBytes(const MemoryShape& shape, int world_size, int64_t num_tokens) {
+  return Product({static_cast<uint64_t>(world_size),
+                  static_cast<uint64_t>(KeySelection::Words(shape.num_kv_heads, num_tokens)),
+                  sizeof(uint64_t)});
+}
+
 }  // namespace
 
 MemoryShape MakeMemoryShape(const Model& model, int num_threads, int egress_buffers, int kv_channels) {
@@ -78,7 +88,8 @@ MemoryShape MakeMemoryShape(const Model& model, int num_threads, int egress_buff
 uint64_t MemoryPlan::arena_bytes() const {
   return Sum({Aligned(hidden), Aligned(attention), Aligned(lse), Aligned(q), Aligned(compute_kv),
               Product({Aligned(egress_kv), static_cast<uint64_t>(num_egress)}),
-              Product({Aligned(receive_kv), static_cast<uint64_t>(num_receive)}), Aligned(logits)});
+              Product({Aligned(receive_kv), static_cast<uint64_t>(num_receive)}), Aligned(send_kv),
+              Aligned(selection), Aligned(logits)});
 }
 
 uint64_t MemoryPlan::total_bytes() const {
@@ -86,12 +97,12 @@ uint64_t MemoryPlan::total_bytes() const {
 }
 
 MemoryPlan PlanMemory(const MemoryShape& shape, kernels::DType wire, int64_t local_tokens,
-                      int64_t max_rank_tokens, int64_t num_tokens, int world_size, int64_t held_tokens) {
+                      int64_t max_rank_tokens, int64_t num_tokens, int world_size, int64_t held_tokens,
+                      v1::Strategy strategy) {
   const uint64_t local = static_cast<uint64_t>(local_tokens);
   const uint64_t heads = static_cast<uint64_t>(shape.num_q_heads);
   const uint64_t head_dim = static_cast<uint64_t>(shape.head_dim);
-  // Up to two segments, each with a partial tile at either end.
-  const uint64_t tiles = local / kernels::kQueryTileTokens + 4;
+  const uint64_t tiles = local / kernels::kQueryTileTokens + kPartialTiles;
   MemoryPlan plan;
   plan.hidden = Product({local, static_cast<uint64_t>(shape.hidden_size), sizeof(float)});
   plan.attention = Product({local, heads, head_dim, sizeof(float)});
@@ -102,6 +113,10 @@ MemoryPlan PlanMemory(const MemoryShape& shape, kernels::DType wire, int64_t loc
   plan.num_egress = shape.egress_buffers;
   plan.receive_kv = Product({static_cast<uint64_t>(max_rank_tokens), KvBytesPerToken(shape, shape.compute)});
   plan.num_receive = std::min(world_size - 1, 2);
+  if (strategy == v1::STRATEGY_SPARSE && world_size > 1) {
+    plan.send_kv = Product({local, KvBytesPerToken(shape, shape.compute)});
+    plan.selection = SelectionBytes(shape, world_size, num_tokens);
+  }
   plan.index = Product({tiles, IndexBytesPerTile(num_tokens)});
   plan.tokens = Product({static_cast<uint64_t>(num_tokens), kBytesPerPromptToken});
   plan.logits = Product({static_cast<uint64_t>(shape.vocab_size), 2 * sizeof(float)});
@@ -133,14 +148,15 @@ v1::MemoryModel LinearMemoryModel(const MemoryShape& shape, uint64_t budget_byte
            Product({q_values, sizeof(float) + SizeOf(shape.compute)}),
            Product({static_cast<uint64_t>(shape.num_q_heads), sizeof(float)}), own_kv,
            Product({2, KvBytesPerToken(shape, shape.compute)}), tile_bytes / kernels::kQueryTileTokens + 1}));
-  if (shape.checkpoints) {
-    model.set_group_bytes_per_token(Product({4, static_cast<uint64_t>(shape.hidden_size), sizeof(float)}));
-  }
-  const uint64_t buffers = 8 + static_cast<uint64_t>(shape.egress_buffers);
+  const uint64_t checkpoints =
+      shape.checkpoints ? Product({4, static_cast<uint64_t>(shape.hidden_size), sizeof(float)}) : 0;
+  model.set_group_bytes_per_token(Sum({KvBytesPerToken(shape, shape.compute), checkpoints}));
+  const uint64_t buffers = 10 + static_cast<uint64_t>(shape.egress_buffers);
   model.set_fixed_bytes(
       Sum({shape.scratch_bytes, Product({static_cast<uint64_t>(shape.vocab_size), 2 * sizeof(float)}),
            Product({static_cast<uint64_t>(shape.max_position), kBytesPerPromptToken}),
-           Product({4, tile_bytes}), Product({buffers, MemoryPlan::kAlignment})}));
+           SelectionBytes(shape, kMaxWorldSize, shape.max_position), Product({kPartialTiles, tile_bytes}),
+           Product({buffers, MemoryPlan::kAlignment})}));
   return model;
 }
 

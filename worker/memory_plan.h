@@ -42,6 +42,10 @@ struct MemoryPlan {
   int num_egress = 0;
   uint64_t receive_kv = 0;  // one receive buffer: the largest rank's K and V, compute type
   int num_receive = 0;
+  // Where the strategy is sparse, else 0: the own K and V packed for another rank, compute type; all ranks'
+  // KeySelection.
+  uint64_t send_kv = 0;
+  uint64_t selection = 0;
   uint64_t index = 0;   // the policy's block lists
   uint64_t tokens = 0;  // the assignment and its token ids
   uint64_t logits = 0;
@@ -57,11 +61,15 @@ struct MemoryPlan {
   static constexpr uint64_t kAlignment = 64;
 };
 
+// Ranks of the largest group.
+inline constexpr int kMaxWorldSize = 256;
+
 // local_tokens: of this rank; max_rank_tokens: of the rank that holds most; num_tokens: of the prompt, at
-// most max_position; held_tokens: of the checkpoint that the rank goes on from, 0 for none. Saturates at 2^63
-// rather than wrap.
+// most max_position; world_size: at most kMaxWorldSize; held_tokens: of the checkpoint that the rank goes on
+// from, 0 for none. Saturates at 2^63 rather than wrap.
 MemoryPlan PlanMemory(const MemoryShape& shape, kernels::DType wire, int64_t local_tokens,
-                      int64_t max_rank_tokens, int64_t num_tokens, int world_size, int64_t held_tokens = 0);
+                      int64_t max_rank_tokens, int64_t num_tokens, int world_size, int64_t held_tokens = 0,
+                      v1::Strategy strategy = v1::STRATEGY_RING);
 
 // fixed_bytes + n * bytes_per_token, and n * group_bytes_per_token with several ranks or a checkpoint of at
 // most 4 n tokens, is at least total_bytes() of every plan in which no rank holds more than n tokens.

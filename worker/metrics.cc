@@ -50,6 +50,8 @@ WorkerMetrics::WorkerMetrics(Metrics* metrics)
                                       "Host memory that checkpoints of a group's prompt take.")),
       collective_aborts(metrics->Counter("headwater_collective_aborts_total",
                                          "Groups given up because of an abort, a lost or a late peer.")),
+      exchange_saved(metrics->Counter("headwater_exchange_bytes_saved_total",
+                                      "K/V bytes that allgather would have brought besides.")),
       search_overflows(
           metrics->Counter("headwater_worker_search_overflow_tiles_total",
                            "Query tiles computed densely because their block lists found no room.")) {}
@@ -59,6 +61,14 @@ void WorkerMetrics::CountPrefill(const absl::Status& status) {
       ->Counter("headwater_worker_prefills_total", "Assignments ended, by status code.",
                 {{"code", absl::StatusCodeToString(status.code())}})
       .Increment();
+}
+
+void WorkerMetrics::CountExchange(const std::string& strategy, uint64_t bytes, uint64_t allgather_bytes) {
+  registry
+      ->Counter("headwater_exchange_bytes_total", "K/V bytes received from other ranks, by strategy.",
+                {{"strategy", strategy}})
+      .Increment(static_cast<double>(bytes));
+  if (bytes < allgather_bytes) exchange_saved.Increment(static_cast<double>(allgather_bytes - bytes));
 }
 
 void WorkerMetrics::ObserveAttention(const std::string& policy, double density,

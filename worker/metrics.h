@@ -2,6 +2,7 @@
 #ifndef HW_WORKER_METRICS_H_
 #define HW_WORKER_METRICS_H_
 
+#include <cstdint>
 #include <string>
 
 #include "absl/status/status.h"
@@ -25,6 +26,10 @@ class WorkerMetrics {
   // at. policy: one that is known.
   void ObserveAttention(const std::string& policy, double density, const v1::AttentionReport* report);
 
+  // headwater_exchange_bytes_total{strategy}: K/V bytes received; headwater_exchange_bytes_saved_total: by
+  // how much they are fewer than what strategy allgather brings.
+  void CountExchange(const std::string& strategy, uint64_t bytes, uint64_t allgather_bytes);
+
   Metrics* const registry;
   prometheus::Counter& prompt_tokens;   // headwater_prompt_tokens_total: local tokens of completed ranks
   prometheus::Histogram& layer_linear;  // headwater_worker_layer_seconds{stage}
@@ -42,6 +47,7 @@ class WorkerMetrics {
   prometheus::Histogram& resume_exchange;
   prometheus::Gauge& checkpoint_bytes;     // headwater_worker_checkpoint_bytes
   prometheus::Counter& collective_aborts;  // headwater_collective_aborts_total
+  prometheus::Counter& exchange_saved;
   prometheus::Counter&
       search_overflows;  // headwater_worker_search_overflow_tiles_total: dense for want of room
 };

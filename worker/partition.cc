@@ -17,9 +17,11 @@ absl::Status CheckRange(absl::string_view name, int64_t value, int64_t least, in
       absl::StrCat(name, " ", value, " is outside ", least, " to ", most, " (partition)"));
 }
 
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Chunk `chunk` of `num_chunks`: the first num_blocks % num_chunks chunks get one block more.
 TokenRange ChunkTokens(int64_t num_tokens, int64_t block_tokens, int64_t num_chunks, int64_t chunk) {
-  const int64_t num_blocks = (num_tokens + block_tokens - 1) / block_tokens;
+  const int64_t num_blocks = CeilDiv(num_tokens, block_tokens);
   const int64_t base = num_blocks / num_chunks;
   const int64_t extra = num_blocks % num_chunks;
   const int64_t first = chunk * base + std::min(chunk, extra);
@@ -60,8 +62,19 @@ absl::StatusOr<std::vector<RankTokens>> PartitionTokens(int64_t num_tokens, int 
     }
     return ranks;
   }
-  return absl::InvalidArgumentError(absl::StrCat("partition ", static_cast<int>(partition),
-                                                 " is unknown; known are contiguous (1) and zigzag (2)"));
+  if (partition == v1::PARTITION_STRIPED) {
+    const int64_t num_blocks = CeilDiv(num_tokens, block_tokens);
+    const int64_t stripe = CeilDiv(num_blocks, kMaxRanges * world_size) * block_tokens;
+    size_t rank = 0;
+    for (int64_t begin = 0; begin < num_tokens; begin += stripe) {
+      AppendRange({begin, std::min(begin + stripe, num_tokens)}, &ranks[rank]);
+      rank = (rank + 1) % ranks.size();
+    }
+    return ranks;
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("partition ", static_cast<int>(partition),
+                   " is unknown; known are contiguous (1), zigzag (2) and striped (3)"));
 }
 
 int64_t NumTokens(const RankTokens& tokens) {

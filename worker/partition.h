@@ -18,11 +18,15 @@ struct TokenRange {
   int64_t size() const { return end - begin; }
 };
 
-// Non-empty ranges of one rank, ascending. Zigzag gives up to two, contiguous one; a rank may have none.
+// Non-empty ranges of one rank, ascending. Contiguous gives one, zigzag up to two, striped up to kMaxRanges;
+// a rank may have none.
 using RankTokens = std::vector<TokenRange>;
 
-// Deals whole blocks of `block_tokens` (the last may be short) as evenly as blocks allow. Pure: every process
-// that knows the arguments gets the same result. INVALID_ARGUMENT: an argument out of range.
+inline constexpr int64_t kMaxRanges = 64;
+
+// Deals whole blocks of `block_tokens` (the last may be short) as evenly as blocks allow, striped: as stripes
+// do, of ceil(blocks / (kMaxRanges * world_size)) blocks each. Pure: every process that knows the arguments
+// gets the same result. INVALID_ARGUMENT: an argument out of range.
 absl::StatusOr<std::vector<RankTokens>> PartitionTokens(int64_t num_tokens, int world_size,
                                                         v1::Partition partition, int64_t block_tokens);
 

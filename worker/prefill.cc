@@ -36,15 +36,6 @@ absl::Status ModelError(const absl::Status& status, int32_t layer) {
                    {{"layer", absl::StrCat(layer)}});
 }
 
-std::vector<RankTokens> OnlyLastToken(const std::vector<RankTokens>& partition, int64_t num_tokens) {
-  std::vector<RankTokens> queries(partition.size());
-  for (size_t rank = 0; rank < partition.size(); ++rank) {
-    const RankTokens& tokens = partition[rank];
-    if (!tokens.empty() && tokens.back().end == num_tokens) queries[rank] = {{num_tokens - 1, num_tokens}};
-  }
-  return queries;
-}
-
 class PrefillLoop {
  public:
   PrefillLoop(const PrefillJob& job, const PrefillContext& context)
@@ -62,6 +53,14 @@ class PrefillLoop {
         checkpoint_layers_(context.checkpoints != nullptr ? context.checkpoint_layers : 0),
         kv_(compute_, job, context.sender),
         egress_(TakeBuffers(), context.stall_timeout) {
+    exchange_.strategy = job.strategy;
+    exchange_.shape = shape_;
+    exchange_.dtype = compute_;
+    exchange_.rank = job.rank;
+    exchange_.num_tokens = num_tokens_;
+    exchange_.keys = &job.partition;
+    exchange_.collectives = context.collectives;
+    exchange_.control = context.control;
     int64_t row = 0;
     for (const TokenRange& range : job.local()) {
       segments_.push_back({range, row});
@@ -102,7 +101,9 @@ class PrefillLoop {
     compute_kv_ = plan.compute_kv > 0 ? arena->Take(plan.compute_kv) : nullptr;
     std::vector<char*> egress;
     for (int i = 0; i < plan.num_egress; ++i) egress.push_back(arena->Take(plan.egress_kv));
-    for (int i = 0; i < plan.num_receive; ++i) receive_kv_[i] = arena->Take(plan.receive_kv);
+    for (int i = 0; i < plan.num_receive; ++i) exchange_.receive_kv[i] = arena->Take(plan.receive_kv);
+    if (plan.send_kv > 0) exchange_.send_kv = arena->Take(plan.send_kv);
+    if (plan.selection > 0) exchange_.selection = reinterpret_cast<uint64_t*>(arena->Take(plan.selection));
     logits_ = reinterpret_cast<float*>(arena->Take(plan.logits));
     return egress;
   }
@@ -211,14 +212,18 @@ class PrefillLoop {
     result_.linear += linear;
     result_.attention += ring.attention;
     result_.exchange += ring.exchange;
+    result_.exchange_bytes += ring.bytes;
+    result_.exchange_bytes_allgather += ring.allgather_bytes;
     result_.egress_stall += stalled;
     if (context_.metrics != nullptr) {
       context_.metrics->layer_linear.Observe(absl::ToDoubleSeconds(linear));
       context_.metrics->layer_attention.Observe(absl::ToDoubleSeconds(ring.attention));
       context_.metrics->layer_exchange.Observe(absl::ToDoubleSeconds(ring.exchange));
       context_.metrics->layer_egress_stall.Observe(absl::ToDoubleSeconds(stalled));
-      if (job_.world_size() > 1)
+      if (job_.world_size() > 1) {
         context_.metrics->ring_exchange.Observe(absl::ToDoubleSeconds(ring.exchange));
+        context_.metrics->CountExchange(StrategyName(job_.strategy), ring.bytes, ring.allgather_bytes);
+      }
     }
     return absl::OkStatus();
   }
@@ -262,16 +267,9 @@ class PrefillLoop {
       query.index = &indices[i];
       args.queries.push_back(query);
     }
-    args.shape = shape_;
-    args.dtype = compute_;
-    args.rank = job_.rank;
-    args.own_kv = own_kv;
-    args.receive_kv[0] = receive_kv_[0];
-    args.receive_kv[1] = receive_kv_[1];
-    args.keys = &job_.partition;
-    args.schedule = IsLastLayer(layer) ? &last_query_ : &all_queries_;
-    args.collectives = context_.collectives;
-    args.control = context_.control;
+    args.exchange = exchange_;
+    args.exchange.own_kv = own_kv;
+    args.exchange.schedule = IsLastLayer(layer) ? &last_query_ : &all_queries_;
     args.flop_per_step = context_.flop_per_step;
     return RingAttention(args, times);
   }
@@ -331,7 +329,7 @@ class PrefillLoop {
   float* lse_ = nullptr;
   char* q_ = nullptr;
   char* compute_kv_ = nullptr;
-  char* receive_kv_[2] = {nullptr, nullptr};
+  ExchangeArgs exchange_;  // but for what is the layer's
   float* logits_ = nullptr;
   LayerKv kv_;
   EgressRing egress_;

@@ -35,9 +35,10 @@ struct PrefillJob {
   std::string request_id;
   uint32_t epoch = 0;
   int rank = 0;
-  std::vector<int32_t> tokens;        // of the whole prompt
-  std::vector<RankTokens> partition;  // of all ranks; ranges start on block boundaries
-  std::optional<ResumePoint> resume;  // none: from the first layer
+  std::vector<int32_t> tokens;                // of the whole prompt
+  std::vector<RankTokens> partition;          // of all ranks; ranges start on block boundaries
+  v1::Strategy strategy = v1::STRATEGY_RING;  // of the ranks' exchange
+  std::optional<ResumePoint> resume;          // none: from the first layer
   std::shared_ptr<const KvGeometry> geometry;
   std::shared_ptr<const kernels::PatternPolicy> policy;
   QualityBound quality;
@@ -92,6 +93,9 @@ struct PrefillResult {
   absl::Duration attention;
   absl::Duration exchange;
   absl::Duration egress_stall;
+  // K/V received from other ranks, and what strategy allgather would have brought.
+  uint64_t exchange_bytes = 0;
+  uint64_t exchange_bytes_allgather = 0;
   // Where more is known than the pairs.
   std::optional<v1::AttentionReport> attention_report;
 };

@@ -24,6 +24,15 @@ absl::Status RingAllGather(Collectives* group, const void* in, uint64_t bytes, v
   return absl::OkStatus();
 }
 
+std::vector<RankTokens> OnlyLastToken(const std::vector<RankTokens>& partition, int64_t num_tokens) {
+  std::vector<RankTokens> queries(partition.size());
+  for (size_t rank = 0; rank < partition.size(); ++rank) {
+    const RankTokens& tokens = partition[rank];
+    if (!tokens.empty() && tokens.back().end == num_tokens) queries[rank] = {{num_tokens - 1, num_tokens}};
+  }
+  return queries;
+}
+
 RingSchedule::RingSchedule(std::vector<RankTokens> keys, std::vector<RankTokens> queries)
     : keys_(std::move(keys)), queries_(std::move(queries)) {
   HW_CHECK(!keys_.empty() && keys_.size() == queries_.size());

@@ -15,6 +15,10 @@ namespace headwater {
 // Collectives::AllGather by world_size - 1 exchanges with the neighbours.
 absl::Status RingAllGather(Collectives* group, const void* in, uint64_t bytes, void* out);
 
+// Of the rank that holds the prompt's last token that token, of the others none: the queries of the last
+// layer.
+std::vector<RankTokens> OnlyLastToken(const std::vector<RankTokens>& partition, int64_t num_tokens);
+
 // In step s (0 .. world_size - 2) of the ring, rank r sends the chunk of rank (r - s) mod world_size to its
 // right neighbour r + 1. Pure, so that every rank knows what its neighbours do.
 class RingSchedule {

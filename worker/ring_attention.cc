@@ -4,7 +4,6 @@
 #include <memory>
 
 #include "absl/strings/str_cat.h"
-#include "absl/types/span.h"
 
 #include "base/clock.h"
 #include "base/rpc/grpc_status.h"
@@ -37,27 +36,24 @@ class Attender {
  public:
   explicit Attender(const RingAttentionArgs& args)
       : args_(args),
-        element_bytes_(kernels::SizeOf(args.dtype)),
-        q_row_(static_cast<int64_t>(args.shape.num_q_heads) * args.shape.head_dim),
-        kv_row_bytes_(static_cast<uint64_t>(args.shape.num_kv_heads) * args.shape.head_dim * element_bytes_) {
+        shape_(args.exchange.shape),
+        element_bytes_(kernels::SizeOf(args.exchange.dtype)),
+        q_row_(static_cast<int64_t>(shape_.num_q_heads) * shape_.head_dim),
+        kv_row_bytes_(static_cast<uint64_t>(shape_.num_kv_heads) * shape_.head_dim * element_bytes_) {
     const double pairs = args.flop_per_step / (4.0 * static_cast<double>(q_row_));
     pairs_per_call_ = std::max<int64_t>(1, static_cast<int64_t>(pairs));
   }
 
-  uint64_t ChunkBytes(int owner) const {
-    return 2 * static_cast<uint64_t>(NumTokens((*args_.keys)[owner])) * kv_row_bytes_;
-  }
-
   // All segments against the chunk of `owner`.
   absl::Status Attend(int owner, const char* kv) const {
-    const RankTokens& ranges = (*args_.keys)[owner];
+    const RankTokens& ranges = (*args_.exchange.keys)[owner];
     const char* const v = kv + static_cast<uint64_t>(NumTokens(ranges)) * kv_row_bytes_;
     uint64_t offset = 0;
     for (const TokenRange& range : ranges) {
       KeyChunk keys;
       keys.k = kv + offset;
       keys.v = v + offset;
-      keys.dtype = args_.dtype;
+      keys.dtype = args_.exchange.dtype;
       keys.begin = range.begin;
       keys.num_tokens = range.size();
       for (const QuerySegment& segment : args_.queries) HW_RETURN_IF_ERROR(AttendPair(segment, keys));
@@ -76,7 +72,7 @@ class Attender {
       const int64_t visible_end = std::min(keys.begin + keys.num_tokens, rows.end);
       const int64_t most_keys = std::max(kMinCallKeys, pairs_per_call_ / rows.size());
       for (const TokenRange& columns : Cut(keys.begin, visible_end, most_keys, kernels::kKeyBlockTokens)) {
-        HW_RETURN_IF_ERROR(args_.control->Step());
+        HW_RETURN_IF_ERROR(args_.exchange.control->Step());
         HW_RETURN_IF_ERROR(Call(segment, rows, keys, columns));
       }
     }
@@ -99,12 +95,12 @@ class Attender {
     part.num_tokens = columns.size();
     kernels::AttentionState state;
     state.out = segment.state.out + row * q_row_;
-    state.lse_ln = segment.state.lse_ln + row * args_.shape.num_q_heads;
-    return FromKernels(kernels::SparseAttention(args_.shape, queries, part, *segment.index, state),
-                       "attention");
+    state.lse_ln = segment.state.lse_ln + row * shape_.num_q_heads;
+    return FromKernels(kernels::SparseAttention(shape_, queries, part, *segment.index, state), "attention");
   }
 
   const RingAttentionArgs& args_;
+  const kernels::AttentionShape& shape_;
   const uint64_t element_bytes_;
   const int64_t q_row_;
   const uint64_t kv_row_bytes_;
@@ -122,41 +118,37 @@ absl::Status CollectiveError(const absl::Status& status, const JobControl& contr
 absl::Status RingAttention(const RingAttentionArgs& args, RingTimes* times) {
   const Attender attender(args);
   const Clock* const clock = Clock::Real();
-  const int world = args.schedule->world_size();
+  const ExchangeArgs& ranks = args.exchange;
+  const int world = ranks.schedule->world_size();
+  std::vector<const kernels::BlockIndex*> indices;
   for (const QuerySegment& segment : args.queries) {
-    kernels::ResetAttentionState(args.shape, segment.chunk.num_tokens, segment.state);
+    kernels::ResetAttentionState(ranks.shape, segment.chunk.num_tokens, segment.state);
+    indices.push_back(segment.index);
   }
-  const char* in_hand = args.own_kv;
-  for (int step = 0; step < world; ++step) {
-    const int owner = args.schedule->Owner(args.rank, step);
-    char* const incoming = args.receive_kv[step % 2];
-    std::unique_ptr<PendingExchange> exchange;
-    if (step + 1 < world) {
-      absl::Span<const char> send;
-      absl::Span<char> receive;
-      if (args.schedule->Sends(args.rank, step)) send = absl::MakeSpan(in_hand, attender.ChunkBytes(owner));
-      if (args.schedule->Receives(args.rank, step)) {
-        receive = absl::MakeSpan(incoming, attender.ChunkBytes(args.schedule->Owner(args.rank, step + 1)));
-      }
-      exchange = args.collectives->StartExchange((args.rank + 1) % world, send,
-                                                 (args.rank - 1 + world) % world, receive);
-    }
+  const std::unique_ptr<KvExchange> exchange = MakeExchange(ranks);
+  const auto timed = [&](absl::Duration* sum, const auto& work) -> absl::Status {
     const absl::Time start = clock->Now();
-    if (args.schedule->Needs(args.rank, owner)) HW_RETURN_IF_ERROR(attender.Attend(owner, in_hand));
-    const absl::Time computed = clock->Now();
-    times->attention += computed - start;
-    if (exchange != nullptr) {
-      absl::Status status;
-      {
-        const JobControl::Waiting waiting(args.control);
-        status = exchange->Wait();
-      }
-      times->exchange += clock->Now() - computed;
-      if (!status.ok()) return CollectiveError(status, *args.control);
-      HW_RETURN_IF_ERROR(args.control->Step());
+    const absl::Status status = work();
+    *sum += clock->Now() - start;
+    return status;
+  };
+  const auto exchanged = [&](const auto& work) -> absl::Status {
+    const absl::Status status = timed(&times->exchange, work);
+    return status.ok() ? status : CollectiveError(status, *ranks.control);
+  };
+  HW_RETURN_IF_ERROR(exchanged([&] { return exchange->Prepare(indices); }));
+  for (int step = 0; step < world; ++step) {
+    const int owner = ranks.schedule->Owner(ranks.rank, step);
+    const bool more = step + 1 < world;
+    if (more) HW_RETURN_IF_ERROR(exchanged([&] { return exchange->Start(step + 1); }));
+    if (ranks.schedule->Needs(ranks.rank, owner)) {
+      HW_RETURN_IF_ERROR(
+          timed(&times->attention, [&] { return attender.Attend(owner, exchange->Chunk(step)); }));
     }
-    in_hand = incoming;
+    if (more) HW_RETURN_IF_ERROR(exchanged([&] { return exchange->Finish(step + 1); }));
   }
+  times->bytes += exchange->bytes();
+  times->allgather_bytes += exchange->allgather_bytes();
   return absl::OkStatus();
 }
 

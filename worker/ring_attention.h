@@ -1,5 +1,5 @@
-// Attention of one rank's queries over all ranks' keys: K/V chunks travel the ring while the one in hand is
-// computed.
+// Attention of one rank's queries over all ranks' keys: the next K/V chunk comes (see worker/exchange.h)
+// while the one in hand is computed. The chunks' order is the ring's, whatever the strategy.
 #ifndef HW_WORKER_RING_ATTENTION_H_
 #define HW_WORKER_RING_ATTENTION_H_
 
@@ -10,10 +10,8 @@
 #include "absl/time/time.h"
 
 #include "kernels/attention/attention.h"
-#include "worker/collectives.h"
+#include "worker/exchange.h"
 #include "worker/job_control.h"
-#include "worker/partition.h"
-#include "worker/ring.h"
 
 namespace headwater {
 
@@ -25,29 +23,22 @@ struct QuerySegment {
 };
 
 struct RingAttentionArgs {
-  kernels::AttentionShape shape;
-  kernels::DType dtype = kernels::DType::kF32;  // of Q, K and V
-  int rank = 0;
+  ExchangeArgs exchange;  // its type is Q's, too
   std::vector<QuerySegment> queries;
-  // A chunk is its rank's K and then V, both [tokens, num_kv_heads, head_dim], the rank's ranges one behind
-  // the other.
-  const char* own_kv = nullptr;
-  char* receive_kv[2] = {nullptr, nullptr};       // each as large as the largest chunk
-  const std::vector<RankTokens>* keys = nullptr;  // of all ranks
-  const RingSchedule* schedule = nullptr;
-  Collectives* collectives = nullptr;  // null: world size 1
-  JobControl* control = nullptr;
   // The job control is asked at least once in so many FLOP (counted as if dense).
   double flop_per_step = 4e9;
 };
 
 struct RingTimes {
   absl::Duration attention;
-  absl::Duration exchange;  // waiting for the neighbours, compute being done
+  absl::Duration exchange;  // packing, and waiting for other ranks, compute being done
+  // K/V received, and what strategy allgather would have brought.
+  uint64_t bytes = 0;
+  uint64_t allgather_bytes = 0;
 };
 
-// Resets and fills the segments' states. All ranks must call it with the same schedule. Adds to `times`.
-// UNAVAILABLE, WORKER_LOST: a neighbour is gone or stays away; the job control's error; a kernel's error.
+// Resets and fills the segments' states. All ranks must call it with the same schedule and strategy. Adds to
+// `times`. UNAVAILABLE, WORKER_LOST: a peer is gone or stays away; the job control's error; a kernel's error.
 absl::Status RingAttention(const RingAttentionArgs& args, RingTimes* times);
 
 // What a job fails with when a collective operation did: the job control's error where there is one; lost and

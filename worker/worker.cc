@@ -67,6 +67,7 @@ v1::WorkerRegistration MakeRegistration(const WorkerOptions& options, const Pref
     *registration.add_policy_limits() = std::move(limit);
   }
   registration.set_serves_quality(backend.serves_quality());
+  for (const v1::Strategy strategy : backend.strategies()) registration.add_strategies(strategy);
   const ModelConfig& config = backend.config();
   v1::ServedModel* const served = registration.mutable_model();
   served->set_name(options.model_name);

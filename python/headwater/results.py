@@ -11,8 +11,11 @@ from headwater.v1 import decode_pb2, prefill_pb2, types_pb2
 KV_DTYPES = {"": types_pb2.KV_DTYPE_UNSPECIFIED, "f32": types_pb2.KV_DTYPE_F32, "f16": types_pb2.KV_DTYPE_F16,
              "bf16": types_pb2.KV_DTYPE_BF16}
 PARTITIONS = {"": types_pb2.PARTITION_UNSPECIFIED, "contiguous": types_pb2.PARTITION_CONTIGUOUS,
-              "zigzag": types_pb2.PARTITION_ZIGZAG}
+              "zigzag": types_pb2.PARTITION_ZIGZAG, "striped": types_pb2.PARTITION_STRIPED}
+STRATEGIES = {"": types_pb2.STRATEGY_UNSPECIFIED, "ring": types_pb2.STRATEGY_RING,
+              "allgather": types_pb2.STRATEGY_ALLGATHER, "sparse": types_pb2.STRATEGY_SPARSE}
 _PARTITION_NAMES = {value: name for name, value in PARTITIONS.items()}
+_STRATEGY_NAMES = {value: name for name, value in STRATEGIES.items()}
 _FINISH_REASONS = {decode_pb2.FINISH_REASON_LENGTH: "length", decode_pb2.FINISH_REASON_STOP: "stop",
                    decode_pb2.FINISH_REASON_CONTEXT: "context"}
 
@@ -53,6 +56,7 @@ class PrefillOptions:
     top_logprobs: int = 0
     world_size: int = 0
     partition: str = ""
+    strategy: str = ""
     block_tokens: int = 0
 
     def to_request(self, request_id: str, token_ids: Sequence[int]) -> prefill_pb2.PrefillRequest:
@@ -64,7 +68,7 @@ class PrefillOptions:
             request_id=request_id, model=self.model, tenant=self.tenant, priority=self.priority, token_ids=token_ids,
             kv_dtype=_choice(KV_DTYPES, "kv_dtype", self.kv_dtype), top_logprobs=self.top_logprobs,
             world_size=self.world_size, partition=_choice(PARTITIONS, "partition", self.partition),
-            block_tokens=self.block_tokens)
+            strategy=_choice(STRATEGIES, "strategy", self.strategy), block_tokens=self.block_tokens)
         if self.deadline_s is not None:
             request.deadline.CopyFrom(to_duration(self.deadline_s))
         if self.policy or self.policy_parameters:
@@ -209,6 +213,9 @@ class PrefillResult:
     kv_digest: str
     world_size: int
     partition: str
+    strategy: str
+    exchange_bytes: int  # K/V that the ranks got from each other
+    exchange_bytes_allgather: int  # what strategy "allgather" would have brought them
     worker_ids: List[str]
     retries: int
     resume_layer: int  # the first that the last epoch computed
@@ -225,7 +232,9 @@ class PrefillResult:
             attention=AttentionReport.from_proto(event.attention), kv_bytes=event.kv_bytes,
             kv_blocks=event.kv_blocks, kv_blocks_resent=event.kv_blocks_resent,
             kv_stream_resumes=event.kv_stream_resumes, kv_digest=event.kv_digest, world_size=event.plan.world_size,
-            partition=_PARTITION_NAMES.get(event.plan.partition, ""), worker_ids=list(event.plan.worker_ids),
+            partition=_PARTITION_NAMES.get(event.plan.partition, ""),
+            strategy=_STRATEGY_NAMES.get(event.plan.strategy, ""), exchange_bytes=event.exchange_bytes,
+            exchange_bytes_allgather=event.exchange_bytes_allgather, worker_ids=list(event.plan.worker_ids),
             retries=event.retries, resume_layer=event.resume_layer)
 
 

@@ -4,6 +4,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
 #include "base/rpc/grpc_status.h"
@@ -13,7 +14,8 @@ namespace {
 
 // Room for `tokens` tokens of 1000 bytes beside 5000 fixed bytes.
 PlanWorker Worker(const std::string& id, uint64_t tokens = 1'000'000) {
-  PlanWorker worker{id, {}};
+  PlanWorker worker;
+  worker.worker_id = id;
   worker.memory.set_weight_bytes(700);
   worker.memory.set_fixed_bytes(5000);
   worker.memory.set_bytes_per_token(1000);
@@ -46,6 +48,25 @@ TEST(PlannerTest, ChoosesTheNumberOfWorkersByLength) {
   }
 }
 
+TEST(PlannerTest, LeavesTwoBlocksForEachUnlessRanksHoldOneRun) {
+  PlanSpec spec = Spec(2048);
+  for (const auto& [partition, world_size] :
+       {std::pair(v1::PARTITION_CONTIGUOUS, 8u), {v1::PARTITION_ZIGZAG, 4u}, {v1::PARTITION_STRIPED, 4u}}) {
+    spec.partition = partition;
+    EXPECT_EQ(MakePlan(spec, Workers(16))->world_size(), world_size) << partition;
+  }
+}
+
+TEST(PlannerTest, TakesTheStrategyAskedForAndTheRingUnlessOneIs) {
+  for (const uint32_t world_size : {1u, 3u}) {
+    PlanSpec spec = Spec(5000);
+    spec.world_size = world_size;
+    EXPECT_EQ(MakePlan(spec, Workers(4))->strategy(), v1::STRATEGY_RING);
+    spec.strategy = v1::STRATEGY_SPARSE;
+    EXPECT_EQ(MakePlan(spec, Workers(4))->strategy(), v1::STRATEGY_SPARSE);
+  }
+}
+
 TEST(PlannerTest, BoundsTheTokensOfARank) {
   struct Row {
     uint64_t num_tokens;
@@ -56,11 +77,16 @@ TEST(PlannerTest, BoundsTheTokensOfARank) {
   };
   constexpr auto kZigzag = v1::PARTITION_ZIGZAG;
   constexpr auto kContiguous = v1::PARTITION_CONTIGUOUS;
+  constexpr auto kStriped = v1::PARTITION_STRIPED;
   for (const Row& row :
        {Row{1, 1, kContiguous, 256, 1}, Row{1, 4, kContiguous, 256, 1}, Row{1024, 4, kContiguous, 256, 256},
         Row{1025, 4, kContiguous, 256, 512}, Row{1024, 2, kZigzag, 256, 512},
         Row{1025, 2, kZigzag, 256, 1024}, Row{1024, 1, kZigzag, 256, 1024}, Row{300, 2, kZigzag, 16, 160},
-        Row{uint64_t{1} << 24, 256, kZigzag, 16, 65536}}) {
+        Row{uint64_t{1} << 24, 256, kZigzag, 16, 65536}, Row{1, 4, kStriped, 256, 1},
+        Row{1025, 2, kStriped, 256, 768}, Row{300, 2, kStriped, 16, 160},
+        // 130 blocks in 65 stripes of two, of which rank 0 has 33; the last one whole, then short.
+        Row{2077, 2, kStriped, 16, 1056}, Row{2064, 2, kStriped, 16, 1040},
+        Row{uint64_t{1} << 24, 256, kStriped, 16, 65536}}) {
     EXPECT_EQ(MaxLocalTokens(row.num_tokens, row.world_size, row.partition, row.block_tokens), row.local)
         << row.num_tokens << " over " << row.world_size;
   }
@@ -69,7 +95,7 @@ TEST(PlannerTest, BoundsTheTokensOfARank) {
 TEST(PlannerTest, RanksTogetherHoldAllTokens) {
   for (uint64_t tokens = 1; tokens < 5000; tokens += 37) {
     for (uint32_t world_size = 1; world_size <= 9; ++world_size) {
-      for (const auto partition : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG}) {
+      for (const auto partition : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG, v1::PARTITION_STRIPED}) {
         const uint64_t local = MaxLocalTokens(tokens, world_size, partition, 32);
         EXPECT_GE(local * world_size, tokens);
         EXPECT_LE(local, tokens);
@@ -114,6 +140,38 @@ TEST(PlannerTest, GroupsAndCheckpointsTakeTheirBytesToo) {
   EXPECT_TRUE(absl::StrContains(large_group.status().message(),
                                 "needs 1541000 bytes on each besides the weights; 1029000 are available"))
       << large_group.status();
+}
+
+TEST(PlannerTest, AGroupIsOfOneKindOfDeviceAndHasAStrategyOfItsOwn) {
+  auto workers = Workers(4, 1024);
+  for (PlanWorker& worker : workers) worker.device = "cpu";
+  for (const size_t i : {size_t{1}, size_t{3}}) {
+    workers[i].device = "cuda";
+    workers[i].strategies = {v1::STRATEGY_ALLGATHER};
+  }
+  PlanSpec spec = Spec(2048);
+  spec.world_size = 2;
+  auto plan = MakePlan(spec, workers);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_THAT(plan->worker_ids(), ::testing::ElementsAre(workers[0].worker_id, workers[2].worker_id));
+  EXPECT_EQ(plan->strategy(), v1::STRATEGY_RING);
+  // The first kind has no room.
+  workers[2].memory.set_budget_bytes(workers[2].memory.weight_bytes());
+  plan = MakePlan(spec, workers);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_THAT(plan->worker_ids(), ::testing::ElementsAre(workers[1].worker_id, workers[3].worker_id));
+  EXPECT_EQ(plan->strategy(), v1::STRATEGY_ALLGATHER);
+  // What a kind does not have is not asked of it; one worker exchanges nothing.
+  spec.strategy = v1::STRATEGY_RING;
+  EXPECT_EQ(ReasonOf(MakePlan(spec, workers).status()), v1::ERROR_REASON_MEMORY_PLAN_TOO_LARGE);
+  spec.world_size = 1;
+  spec.num_tokens = 512;
+  workers[0].memory.set_budget_bytes(workers[0].memory.weight_bytes());
+  plan = MakePlan(spec, workers);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_THAT(plan->worker_ids(), ::testing::ElementsAre(workers[1].worker_id));
+  spec.world_size = 3;
+  EXPECT_EQ(ReasonOf(MakePlan(spec, workers).status()), v1::ERROR_REASON_NO_WORKERS);
 }
 
 TEST(PlannerTest, WhatIsHeldOfOtherRanksTokensCountsInGroups) {

@@ -1,6 +1,8 @@
 // One request, several requests, queueing: the scheduler where nothing breaks.
 #include "coordinator/scheduler.h"
 
+#include <limits>
+
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
@@ -112,6 +114,7 @@ TEST(SchedulerTest, RunsALongPromptOnAllWorkersAndAddsUpTheirReports) {
   cluster.AddWorker("w1");
   v1::PrefillRequest request = MakeRequest("r", 4000);
   request.set_top_logprobs(1);
+  request.set_strategy(v1::STRATEGY_ALLGATHER);
 
   const auto watcher = cluster.Submit(request);
   cluster.decode.Answer(absl::OkStatus());
@@ -120,16 +123,21 @@ TEST(SchedulerTest, RunsALongPromptOnAllWorkersAndAddsUpTheirReports) {
   EXPECT_EQ(first.rank(), 0u);
   EXPECT_EQ(second.rank(), 1u);
   EXPECT_EQ(first.plan().partition(), v1::PARTITION_ZIGZAG);
+  EXPECT_EQ(first.plan().strategy(), v1::STRATEGY_ALLGATHER);
   EXPECT_EQ(second.rendezvous_address(), MakeWorker("w0").rendezvous_address());
   auto report = cluster.CompletionOf("w0");
   report.mutable_stages()->mutable_linear()->set_seconds(3);
   report.mutable_stages()->mutable_egress_tail()->set_nanos(5);
+  report.set_exchange_bytes(4);
+  report.set_exchange_bytes_allgather(std::numeric_limits<uint64_t>::max());
   report.add_top_logprobs()->set_token_id(42);
   cluster.Complete("w0", report);
   EXPECT_TRUE(cluster.decode.pending.empty()) << "commit only when all ranks are done";
   report = cluster.CompletionOf("w1");
   report.mutable_stages()->mutable_linear()->set_seconds(2);
   report.mutable_stages()->mutable_egress_tail()->set_nanos(7);
+  report.set_exchange_bytes(7);
+  report.set_exchange_bytes_allgather(9);
   cluster.Complete("w1", report);
   cluster.decode.Answer(absl::OkStatus());
 
@@ -140,6 +148,9 @@ TEST(SchedulerTest, RunsALongPromptOnAllWorkersAndAddsUpTheirReports) {
   EXPECT_EQ(completed.kv_bytes(), 8000u);
   EXPECT_EQ(completed.kv_blocks_resent(), 2u);
   EXPECT_EQ(completed.kv_stream_resumes(), 2u);
+  EXPECT_EQ(completed.exchange_bytes(), 11u);
+  EXPECT_EQ(completed.exchange_bytes_allgather(), std::numeric_limits<uint64_t>::max()) << "sums saturate";
+  EXPECT_EQ(completed.plan().strategy(), v1::STRATEGY_ALLGATHER);
   EXPECT_EQ(completed.stages().linear().seconds(), 3);
   EXPECT_EQ(completed.stages().egress_tail().nanos(), 7);
   EXPECT_EQ(completed.plan().world_size(), 2u);

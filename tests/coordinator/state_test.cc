@@ -45,6 +45,7 @@ TEST(RegistrationTest, RefusesWorkersThatCannotBe) {
       {"another default policy", [](auto* r) { r->set_default_policy("magic"); }},
       {"bytes of a prompt's token",
        [](auto* r) { r->mutable_memory()->set_group_bytes_per_prompt_token((uint64_t{1} << 32) + 1); }},
+      {"an unknown strategy", [](auto* r) { r->add_strategies(v1::STRATEGY_UNSPECIFIED); }},
       {"limits of another policy", [](auto* r) { r->add_policy_limits()->set_name("magic"); }},
       {"packs one prompt",
        [](auto* r) {

@@ -3,6 +3,7 @@
 #include <map>
 #include <set>
 #include <thread>
+#include <tuple>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -76,14 +77,17 @@ TEST_F(ServiceTest, SamePlanTwiceGivesEqualDigestsAndAnyPlanTheSameTokens) {
   Cluster& cluster = SharedCluster();
   std::set<std::string> digests;
   std::set<std::vector<uint32_t>> texts;
-  for (const auto& [world_size, partition] :
-       {std::pair(1u, v1::PARTITION_CONTIGUOUS), std::pair(2u, v1::PARTITION_ZIGZAG),
-        std::pair(2u, v1::PARTITION_CONTIGUOUS)}) {
+  for (const auto& [world_size, partition, strategy] :
+       {std::tuple(1u, v1::PARTITION_CONTIGUOUS, v1::STRATEGY_RING),
+        std::tuple(2u, v1::PARTITION_ZIGZAG, v1::STRATEGY_UNSPECIFIED),
+        std::tuple(2u, v1::PARTITION_CONTIGUOUS, v1::STRATEGY_ALLGATHER),
+        std::tuple(2u, v1::PARTITION_STRIPED, v1::STRATEGY_SPARSE)}) {
     std::string first_digest;
     for (int run = 0; run < 2; ++run) {
       v1::PrefillRequest request = MakeRequest(RandomTokens(2, 2500));
       request.set_world_size(world_size);
       request.set_partition(partition);
+      request.set_strategy(strategy);
       const auto completed = cluster.Prefill(request);
       ASSERT_TRUE(completed.ok()) << completed.status();
       if (run == 0) first_digest = completed->kv_digest();
@@ -95,6 +99,34 @@ TEST_F(ServiceTest, SamePlanTwiceGivesEqualDigestsAndAnyPlanTheSameTokens) {
     }
   }
   EXPECT_EQ(texts.size(), 1u) << "every plan must lead to the same text";
+}
+
+TEST_F(ServiceTest, EveryStrategyGivesTheSameCacheAndSparseMovesLeast) {
+  Cluster& cluster = SharedCluster();
+  std::map<v1::Strategy, v1::PrefillCompleted> results;
+  for (const auto strategy : {v1::STRATEGY_RING, v1::STRATEGY_ALLGATHER, v1::STRATEGY_SPARSE}) {
+    v1::PrefillRequest request = MakeRequest(RandomTokens(2, 4000));
+    request.set_world_size(2);
+    request.set_partition(v1::PARTITION_CONTIGUOUS);
+    request.set_strategy(strategy);
+    request.mutable_policy()->set_name("a_shape");
+    (*request.mutable_policy()->mutable_parameters())["window_tokens"] = 512;
+    const auto completed = cluster.Prefill(request);
+    ASSERT_TRUE(completed.ok()) << completed.status();
+    EXPECT_EQ(completed->plan().strategy(), strategy);
+    ASSERT_TRUE(cluster.Release(*completed).ok());
+    results[strategy] = *completed;
+  }
+  const v1::PrefillCompleted& sparse = results[v1::STRATEGY_SPARSE];
+  for (const auto& [strategy, completed] : results) {
+    EXPECT_EQ(completed.kv_digest(), sparse.kv_digest());
+    EXPECT_EQ(completed.exchange_bytes_allgather(), sparse.exchange_bytes_allgather());
+    if (strategy != v1::STRATEGY_SPARSE) {
+      EXPECT_EQ(completed.exchange_bytes(), completed.exchange_bytes_allgather());
+    }
+  }
+  EXPECT_GT(sparse.exchange_bytes(), 0u);
+  EXPECT_LT(sparse.exchange_bytes(), sparse.exchange_bytes_allgather() / 2);
 }
 
 TEST_F(ServiceTest, BatchOfMixedLengthsGivesTheResultsOfSingleRuns) {

@@ -167,8 +167,8 @@ TEST(RequestFlagsTest, ReadsBatchLinesOverDefaults) {
   const auto requests = ParseBatch(
       "{\"token_ids\":[1,2],\"request_id\":\"a\",\"priority\":-3,\"deadline\":1.5,\"policy\":\"dense\"}\n"
       "\n"
-      "{\"token_ids\":[3],\"decode_pool\":\"p\",\"kv_dtype\":\"f16\",\"partition\":\"zigzag\",\"block_"
-      "tokens\":64,"
+      "{\"token_ids\":[3],\"decode_pool\":\"p\",\"kv_dtype\":\"f16\",\"partition\":\"zigzag\","
+      "\"strategy\":\"sparse\",\"block_tokens\":64,"
       "\"world_size\":2,\"top_logprobs\":5,\"model\":\"n\",\"tenant\":\"t\"}",
       defaults);
 
@@ -185,6 +185,7 @@ TEST(RequestFlagsTest, ReadsBatchLinesOverDefaults) {
   EXPECT_EQ(second.decode_pool(), "p");
   EXPECT_EQ(second.kv_dtype(), v1::KV_DTYPE_F16);
   EXPECT_EQ(second.partition(), v1::PARTITION_ZIGZAG);
+  EXPECT_EQ(second.strategy(), v1::STRATEGY_SPARSE);
   EXPECT_EQ(second.block_tokens(), 64u);
   EXPECT_EQ(second.world_size(), 2u);
   EXPECT_EQ(second.top_logprobs(), 5u);
@@ -356,6 +357,7 @@ TEST(CliTest, UsageErrorsEndWithTwoAndName) {
       {{"submit", "--token_ids=1", "--policy=a:b"}, "--policy"},
       {{"submit", "--token_ids=1", "--kv_dtype=f64"}, "f64"},
       {{"submit", "--token_ids=1", "--partition=diagonal"}, "diagonal"},
+      {{"submit", "--token_ids=1", "--strategy=broadcast"}, "broadcast"},
       {{"submit", "--token_ids=1", "--priority=101"}, "101"},
       {{"submit", "--token_ids=1", "--deadline=-1s"}, "-1s"},
       {{"submit", "--token_ids=1", "--min_recall=high"}, "'high'"},

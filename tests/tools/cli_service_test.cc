@@ -53,7 +53,10 @@ v1::PrefillResponse Completed(const v1::PrefillRequest& request, const std::stri
   completed.mutable_plan()->set_world_size(2);
   completed.mutable_plan()->add_worker_ids("w0");
   completed.mutable_plan()->add_worker_ids("w1");
-  completed.mutable_plan()->set_partition(v1::PARTITION_ZIGZAG);
+  completed.mutable_plan()->set_partition(v1::PARTITION_STRIPED);
+  completed.mutable_plan()->set_strategy(v1::STRATEGY_SPARSE);
+  completed.set_exchange_bytes(1 << 20);
+  completed.set_exchange_bytes_allgather(4 << 20);
   return response;
 }
 
@@ -237,10 +240,11 @@ class CliServiceTest : public ::testing::Test {
 };
 
 TEST_F(CliServiceTest, SubmitShowsProgressAndTheResult) {
-  const Outcome outcome = Run(
-      {"submit", "--token_ids=1,2,3", "--request_id=r1", "--model=m", "--policy=a_shape:sink_tokens=4",
-       "--decode_node=d0", "--priority=7", "--deadline=90s", "--tenant=t", "--kv_dtype=f32",
-       "--min_recall=0.95", "--world_size=2", "--partition=zigzag", "--block_tokens=64", "--top_logprobs=3"});
+  const Outcome outcome =
+      Run({"submit", "--token_ids=1,2,3", "--request_id=r1", "--model=m", "--policy=a_shape:sink_tokens=4",
+           "--decode_node=d0", "--priority=7", "--deadline=90s", "--tenant=t", "--kv_dtype=f32",
+           "--min_recall=0.95", "--world_size=2", "--partition=striped", "--strategy=allgather",
+           "--block_tokens=64", "--top_logprobs=3"});
 
   EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
   EXPECT_THAT(outcome.err,
@@ -248,7 +252,8 @@ TEST_F(CliServiceTest, SubmitShowsProgressAndTheResult) {
   for (const char* words :
        {"session-of-r1", "first token  42", "3.0 MiB bf16, 12 blocks verified, 2 resent", "00ff",
         "headwater, density 0.2500, recall 0.9700 (p1 0.8000) of 32 queries a layer",
-        "dense_recall 1 of 2 groups", "attention 3.00s", "w0, w1", "TTFT"}) {
+        "dense_recall 1 of 2 groups", "attention 3.00s", "w0, w1", "striped, sparse",
+        "1.0 MiB of K/V, 4.0 MiB by allgather", "TTFT"}) {
     EXPECT_THAT(outcome.out, HasSubstr(words));
   }
   const v1::PrefillRequest& sent = prefill_.last;
@@ -262,7 +267,8 @@ TEST_F(CliServiceTest, SubmitShowsProgressAndTheResult) {
   EXPECT_EQ(sent.tenant(), "t");
   EXPECT_EQ(sent.kv_dtype(), v1::KV_DTYPE_F32);
   EXPECT_EQ(sent.world_size(), 2u);
-  EXPECT_EQ(sent.partition(), v1::PARTITION_ZIGZAG);
+  EXPECT_EQ(sent.partition(), v1::PARTITION_STRIPED);
+  EXPECT_EQ(sent.strategy(), v1::STRATEGY_ALLGATHER);
   EXPECT_EQ(sent.block_tokens(), 64u);
   EXPECT_EQ(sent.top_logprobs(), 3u);
 }
@@ -292,7 +298,10 @@ TEST_F(CliServiceTest, SubmitWritesJsonLinesWithTheResultLast) {
   EXPECT_EQ(result["session_id"], "session-of-r3");
   EXPECT_EQ(result["first_token"], 42);
   EXPECT_EQ(result["kv_bytes"], 3 << 20);
-  EXPECT_EQ(result["plan"]["partition"], "zigzag");
+  EXPECT_EQ(result["plan"]["partition"], "striped");
+  EXPECT_EQ(result["plan"]["strategy"], "sparse");
+  EXPECT_EQ(result["exchange_bytes"], 1 << 20);
+  EXPECT_EQ(result["exchange_bytes_allgather"], 4 << 20);
   EXPECT_EQ(result["generated"]["tokens"], Json({42, 43}));
   EXPECT_EQ(result["generated"]["finish_reason"], "length");
   EXPECT_EQ(result["bytes_reclaimed"], 4096);

@@ -51,7 +51,8 @@ class FakeService(prefill_pb2_grpc.PrefillServiceServicer, decode_pb2_grpc.Decod
             decode_address=self.address, session_id=f"s-{request.request_id}", first_token=request.token_ids[0] + 1,
             top_logprobs=[types_pb2.TokenLogprob(token_id=7, logprob=-0.5)], tokens_per_second=10.0, density=0.25,
             kv_bytes=1 << 40, kv_blocks=6, kv_digest="ab", plan=types_pb2.PrefillPlan(
-                world_size=2, partition=types_pb2.PARTITION_ZIGZAG, worker_ids=["w0", "w1"]),
+                world_size=2, partition=types_pb2.PARTITION_ZIGZAG, strategy=types_pb2.STRATEGY_SPARSE,
+                worker_ids=["w0", "w1"]), exchange_bytes=5, exchange_bytes_allgather=9,
             stages=types_pb2.StageTimes(total={"seconds": 2, "nanos": 500_000_000})))
 
     def Prefill(self, request, context):
@@ -133,6 +134,7 @@ class ClientTest(unittest.TestCase):
                          [(3, 0, 0, 0), (0, 1, 30, 5)])
         self.assertEqual((result.request_id, result.session_id, result.num_tokens, result.first_token), ("r1", "s-r1", 3, 6))
         self.assertEqual((result.kv_bytes, result.density, result.world_size, result.partition), (1 << 40, 0.25, 2, "zigzag"))
+        self.assertEqual((result.strategy, result.exchange_bytes, result.exchange_bytes_allgather), ("sparse", 5, 9))
         self.assertEqual(result.worker_ids, ["w0", "w1"])
         self.assertEqual(result.top_logprobs, [(7, -0.5)])
         self.assertEqual(result.stages_s["total"], 2.5)
@@ -140,7 +142,7 @@ class ClientTest(unittest.TestCase):
     def test_prefill_sends_its_options(self):
         options = PrefillOptions(model="m", priority=-3, deadline_s=1.5, policy="a_shape",
                                  policy_parameters={"sink_tokens": 64}, decode_pool="p", kv_dtype="f32",
-                                 partition="zigzag", world_size=2)
+                                 partition="striped", strategy="allgather", world_size=2)
 
         self.client.prefill([1], options=options)
 
@@ -148,7 +150,8 @@ class ClientTest(unittest.TestCase):
         self.assertEqual((sent.model, sent.priority, sent.deadline.seconds, sent.deadline.nanos), ("m", -3, 1, 500_000_000))
         self.assertEqual((sent.policy.name, dict(sent.policy.parameters)), ("a_shape", {"sink_tokens": 64.0}))
         self.assertEqual((sent.WhichOneof("destination"), sent.decode_pool), ("decode_pool", "p"))
-        self.assertEqual((sent.kv_dtype, sent.partition), (types_pb2.KV_DTYPE_F32, types_pb2.PARTITION_ZIGZAG))
+        self.assertEqual((sent.kv_dtype, sent.partition, sent.strategy),
+                         (types_pb2.KV_DTYPE_F32, types_pb2.PARTITION_STRIPED, types_pb2.STRATEGY_ALLGATHER))
 
     def test_an_unset_option_leaves_its_field_unset(self):
         self.client.prefill([1])

@@ -66,7 +66,7 @@ class QualityBackend final : public PrefillBackend {
   v1::MemoryModel memory_model() const override { return cpu_->memory_model(); }
   std::string Describe() const override { return "a test's"; }
   absl::StatusOr<MemoryPlan> Plan(const kernels::PatternPolicy&, kernels::DType, int64_t, int64_t, int64_t,
-                                  int, int64_t) const override {
+                                  int, int64_t, v1::Strategy) const override {
     return MemoryPlan{};
   }
   absl::Status Reserve(const PrefillJob&) override { return absl::OkStatus(); }
@@ -148,6 +148,22 @@ v1::ResumePoint* SetResume(A* assignment) {
   return resume;
 }
 
+TEST(AssignmentCheckTest, TakesTheStrategyAndPlansItsBuffers) {
+  AssignmentFixture fixture;
+  for (const auto strategy : {v1::STRATEGY_RING, v1::STRATEGY_ALLGATHER, v1::STRATEGY_SPARSE}) {
+    v1::PrefillAssignment assignment = fixture.Make(100, 2, 1);
+    assignment.mutable_plan()->set_strategy(strategy);
+    const auto job = CheckAssignment(assignment, fixture.context());
+    ASSERT_TRUE(job.ok()) << job.status();
+    EXPECT_EQ(job->strategy, strategy);
+    EXPECT_EQ(job->plan.send_kv > 0, strategy == v1::STRATEGY_SPARSE);
+  }
+  // Of a coordinator that knows none.
+  v1::PrefillAssignment assignment = fixture.Make(100, 2, 1);
+  assignment.mutable_plan()->clear_strategy();
+  EXPECT_EQ(CheckAssignment(assignment, fixture.context())->strategy, v1::STRATEGY_RING);
+}
+
 TEST(AssignmentCheckTest, TakesAResumePoint) {
   AssignmentFixture fixture;
   v1::PrefillAssignment assignment = fixture.Make(100, 2, 1);
@@ -222,6 +238,8 @@ std::vector<BadAssignment> BadAssignments() {
          a->mutable_plan()->set_block_tokens(1);
        },
        kInvalid, kField, "layout"},
+      {"UnknownStrategy", [](A* a) { a->mutable_plan()->set_strategy(static_cast<v1::Strategy>(4)); },
+       kInvalid, kField, "plan.strategy 4"},
       {"NoPartition", [](A* a) { a->mutable_plan()->set_partition(v1::PARTITION_UNSPECIFIED); }, kInvalid,
        kField, "partition 0"},
       {"NoAddress", [](A* a) { a->mutable_destination()->clear_kv_address(); }, kInvalid, kField,

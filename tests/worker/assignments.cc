@@ -31,6 +31,7 @@ v1::PrefillAssignment AssignmentFixture::Make(int64_t tokens, int world, int ran
   v1::PrefillPlan* const plan = assignment.mutable_plan();
   plan->set_world_size(static_cast<uint32_t>(world));
   plan->set_partition(v1::PARTITION_ZIGZAG);
+  plan->set_strategy(v1::STRATEGY_RING);
   plan->set_block_tokens(16);
   // A single rank may be any worker.
   for (int i = 0; i < world; ++i) plan->add_worker_ids(absl::StrCat("w", world == 1 ? 1 : i));

@@ -86,14 +86,18 @@ TEST(CheckpointStoreTest, FreesWhatIsNotKept) {
 
 // Every row comes once, from its owner's place to its own.
 TEST(CheckpointMovesTest, BringEveryTokenToItsPlaceOnce) {
-  for (const int64_t tokens : {1, 17, 64, 333}) {
+  for (const int64_t tokens : {1, 17, 64, 333, 2500}) {
     for (const int before : {2, 3, 5}) {
       for (const int after : {1, 2, 4}) {
-        for (const auto partition : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG}) {
+        for (const auto& [partition, next] : {std::pair(v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG),
+                                              {v1::PARTITION_ZIGZAG, v1::PARTITION_ZIGZAG},
+                                              {v1::PARTITION_ZIGZAG, v1::PARTITION_STRIPED},
+                                              {v1::PARTITION_STRIPED, v1::PARTITION_STRIPED},
+                                              {v1::PARTITION_STRIPED, v1::PARTITION_CONTIGUOUS}}) {
           ResumePoint resume;
           resume.partition = Partition(tokens, before, partition);
           for (int rank = 0; rank < before; ++rank) resume.providers.push_back(rank % after);
-          const auto wanted = Partition(tokens, after, v1::PARTITION_ZIGZAG);
+          const auto wanted = Partition(tokens, after, next);
           const auto positions = [](const RankTokens& ranges) {
             std::vector<int64_t> all;
             for (const TokenRange& range : ranges) {
@@ -223,13 +227,14 @@ TEST_F(ResumeTest, ReportsTheNewestCheckpointBelowWhichAllIsAcknowledged) {
 
 TEST_F(ResumeTest, SurvivorsGoOnWithTheSameResult) {
   for (const int world : {2, 3, 4}) {
-    for (const auto partition : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG}) {
+    for (const auto partition : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG, v1::PARTITION_STRIPED}) {
       for (const int victim : {0, world - 1}) {
         SCOPED_TRACE(absl::StrCat("world ", world, ", partition ", partition, ", victim ", victim));
         std::string bytes[2];
         for (std::string& one : bytes) {
           Disturbed before = Disturb(world, partition, victim);
-          const auto after = GoOn(&before, victim, v1::PARTITION_ZIGZAG);
+          const auto after =
+              GoOn(&before, victim, partition == v1::PARTITION_STRIPED ? partition : v1::PARTITION_ZIGZAG);
           for (const absl::Status& status : after->statuses) ASSERT_TRUE(status.ok()) << status;
           const uint64_t first = 4 * 2 * after->kv.geometry().blocks_per_tensor();
           for (uint64_t i = 0; i < after->kv.times().size(); ++i) {

@@ -93,6 +93,12 @@ TEST_F(CudaGroupGpuTest, RefusesWhatItDoesNotShare) {
   run.parameters = {{"dense_below_tokens", 0}};
   EXPECT_THAT(Run(tokens, run, MakeLocalDeviceGroup)->statuses,
               ::testing::Each(::testing::Property(&absl::Status::code, absl::StatusCode::kUnimplemented)));
+  run = {};
+  run.world_size = 2;
+  run.block_tokens = 128;
+  run.change_job = [](int, PrefillJob* job) { job->strategy = v1::STRATEGY_RING; };
+  EXPECT_THAT(Run(tokens, run, MakeLocalDeviceGroup)->statuses,
+              ::testing::Each(::testing::Property(&absl::Status::code, absl::StatusCode::kUnimplemented)));
   // Ranks of different prompts.
   run = {};
   run.world_size = 2;

@@ -50,16 +50,22 @@ class FakeGroup final : public DeviceGroup {
 };
 
 TEST(CudaKvExchangeTest, CountsWhatComesFromOthers) {
+  // The last rank has no tokens.
   const std::vector<RankTokens> partition = {{{0, 256}, {768, 1000}}, {{256, 768}}, {}};
-  const std::vector<SharedArray> arrays = {{nullptr, 10, 1}, {nullptr, 7, 128}};
-  std::vector<uint64_t> received;
+  const std::vector<SharedArray> to_all = {{nullptr, 10, 1, false}, {nullptr, 7, 128, false}},
+                                 causal = {{nullptr, 10}};
+  std::vector<uint64_t> all, seen;
   for (int rank = 0; rank < 3; ++rank) {
     FakeGroup group(rank, 3);
-    received.push_back(CudaKvExchange(partition, 256, &group).ReceivedBytes(arrays));
+    const CudaKvExchange exchange(partition, 256, &group);
+    all.push_back(exchange.ReceivedBytes(to_all));
+    seen.push_back(exchange.ReceivedBytes(causal));
   }
   // 488 tokens in blocks 0, 1, 6 and 7 (of 104 tokens), and 512 in four blocks.
   const uint64_t first = 488 * 10 + 4 * 7, second = 512 * 10 + 4 * 7;
-  EXPECT_THAT(received, ::testing::ElementsAre(second, first, first + second));
+  EXPECT_THAT(all, ::testing::ElementsAre(second, first, first + second));
+  // No query of rank 1 sees a token from 768 on.
+  EXPECT_THAT(seen, ::testing::ElementsAre(512 * 10u, 256 * 10u, 0u));
 }
 
 }  // namespace

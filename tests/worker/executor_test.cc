@@ -82,7 +82,14 @@ TEST_F(ExecutorTest, PrefillsOverTwoRanksIntoACacheThatCommits) {
     ASSERT_TRUE(result.has_completed()) << result.DebugString();
     EXPECT_GT(result.completed().kv_blocks(), 0u);
     EXPECT_EQ(result.completed().pairs_computed(), result.completed().pairs_possible());
+    EXPECT_EQ(result.completed().exchange_bytes(), result.completed().exchange_bytes_allgather());
   }
+  // Rank 0 has 104 tokens, rank 1 the other 96; in the last layer only rank 0 has a query.
+  const ModelConfig& config = fixture_.model().config();
+  const uint64_t token = 2 * sizeof(float) * static_cast<uint64_t>(config.num_kv_heads * config.head_dim);
+  const auto layers = static_cast<uint64_t>(config.num_layers);
+  EXPECT_EQ(results[0].completed().exchange_bytes(), layers * 96 * token);
+  EXPECT_EQ(results[1].completed().exchange_bytes(), (layers - 1) * 104 * token);
   // Zigzag gives the last token to rank 0.
   EXPECT_TRUE(results[0].completed().has_first_token());
   EXPECT_FALSE(results[1].completed().has_first_token());

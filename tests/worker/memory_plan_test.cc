@@ -31,6 +31,10 @@ uint64_t Linear(const v1::MemoryModel& model, int64_t tokens) {
   return model.fixed_bytes() + static_cast<uint64_t>(tokens) * model.bytes_per_token();
 }
 
+uint64_t GroupBytes(const v1::MemoryModel& model, int64_t tokens) {
+  return static_cast<uint64_t>(tokens) * model.group_bytes_per_token();
+}
+
 TEST(MemoryPlanTest, CountsEveryBuffer) {
   const MemoryPlan plan = PlanMemory(Shape(DType::kF32), DType::kBF16, 100, 150, 250, 2);
 
@@ -52,6 +56,30 @@ TEST(MemoryPlanTest, TakesNoSecondCopyWhenWireAndComputeTypesAreEqual) {
   EXPECT_EQ(PlanMemory(Shape(DType::kBF16), DType::kBF16, 100, 100, 100, 3).num_receive, 2);
 }
 
+TEST(MemoryPlanTest, SparseTakesAPackedChunkAndTheSelectionsOfAllRanks) {
+  const auto plan = [](int world, v1::Strategy strategy) {
+    return PlanMemory(Shape(DType::kF32), DType::kBF16, 100, 150, 3000, world, 0, strategy);
+  };
+  const MemoryPlan sparse = plan(3, v1::STRATEGY_SPARSE);
+  EXPECT_EQ(sparse.send_kv, 2u * 100 * 3 * 64 * 4);
+  // 24 blocks of 3 heads are 72 bits, two words.
+  EXPECT_EQ(sparse.selection, 3u * 2 * 8);
+  for (const auto& [world, strategy] :
+       {std::pair(3, v1::STRATEGY_RING), {3, v1::STRATEGY_ALLGATHER}, {1, v1::STRATEGY_SPARSE}}) {
+    EXPECT_EQ(plan(world, strategy).send_kv, 0u);
+    EXPECT_EQ(plan(world, strategy).selection, 0u);
+  }
+  EXPECT_EQ(sparse.arena_bytes(), plan(3, v1::STRATEGY_ALLGATHER).arena_bytes() + sparse.send_kv + 64);
+}
+
+TEST(MemoryPlanTest, ARankOfTheLargestGroupFitsTheLinearModel) {
+  const MemoryShape shape = Shape(DType::kBF16);
+  const v1::MemoryModel model = LinearMemoryModel(shape, 1, 0);
+  const MemoryPlan plan =
+      PlanMemory(shape, DType::kF32, 32, 32, shape.max_position, kMaxWorldSize, 0, v1::STRATEGY_SPARSE);
+  EXPECT_LE(plan.total_bytes(), Linear(model, 32) + GroupBytes(model, 32));
+}
+
 TEST(MemoryPlanTest, LinearModelIsAnUpperBoundOfEveryPlan) {
   for (const DType compute : {DType::kF32, DType::kBF16}) {
     for (const int egress : {1, 3, 8}) {
@@ -59,7 +87,7 @@ TEST(MemoryPlanTest, LinearModelIsAnUpperBoundOfEveryPlan) {
       shape.egress_buffers = egress;
       const v1::MemoryModel model = LinearMemoryModel(shape, 1, 0);
       for (const DType wire : {DType::kF32, DType::kF16, DType::kBF16}) {
-        for (const auto kind : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG}) {
+        for (const auto kind : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG, v1::PARTITION_STRIPED}) {
           for (const int world : {1, 2, 3, 4, 8}) {
             for (int64_t tokens = 1; tokens <= shape.max_position; tokens = tokens * 5 / 4 + 1) {
               const auto ranks = PartitionTokens(tokens, world, kind, 16);
@@ -69,6 +97,11 @@ TEST(MemoryPlanTest, LinearModelIsAnUpperBoundOfEveryPlan) {
               for (const RankTokens& rank : *ranks) {
                 const MemoryPlan plan = PlanMemory(shape, wire, NumTokens(rank), most, tokens, world);
                 ASSERT_LE(plan.total_bytes(), Linear(model, most))
+                    << tokens << " tokens, " << world << " ranks";
+                const MemoryPlan sparse =
+                    PlanMemory(shape, wire, NumTokens(rank), most, tokens, world, 0, v1::STRATEGY_SPARSE);
+                ASSERT_LE(sparse.total_bytes(),
+                          Linear(model, most) + (world > 1 ? GroupBytes(model, most) : 0))
                     << tokens << " tokens, " << world << " ranks";
               }
             }
@@ -100,7 +133,7 @@ TEST(MemoryPlanTest, ACheckpointCountsForGroupsAndForWhoGoesOnFromOne) {
         for (const RankTokens& rank : *ranks) most = std::max(most, NumTokens(rank));
         if (held > 4 * most) continue;
         EXPECT_LE(PlanMemory(shape, DType::kF32, most, most, tokens, world, held).total_bytes(),
-                  Linear(model, most) + static_cast<uint64_t>(most) * model.group_bytes_per_token());
+                  Linear(model, most) + GroupBytes(model, most));
       }
     }
   }

@@ -30,8 +30,9 @@ class PackingBackend final : public PrefillBackend {
   std::string Describe() const override { return "packs for a test"; }
   absl::StatusOr<MemoryPlan> Plan(const kernels::PatternPolicy& policy, kernels::DType wire,
                                   int64_t local_tokens, int64_t max_rank_tokens, int64_t num_tokens,
-                                  int world_size, int64_t held_tokens) const override {
-    return alone_->Plan(policy, wire, local_tokens, max_rank_tokens, num_tokens, world_size, held_tokens);
+                                  int world_size, int64_t held_tokens, v1::Strategy strategy) const override {
+    return alone_->Plan(policy, wire, local_tokens, max_rank_tokens, num_tokens, world_size, held_tokens,
+                        strategy);
   }
   absl::Status Reserve(const PrefillJob& job) override { return alone_->Reserve(job); }
   absl::StatusOr<PrefillResult> Run(const PrefillJob& job, const PrefillContext& context) override {

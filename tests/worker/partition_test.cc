@@ -6,6 +6,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "coordinator/planner.h"
 #include "worker/ring.h"
 
 namespace headwater {
@@ -18,6 +19,13 @@ std::vector<TokenRange> Sorted(const std::vector<RankTokens>& ranks) {
   for (const RankTokens& tokens : ranks) all.insert(all.end(), tokens.begin(), tokens.end());
   std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.begin < b.begin; });
   return all;
+}
+
+constexpr v1::Partition kKinds[] = {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG, v1::PARTITION_STRIPED};
+
+size_t MostRanges(v1::Partition kind) {
+  if (kind == v1::PARTITION_STRIPED) return kMaxRanges;
+  return kind == v1::PARTITION_ZIGZAG ? 2 : 1;
 }
 
 // All rules of the header, for one set of arguments.
@@ -41,21 +49,25 @@ void ExpectGoodPartition(int64_t tokens, int world, v1::Partition kind, int64_t 
   int64_t least = tokens;
   int64_t most = 0;
   for (const RankTokens& rank : *ranks) {
-    EXPECT_LE(rank.size(), kind == v1::PARTITION_ZIGZAG ? 2u : 1u);
+    EXPECT_LE(rank.size(), MostRanges(kind));
     for (size_t i = 1; i < rank.size(); ++i) EXPECT_LT(rank[i - 1].end, rank[i].begin);
     int64_t blocks = 0;
     for (const TokenRange& range : rank) blocks += (range.size() + block - 1) / block;
     least = std::min(least, blocks);
     most = std::max(most, blocks);
   }
-  EXPECT_LE(most - least, 1);
+  const int64_t stripe = ((tokens + block - 1) / block + kMaxRanges * world - 1) / (kMaxRanges * world);
+  EXPECT_LE(most - least, kind == v1::PARTITION_STRIPED ? stripe : 1);
 }
 
 TEST(PartitionTest, CoversEveryTokenOnceInAscendingWholeBlocksAndBalances) {
-  for (const auto kind : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG}) {
+  for (const auto kind : kKinds) {
     for (const int64_t block : {1, 3, 16}) {
       for (int world = 1; world <= 9; ++world) {
         for (int64_t tokens = 1; tokens <= 24 * block; ++tokens)
+          ExpectGoodPartition(tokens, world, kind, block);
+        // More blocks than a rank has stripes.
+        for (int64_t tokens = 63 * block; tokens <= 700 * block; tokens += 13 * block + 1)
           ExpectGoodPartition(tokens, world, kind, block);
       }
     }
@@ -63,7 +75,7 @@ TEST(PartitionTest, CoversEveryTokenOnceInAscendingWholeBlocksAndBalances) {
 }
 
 TEST(PartitionTest, HandlesLargePrompts) {
-  for (const auto kind : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG}) {
+  for (const auto kind : kKinds) {
     ExpectGoodPartition(int64_t{1} << 40, 64, kind, 256);
     ExpectGoodPartition((int64_t{1} << 24) - 7, 5, kind, 4096);
   }
@@ -80,6 +92,38 @@ TEST(PartitionTest, ZigzagPairsChunksFromBothEnds) {
   ASSERT_EQ((*ranks)[1].size(), 1u);
   EXPECT_EQ((*ranks)[1][0].begin, 16);
   EXPECT_EQ((*ranks)[1][0].end, 48);
+}
+
+TEST(PartitionTest, StripesGoRoundTheRanks) {
+  // 130 blocks, 128 stripes at most: stripes of two blocks.
+  const auto ranks = PartitionTokens(130 * 16 - 3, 2, v1::PARTITION_STRIPED, 16);
+
+  ASSERT_TRUE(ranks.ok());
+  ASSERT_EQ((*ranks)[0].size(), 33u);
+  ASSERT_EQ((*ranks)[1].size(), 32u);
+  for (int64_t stripe = 0; stripe < 65; ++stripe) {
+    const TokenRange& range = (*ranks)[stripe % 2][stripe / 2];
+    EXPECT_EQ(range.begin, stripe * 32);
+    EXPECT_EQ(range.end, std::min<int64_t>((stripe + 1) * 32, 130 * 16 - 3));
+  }
+  // One block each where they are few, and one range on one rank.
+  EXPECT_EQ((*PartitionTokens(128 * 16, 2, v1::PARTITION_STRIPED, 16))[1].size(), 64u);
+  EXPECT_EQ((*PartitionTokens(5000, 1, v1::PARTITION_STRIPED, 16))[0].size(), 1u);
+}
+
+// The coordinator plans by a formula of its own.
+TEST(PartitionTest, NoRankGetsMoreThanThePlannerCountsOn) {
+  for (const auto kind : kKinds) {
+    for (uint32_t world = 1; world <= 9; ++world) {
+      for (int64_t tokens = 1; tokens <= 20'000; tokens = tokens * 9 / 8 + 1) {
+        const auto ranks = PartitionTokens(tokens, static_cast<int>(world), kind, 16);
+        ASSERT_TRUE(ranks.ok());
+        const auto most =
+            static_cast<int64_t>(MaxLocalTokens(static_cast<uint64_t>(tokens), world, kind, 16));
+        for (const RankTokens& rank : *ranks) EXPECT_LE(NumTokens(rank), most) << tokens << " over " << world;
+      }
+    }
+  }
 }
 
 TEST(PartitionTest, LeavesRanksEmptyWhenBlocksAreFew) {
@@ -126,7 +170,7 @@ void ExpectScheduleDelivers(const std::vector<RankTokens>& keys, const std::vect
 }
 
 TEST(RingScheduleTest, BringsEveryNeededChunkAndSendsOnlyWhatIsInHand) {
-  for (const auto kind : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG}) {
+  for (const auto kind : kKinds) {
     for (int world = 1; world <= 6; ++world) {
       for (int64_t tokens = 1; tokens <= 200; tokens += 7) {
         const auto ranks = PartitionTokens(tokens, world, kind, 16);

@@ -29,6 +29,7 @@ PrefillJob MakeJob(const Model& model, absl::Span<const int32_t> tokens, const G
   job.partition =
       PartitionTokens(static_cast<int64_t>(tokens.size()), run.world_size, run.partition, run.block_tokens)
           .value();
+  job.strategy = run.strategy;
   job.geometry = std::make_shared<const KvGeometry>(KvGeometry::Create(layout).value());
   std::unique_ptr<kernels::PatternPolicy> policy;
   HW_CHECK(kernels::MakePolicy(run.policy, run.parameters, &policy).ok());
@@ -37,8 +38,9 @@ PrefillJob MakeJob(const Model& model, absl::Span<const int32_t> tokens, const G
   job.top_logprobs = config.vocab_size;
   int64_t most = 0;
   for (const RankTokens& ranges : job.partition) most = std::max(most, NumTokens(ranges));
-  job.plan = PlanMemory(MakeMemoryShape(model, 1, run.egress_buffers, 1), WireType(run.wire),
-                        NumTokens(job.local()), most, static_cast<int64_t>(tokens.size()), run.world_size);
+  job.plan =
+      PlanMemory(MakeMemoryShape(model, 1, run.egress_buffers, 1), WireType(run.wire), NumTokens(job.local()),
+                 most, static_cast<int64_t>(tokens.size()), run.world_size, 0, run.strategy);
   return job;
 }
 

@@ -21,6 +21,7 @@ namespace headwater::testing {
 struct GroupRun {
   int world_size = 1;
   v1::Partition partition = v1::PARTITION_CONTIGUOUS;
+  v1::Strategy strategy = v1::STRATEGY_RING;
   uint32_t block_tokens = 16;
   v1::KvDtype wire = v1::KV_DTYPE_F32;
   std::string policy = "dense";

@@ -4,7 +4,9 @@
 #include <tuple>
 #include <vector>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
 #include "absl/time/clock.h"
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -50,6 +52,9 @@ std::vector<int32_t> LongPrompt(const Model& model, int64_t count) {
   return tokens;
 }
 
+constexpr v1::Partition kPartitions[] = {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG,
+                                         v1::PARTITION_STRIPED};
+
 class GoldenPrefill : public ::testing::TestWithParam<std::tuple<std::string, int, v1::Partition>> {};
 
 TEST_P(GoldenPrefill, AgreesWithTransformers) {
@@ -68,13 +73,13 @@ TEST_P(GoldenPrefill, AgreesWithTransformers) {
 }
 
 std::string RowName(const ::testing::TestParamInfo<GoldenPrefill::ParamType>& row) {
-  return absl::StrCat(std::get<0>(row.param), "_ranks", std::get<1>(row.param),
-                      std::get<2>(row.param) == v1::PARTITION_ZIGZAG ? "_zigzag" : "_contiguous");
+  return absl::StrCat(
+      std::get<0>(row.param), "_ranks", std::get<1>(row.param),
+      absl::AsciiStrToLower(absl::StripPrefix(v1::Partition_Name(std::get<2>(row.param)), "PARTITION")));
 }
 INSTANTIATE_TEST_SUITE_P(All, GoldenPrefill,
                          ::testing::Combine(::testing::ValuesIn(GoldenNames()), ::testing::Values(1, 2, 4),
-                                            ::testing::Values(v1::PARTITION_CONTIGUOUS,
-                                                              v1::PARTITION_ZIGZAG)),
+                                            ::testing::ValuesIn(kPartitions)),
                          RowName);
 
 class PrefillTest : public ::testing::Test {
@@ -93,7 +98,7 @@ class PrefillTest : public ::testing::Test {
 };
 
 TEST_F(PrefillTest, GivesBitwiseEqualKvForTheSamePlanTwice) {
-  for (const auto partition : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG}) {
+  for (const auto partition : kPartitions) {
     const auto first = RunGroup(*model_, golden_.tokens, Two(partition));
     const auto second = RunGroup(*model_, golden_.tokens, Two(partition));
 
@@ -111,7 +116,7 @@ TEST_F(PrefillTest, AgreesWithOneRankForEveryPromptLength) {
     const std::vector<int32_t> tokens = LongPrompt(*model_, length);
     const auto expected = ForwardDense(*model_, tokens);
     ASSERT_TRUE(expected.ok()) << expected.status();
-    for (const auto partition : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG}) {
+    for (const auto partition : kPartitions) {
       GroupRun run = Two(partition);
       run.world_size = 3;
       const auto group = RunGroup(*model_, tokens, run);
@@ -307,6 +312,7 @@ TEST_F(PrefillTest, RefusesRanksThatDisagreeOnThePlan) {
   const std::function<void(PrefillJob*)> changes[] = {
       [](PrefillJob* job) { job->tokens[3] ^= 1; },
       [](PrefillJob* job) { std::swap(job->partition[0], job->partition[1]); },
+      [](PrefillJob* job) { job->strategy = v1::STRATEGY_ALLGATHER; },
   };
   for (const auto& change : changes) {
     GroupRun run = Two(v1::PARTITION_CONTIGUOUS);

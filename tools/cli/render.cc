@@ -34,10 +34,13 @@ std::string PartitionWord(v1::Partition partition) {
   return EnumWord(v1::Partition_Name(partition), "PARTITION_");
 }
 
+std::string StrategyWord(v1::Strategy strategy) { return EnumWord(v1::Strategy_Name(strategy), "STRATEGY_"); }
+
 Json PlanToJson(const v1::PrefillPlan& plan) {
   Json json;
   json["world_size"] = plan.world_size();
   json["partition"] = PartitionWord(plan.partition());
+  json["strategy"] = StrategyWord(plan.strategy());
   json["block_tokens"] = plan.block_tokens();
   json["bytes_per_rank"] = plan.bytes_per_rank();
   json["worker_ids"] = std::vector<std::string>(plan.worker_ids().begin(), plan.worker_ids().end());
@@ -187,6 +190,8 @@ Json CompletedToJson(const v1::PrefillCompleted& completed) {
   json["kv_blocks"] = completed.kv_blocks();
   json["kv_blocks_resent"] = completed.kv_blocks_resent();
   json["kv_stream_resumes"] = completed.kv_stream_resumes();
+  json["exchange_bytes"] = completed.exchange_bytes();
+  json["exchange_bytes_allgather"] = completed.exchange_bytes_allgather();
   json["kv_digest"] = completed.kv_digest();
   json["layout"] = LayoutToJson(completed.layout());
   json["plan"] = PlanToJson(completed.plan());
@@ -321,12 +326,18 @@ std::string RenderCompleted(const v1::PrefillCompleted& completed, absl::Duratio
       {"digest", completed.kv_digest()},
       {"attention", RenderAttention(completed.attention())},
       {"plan", absl::StrCat(plan.world_size(), " rank(s) (", absl::StrJoin(plan.worker_ids(), ", "), "), ",
-                            PartitionWord(plan.partition()), ", blocks of ", plan.block_tokens(), " tokens")},
+                            PartitionWord(plan.partition()), ", ", StrategyWord(plan.strategy()),
+                            ", blocks of ", plan.block_tokens(), " tokens")},
       {"epochs", absl::StrCat(completed.retries() + 1, " (", completed.retries(), " given up",
                               completed.resume_layer() > 0
                                   ? absl::StrCat("; the last from layer ", completed.resume_layer())
                                   : "",
                               ")")}};
+  if (plan.world_size() > 1) {
+    rows.emplace_back("exchange",
+                      absl::StrCat(RenderBytes(completed.exchange_bytes()), " of K/V, ",
+                                   RenderBytes(completed.exchange_bytes_allgather()), " by allgather"));
+  }
   for (const auto& candidate : completed.top_logprobs()) {
     rows.emplace_back("candidate",
                       absl::StrFormat("%d (logprob %.4f)", candidate.token_id(), candidate.logprob()));

@@ -120,9 +120,20 @@ absl::Status SetPartition(absl::string_view text, v1::PrefillRequest* request) {
   if (text != "auto" &&
       (!v1::Partition_Parse(absl::StrCat("PARTITION_", absl::AsciiStrToUpper(text)), &partition) ||
        partition == v1::PARTITION_UNSPECIFIED)) {
-    return Bad(text, "one of auto, contiguous, zigzag");
+    return Bad(text, "one of auto, contiguous, zigzag, striped");
   }
   request->set_partition(partition);
+  return absl::OkStatus();
+}
+
+absl::Status SetStrategy(absl::string_view text, v1::PrefillRequest* request) {
+  v1::Strategy strategy = v1::STRATEGY_UNSPECIFIED;
+  if (text != "auto" &&
+      (!v1::Strategy_Parse(absl::StrCat("STRATEGY_", absl::AsciiStrToUpper(text)), &strategy) ||
+       strategy == v1::STRATEGY_UNSPECIFIED)) {
+    return Bad(text, "one of auto, ring, allgather, sparse");
+  }
+  request->set_strategy(strategy);
   return absl::OkStatus();
 }
 
@@ -160,7 +171,9 @@ const std::vector<Field>& Fields() {
        Number(0, 20, &v1::PrefillRequest::set_top_logprobs)},
       {"world_size", "0", "workers to use; 0: the planner decides",
        Number(0, 65536, &v1::PrefillRequest::set_world_size)},
-      {"partition", "auto", "how tokens are dealt to workers: auto, contiguous, zigzag", SetPartition},
+      {"partition", "auto", "how tokens are dealt to workers: auto, contiguous, zigzag, striped",
+       SetPartition},
+      {"strategy", "auto", "how workers get each other's K/V: auto, ring, allgather, sparse", SetStrategy},
       {"block_tokens", "0", "tokens of one KV block; 0: the planner decides",
        Number(0, 4096, &v1::PrefillRequest::set_block_tokens)}};
   return *fields;

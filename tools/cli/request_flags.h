@@ -15,8 +15,8 @@
 namespace headwater {
 
 // Declares --model, --tenant, --priority, --deadline, --policy, --min_recall, --max_density, --time_budget,
-// --decode_node, --decode_pool, --kv_dtype,
-// --top_logprobs, --world_size, --partition, --block_tokens; each writes its field of `request`.
+// --decode_node, --decode_pool, --kv_dtype, --top_logprobs, --world_size, --partition, --strategy,
+// --block_tokens; each writes its field of `request`.
 void DeclareRequestFlags(v1::PrefillRequest* request, FlagSet* flags);
 
 // "dense", "a_shape:sink_tokens=128,window_tokens=1024". The service knows which names and ranges are right.
@@ -24,8 +24,8 @@ absl::StatusOr<v1::AttentionPolicy> ParsePolicy(absl::string_view text);
 
 // One JSON object a line: token_ids (required), and request_id, model, tenant, priority, deadline (seconds or
 // "30s"), policy (as the flag), min_recall, max_density, time_budget (as deadline), decode_node, decode_pool,
-// kv_dtype, top_logprobs, world_size, partition, block_tokens. What a line leaves out is as in `defaults`.
-// Empty lines are skipped. INVALID_ARGUMENT names the line and the key.
+// kv_dtype, top_logprobs, world_size, partition, strategy, block_tokens. What a line leaves out is as in
+// `defaults`. Empty lines are skipped. INVALID_ARGUMENT names the line and the key.
 absl::StatusOr<std::vector<v1::PrefillRequest>> ParseBatch(absl::string_view jsonl,
                                                            const v1::PrefillRequest& defaults);
 

@@ -95,6 +95,7 @@ class Backend final : public PrefillBackend {
   }
 
   uint32_t max_world_size() const override { return max_gpus_; }
+  std::vector<v1::Strategy> strategies() const override { return {v1::STRATEGY_ALLGATHER}; }
 
   std::string Describe() const override {
     const v1::MemoryModel memory = memory_model();
@@ -124,8 +125,11 @@ class Backend final : public PrefillBackend {
 
   absl::StatusOr<MemoryPlan> Plan(const kernels::PatternPolicy& policy, kernels::DType /*wire*/,
                                   int64_t local_tokens, int64_t /*max_rank_tokens*/, int64_t num_tokens,
-                                  int world_size, int64_t /*held_tokens*/) const override {
-    if (world_size > 1) HW_RETURN_IF_ERROR(CheckSharedPolicy(policy, num_tokens, world_size));
+                                  int world_size, int64_t /*held_tokens*/,
+                                  v1::Strategy strategy) const override {
+    if (world_size > 1) {
+      HW_RETURN_IF_ERROR(CheckShared(policy, num_tokens, world_size, strategy));
+    }
     MemoryPlan plan;
     HW_ASSIGN_OR_RETURN(plan.device, BytesOf(policy.parameters(), num_tokens, local_tokens));
     HW_RETURN_IF_ERROR(CheckMemoryPlan(plan, budget_bytes_, resident_bytes()));

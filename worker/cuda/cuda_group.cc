@@ -79,18 +79,21 @@ absl::Status CudaKvExchange::StartPieces(size_t end, absl::Span<const SharedArra
     HW_RETURN_IF_ERROR(ready_.Record(stream));
     HW_RETURN_IF_ERROR(FromCuda(cudaStreamWaitEvent(stream_, ready_.get(), 0), "the exchange of K and V"));
     const auto own = static_cast<size_t>(group_->rank());
-    std::vector<DeviceParts> send(chunks_.size(), PartsOf(own, started_, arrays)), receive(chunks_.size());
+    std::vector<DeviceParts> send(chunks_.size()), receive(chunks_.size());
     for (size_t rank = 0; rank < chunks_.size(); ++rank) {
-      if (rank != own) receive[rank] = PartsOf(rank, started_, arrays);
+      if (rank == own) continue;
+      send[rank] = PartsOf(own, rank, started_, arrays);
+      receive[rank] = PartsOf(rank, own, started_, arrays);
     }
-    send[own].clear();
     HW_RETURN_IF_ERROR(group_->Exchange(send, receive, "exchange of a layer's K and V", stream_));
   }
   return absl::OkStatus();
 }
 
-DeviceParts CudaKvExchange::PartsOf(size_t rank, size_t piece, absl::Span<const SharedArray> arrays) const {
-  const std::vector<CudaChunk>& chunks = chunks_[rank];
+DeviceParts CudaKvExchange::PartsOf(size_t owner, size_t to, size_t piece,
+                                    absl::Span<const SharedArray> arrays) const {
+  const std::vector<CudaChunk>& chunks = chunks_[owner];
+  const int64_t seen = chunks_[to].empty() ? 0 : chunks_[to].back().tokens.end;
   const size_t end = std::min(chunks.size(), (piece + 1) * chunks_per_piece_);
   RankTokens ranges;
   for (size_t i = piece * chunks_per_piece_; i < end; ++i) {
@@ -103,17 +106,21 @@ DeviceParts CudaKvExchange::PartsOf(size_t rank, size_t piece, absl::Span<const 
   }
   DeviceParts parts;
   for (const TokenRange& range : ranges) {
-    for (const SharedArray& array : arrays) parts.push_back(PartOf(array, range));
+    for (const SharedArray& array : arrays) {
+      const TokenRange wanted{range.begin, array.causal ? std::min(range.end, seen) : range.end};
+      if (wanted.size() > 0) parts.push_back(PartOf(array, wanted));
+    }
   }
   return parts;
 }
 
 uint64_t CudaKvExchange::ReceivedBytes(absl::Span<const SharedArray> arrays) const {
+  const auto own = static_cast<size_t>(group_->rank());
   uint64_t bytes = 0;
   for (size_t rank = 0; rank < chunks_.size(); ++rank) {
-    if (rank == static_cast<size_t>(group_->rank())) continue;
-    for (const CudaChunk& chunk : chunks_[rank]) {
-      for (const SharedArray& array : arrays) bytes += PartOf(array, chunk.tokens).bytes;
+    if (rank == own) continue;
+    for (size_t piece = 0; piece < num_pieces_; ++piece) {
+      for (const DevicePart& part : PartsOf(rank, own, piece, arrays)) bytes += part.bytes;
     }
   }
   return bytes;

@@ -33,6 +33,7 @@ struct SharedArray {
   char* data = nullptr;
   uint64_t bytes = 0;
   int64_t tokens = 1;
+  bool causal = true;  // only what some query of a rank may see goes there
 };
 
 class CudaKvExchange {
@@ -55,7 +56,8 @@ class CudaKvExchange {
   uint64_t ReceivedBytes(absl::Span<const SharedArray> arrays) const;
 
  private:
-  DeviceParts PartsOf(size_t rank, size_t piece, absl::Span<const SharedArray> arrays) const;
+  // Of rank `owner`, what goes to rank `to`.
+  DeviceParts PartsOf(size_t owner, size_t to, size_t piece, absl::Span<const SharedArray> arrays) const;
   absl::Status StartPieces(size_t end, absl::Span<const SharedArray> arrays, cudaStream_t stream);
 
   std::vector<std::vector<CudaChunk>> chunks_;  // by rank

@@ -72,6 +72,8 @@ class CudaPass {
   absl::Status RunLayer(int32_t layer);
   // Q, K and V of this rank's tokens; the others' K and V are on their way when it returns.
   absl::Status Project(int32_t layer, char* k, char* v);
+  // The layer's K and V of other ranks.
+  void CountExchange();
   // Of what the group shares.
   std::vector<SharedArray> SharedArrays(char* k, char* v) const;
   bool IsLast(int32_t layer) const { return layer + 1 == config_.num_layers && !packed(); }

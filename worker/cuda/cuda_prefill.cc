@@ -11,6 +11,7 @@
 #include "base/status_macros.h"
 #include "worker/agreement.h"
 #include "worker/cuda/cuda_pass.h"
+#include "worker/exchange.h"
 #include "worker/ring_attention.h"
 
 namespace headwater {
@@ -208,6 +209,7 @@ absl::Status CudaPass::RunLayer(int32_t layer) {
   if (shared()) {
     HW_RETURN_IF_ERROR(exchange_->Finish(SharedArrays(k, v), stream_));
     HW_RETURN_IF_ERROR(events.gathered.Record(stream_));
+    CountExchange();
   }
 
   char* attention = Q(QueriesOf(layer).first);
@@ -243,12 +245,24 @@ absl::Status CudaPass::Project(int32_t layer, char* k, char* v) {
 
 std::vector<SharedArray> CudaPass::SharedArrays(char* k, char* v) const {
   const auto row = static_cast<uint64_t>(kv_width_) * 2;
-  std::vector<SharedArray> arrays = {{k, row, 1}, {v, row, 1}};
+  std::vector<SharedArray> arrays = {{k, row}, {v, row}};
   if (pattern_) {
+    // Whole on all ranks: coarse means reach over the end of what a rank sees.
     arrays.push_back({reinterpret_cast<char*>(pattern_->stats().k_mean),
-                      static_cast<uint64_t>(kv_width_) * sizeof(float), kernels::kStatsBlockTokens});
+                      static_cast<uint64_t>(kv_width_) * sizeof(float), kernels::kStatsBlockTokens, false});
   }
   return arrays;
+}
+
+void CudaPass::CountExchange() {
+  const auto row = static_cast<uint64_t>(kv_width_) * 2;
+  const uint64_t bytes = exchange_->ReceivedBytes({{nullptr, row}, {nullptr, row}});
+  PrefillResult& result = sequences_[0].result;
+  result.exchange_bytes += bytes;
+  result.exchange_bytes_allgather += bytes;
+  if (context_.metrics != nullptr) {
+    context_.metrics->CountExchange(StrategyName(sequences_[0].prompt->job->strategy), bytes, bytes);
+  }
 }
 
 int64_t CudaPass::TokenOf(int64_t row) const {

@@ -20,7 +20,8 @@ absl::Status CheckJob(const PrefillJob& job, int world_size) {
   }
   HW_RETURN_IF_ERROR(CudaEgress::CheckBlocks(job));
   if (world_size == 1) return absl::OkStatus();
-  HW_RETURN_IF_ERROR(CheckSharedPolicy(*job.policy, static_cast<int64_t>(job.tokens.size()), world_size));
+  HW_RETURN_IF_ERROR(
+      CheckShared(*job.policy, static_cast<int64_t>(job.tokens.size()), world_size, job.strategy));
   const uint32_t block_tokens = job.geometry->layout().block_tokens();
   if (block_tokens % kernels::kStatsBlockTokens == 0) return absl::OkStatus();
   return absl::UnimplementedError(absl::StrCat("KV blocks of ", block_tokens, " tokens over ", world_size,
@@ -30,7 +31,12 @@ absl::Status CheckJob(const PrefillJob& job, int world_size) {
 
 }  // namespace
 
-absl::Status CheckSharedPolicy(const kernels::PatternPolicy& policy, int64_t num_tokens, int world_size) {
+absl::Status CheckShared(const kernels::PatternPolicy& policy, int64_t num_tokens, int world_size,
+                         v1::Strategy strategy) {
+  if (strategy != v1::STRATEGY_ALLGATHER) {
+    return absl::UnimplementedError(absl::StrCat("strategy ", v1::Strategy_Name(strategy),
+                                                 " over GPUs; STRATEGY_ALLGATHER is what they have"));
+  }
   if (num_tokens < kernels::DenseBelowTokens(policy.parameters()) ||
       std::holds_alternative<kernels::ProbeParameters>(policy.parameters())) {
     return absl::OkStatus();

@@ -37,7 +37,8 @@ absl::StatusOr<std::unique_ptr<kernels::CudaPolicy>> MakePolicyFor(
 
 // UNIMPLEMENTED: GPUs do not share prompts of that length under the policy; they share those that are dense,
 // or probe's.
-absl::Status CheckSharedPolicy(const kernels::PatternPolicy& policy, int64_t num_tokens, int world_size);
+absl::Status CheckShared(const kernels::PatternPolicy& policy, int64_t num_tokens, int world_size,
+                         v1::Strategy strategy);
 
 // What RunCudaPrefill() refuses before it looks at the device. world_size: of the group that the pass is in.
 absl::Status CheckPass(absl::Span<const CudaPrefillPrompt> prompts, int world_size);
