@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include <unistd.h>
@@ -198,11 +199,12 @@ class Bench {
     if (!prompt.name.empty()) job.request_id = prompt.name;  // by which queries are sampled
     if (device_->num_ranks() > 1) {
       job.strategy = v1::STRATEGY_ALLGATHER;
-      HW_ASSIGN_OR_RETURN(
-          job.partition,
-          PartitionTokens(static_cast<int64_t>(job.tokens.size()), device_->num_ranks(),
-                          options_.partition == "zigzag" ? v1::PARTITION_ZIGZAG : v1::PARTITION_CONTIGUOUS,
-                          job.geometry->layout().block_tokens()));
+      v1::Partition partition = v1::PARTITION_UNSPECIFIED;
+      (void)v1::Partition_Parse(absl::StrCat("PARTITION_", absl::AsciiStrToUpper(options_.partition)),
+                                &partition);
+      HW_ASSIGN_OR_RETURN(job.partition,
+                          PartitionTokens(static_cast<int64_t>(job.tokens.size()), device_->num_ranks(),
+                                          partition, job.geometry->layout().block_tokens()));
     }
     PrefillReport report;
     HW_ASSIGN_OR_RETURN(report.planned_bytes, device_->Plan(&job));

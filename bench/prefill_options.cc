@@ -98,7 +98,7 @@ FlagSet Declare(PrefillBenchOptions* o) {
       "of little-endian uint16; in place of --tokens, with --model");
   flags.String("device", &o->device, "what computes: cuda:N for GPU N, or cpu (with --model)");
   flags.Int("gpus", &o->gpus, 1, 64, "GPUs from --device on that share each prompt");
-  flags.Choice("partition", &o->partition, {"contiguous", "zigzag"},
+  flags.Choice("partition", &o->partition, {"contiguous", "zigzag", "striped"},
                "which tokens each of several GPUs computes");
   flags.Choice("linear", &o->linear, {"auto", "bf16", "fp8", "f32"},
                "type of linear layers; auto: bf16, or f32 on a CPU without bf16");

@@ -32,7 +32,8 @@ TEST_F(CudaGroupGpuTest, EqualsOneRank) {
   for (const int count : {1, 129, 700, 2049, 5000}) {
     const std::vector<int32_t> tokens = RandomTokens(count, 512);
     for (const int world_size : {2, 3}) {
-      for (const v1::Partition partition : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG}) {
+      for (const v1::Partition partition :
+           {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG, v1::PARTITION_STRIPED}) {
         for (const char* const policy : {"dense", "probe"}) {
           SCOPED_TRACE(absl::StrCat(count, " tokens, ", world_size, " ranks, ", v1::Partition_Name(partition),
                                     ", ", policy));
