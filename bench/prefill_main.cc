@@ -198,7 +198,7 @@ class Bench {
                                                      options_.policy, tables_, options_.quality));
     if (!prompt.name.empty()) job.request_id = prompt.name;  // by which queries are sampled
     if (device_->num_ranks() > 1) {
-      job.strategy = v1::STRATEGY_ALLGATHER;
+      job.strategy = options_.strategy == "ring" ? v1::STRATEGY_RING : v1::STRATEGY_ALLGATHER;
       v1::Partition partition = v1::PARTITION_UNSPECIFIED;
       (void)v1::Partition_Parse(absl::StrCat("PARTITION_", absl::AsciiStrToUpper(options_.partition)),
                                 &partition);
@@ -271,7 +271,7 @@ class Bench {
     if (sample.results.size() == 1) return;
     report->stages.emplace_back("exchange", exchange);
     const double mean = computed / static_cast<double>(sample.results.size());
-    report->group = {options_.partition, exchange / sample.ttft_s, most / mean};
+    report->group = {options_.partition, options_.strategy, exchange / sample.ttft_s, most / mean};
   }
 
   void Show(const PrefillReport& report) {

@@ -100,6 +100,7 @@ FlagSet Declare(PrefillBenchOptions* o) {
   flags.Int("gpus", &o->gpus, 1, 64, "GPUs from --device on that share each prompt");
   flags.Choice("partition", &o->partition, {"contiguous", "zigzag", "striped"},
                "which tokens each of several GPUs computes");
+  flags.Choice("strategy", &o->strategy, {"allgather", "ring"}, "how several GPUs get each other's K and V");
   flags.Choice("linear", &o->linear, {"auto", "bf16", "fp8", "f32"},
                "type of linear layers; auto: bf16, or f32 on a CPU without bf16");
   flags.String("policy", &o->policy.name, "which key blocks attention takes");
@@ -197,9 +198,10 @@ absl::Status Check(const FlagSet& flags, PrefillBenchOptions* o) {
   if (!on_gpu && o->gpus > 1) {
     return absl::InvalidArgumentError(absl::StrCat("--gpus=", o->gpus, " with --device=cpu"));
   }
-  if (flags.IsSet("partition") && o->gpus == 1) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "--partition=", o->partition, ": one device has all tokens; --gpus=2 or more is wanted"));
+  for (const char* const flag : {"partition", "strategy"}) {
+    if (!flags.IsSet(flag) || o->gpus > 1) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("--", flag, ": one device has all tokens; --gpus=2 or more is wanted"));
   }
   if (!on_gpu && o->linear == "fp8") {
     return absl::InvalidArgumentError("--linear=fp8: a CPU computes in bf16 or f32");

@@ -26,9 +26,10 @@ struct PrefillBenchOptions {
   std::vector<int64_t> tokens = {8192};
   std::string prompts;  // file (bench/prefill_prompts.h), in place of random tokens; empty: none
   std::string device = "cuda:0";
-  int gpu = 0;                       // --device's number, or kCpu
-  int64_t gpus = 1;                  // from there on
-  std::string partition = "zigzag";  // of a prompt over several
+  int gpu = 0;                         // --device's number, or kCpu
+  int64_t gpus = 1;                    // from there on
+  std::string strategy = "allgather";  // of a prompt over several
+  std::string partition = "zigzag";    // of a prompt over several
   std::string linear = "auto";
   BenchPolicy policy;
   QualityBound quality;  // no bound: none

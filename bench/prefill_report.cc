@@ -154,7 +154,7 @@ Json ToJson(const PrefillReport& r, const PrefillBenchOptions& options) {
   if (!r.prompt.empty()) params["prompt"] = r.prompt;
   if (r.group.has_value()) {
     params["partition"] = r.group->partition;
-    params["strategy"] = "allgather";
+    params["strategy"] = r.group->strategy;
   }
   if (!options.policy.parameters.empty()) params["policy_parameters"] = options.policy.parameters;
   if (options.measure_recall) params["measure_recall"] = true;
@@ -200,7 +200,8 @@ std::string TableTitle(const PrefillReport& r, const PrefillBenchOptions& o) {
   std::string text = absl::StrCat(r.device, ": ", o.model_name(), o.model.empty() ? " (random weights)" : "",
                                   ", linear ", r.linear, ", policy ", o.policy.name);
   if (o.policy.density > 0) absl::StrAppend(&text, " forced to ", o.policy.density);
-  if (r.group.has_value()) absl::StrAppend(&text, ", ", r.gpus, " GPUs, ", r.group->partition);
+  if (r.group.has_value())
+    absl::StrAppend(&text, ", ", r.gpus, " GPUs, ", r.group->partition, ", ", r.group->strategy);
   absl::StrAppend(&text, ", sink ", o.sink, ", median of ", o.repeat, "\n");
   if (r.linear_floor_s.has_value()) {
     absl::StrAppend(&text, "floor: linear layers' products alone in this process");

@@ -46,7 +46,7 @@ struct PrefillReport {
   std::optional<v1::AttentionReport> attention;
   // Of several GPUs that share prompts:
   struct Group {
-    std::string partition;
+    std::string partition, strategy;
     double exposed_comm_ratio =
         0;                 // of the first token's time, what the rank waited for others that waited most
     double imbalance = 0;  // compute of the rank that computed most over the mean

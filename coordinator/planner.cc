@@ -51,13 +51,15 @@ bool Has(const PlanWorker& worker, v1::Strategy strategy) {
 // Of workers of one kind.
 v1::Strategy StrategyOf(const PlanSpec& spec, const std::vector<PlanWorker>& workers) {
   if (spec.strategy != v1::STRATEGY_UNSPECIFIED) return spec.strategy;
-  for (const v1::Strategy strategy : {v1::STRATEGY_RING, v1::STRATEGY_ALLGATHER}) {
+  std::vector<v1::Strategy> wanted = workers.front().strategies;
+  if (wanted.empty()) wanted = {v1::STRATEGY_RING, v1::STRATEGY_ALLGATHER, v1::STRATEGY_SPARSE};
+  for (const v1::Strategy strategy : wanted) {
     if (std::all_of(workers.begin(), workers.end(),
                     [&](const PlanWorker& worker) { return Has(worker, strategy); })) {
       return strategy;
     }
   }
-  return v1::STRATEGY_SPARSE;
+  return wanted.front();
 }
 
 uint32_t WishedWorldSize(const PlanSpec& spec, uint32_t num_workers) {

@@ -20,7 +20,7 @@ struct PlanWorker {
   uint32_t max_world_size = 0;  // of a group that it can be in; 0: any
   uint64_t max_tokens = 0;      // that it holds under the prompt's policy; 0: no more is known than `memory`
   std::string device;           // "cpu", "cuda": a group is of one kind
-  std::vector<v1::Strategy> strategies;  // of groups that it can be in; empty: all
+  std::vector<v1::Strategy> strategies;  // of groups that it can be in, the best first; empty: all
 };
 
 struct PlanSpec {
@@ -30,7 +30,7 @@ struct PlanSpec {
   uint32_t world_size = 0;
   // Unspecified: zigzag over several workers, contiguous on one.
   v1::Partition partition = v1::PARTITION_UNSPECIFIED;
-  // Unspecified: the first of ring, allgather and sparse that the workers have.
+  // Unspecified: the first of the first worker's (by default ring) that all have.
   v1::Strategy strategy = v1::STRATEGY_UNSPECIFIED;
   uint32_t block_tokens = 256;
   uint64_t context_parallel_min_tokens = 2048;

@@ -70,7 +70,7 @@ class PrefillBackend {
                          kernels::PolicyParameters* /*parameters*/) const {}
   // Ranks of the largest group that it can compute in; 0: any number.
   virtual uint32_t max_world_size() const = 0;
-  // How it shares prompts with others; empty: any way.
+  // How it shares prompts with others, the best first; empty: any way.
   virtual std::vector<v1::Strategy> strategies() const { return {}; }
   // For the planner: what prompts may take.
   virtual v1::MemoryModel memory_model() const = 0;

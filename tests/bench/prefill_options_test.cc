@@ -157,7 +157,9 @@ TEST(PrefillBenchOptionsTest, WrongFlagsAreNamed) {
   EXPECT_THAT(ErrorOf({"--linear=fp8", "--device=cpu", "--model=x"}), HasSubstr("--linear=fp8"));
   EXPECT_THAT(ErrorOf({"--gpus=2", "--device=cpu", "--model=x"}), HasSubstr("--gpus=2 with --device=cpu"));
   EXPECT_THAT(ErrorOf({"--gpus=0"}), HasSubstr("--gpus"));
-  EXPECT_THAT(ErrorOf({"--partition=zigzag"}), AllOf(HasSubstr("--partition=zigzag"), HasSubstr("--gpus")));
+  EXPECT_THAT(ErrorOf({"--partition=zigzag"}), AllOf(HasSubstr("--partition"), HasSubstr("--gpus")));
+  EXPECT_THAT(ErrorOf({"--strategy=ring"}), AllOf(HasSubstr("--strategy"), HasSubstr("--gpus")));
+  EXPECT_THAT(ErrorOf({"--strategy=sparse", "--gpus=2"}), HasSubstr("--strategy"));
   EXPECT_THAT(ErrorOf({"--partition=odd", "--gpus=2"}), HasSubstr("--partition"));
   EXPECT_THAT(ErrorOf({"--linear=int4"}), HasSubstr("'int4'"));
   EXPECT_THAT(ErrorOf({"--sink=disk"}), AllOf(HasSubstr("--sink"), HasSubstr("none, verify")));

@@ -56,7 +56,7 @@ std::map<std::string, std::string> Columns(const PrefillReport& report) {
 TEST(PrefillReportTest, SeveralGpusAreToldOf) {
   PrefillReport report = Report();
   report.gpus = 2;
-  report.group = {"zigzag", 0.0125, 1.03};
+  report.group = {"zigzag", "allgather", 0.0125, 1.03};
   PrefillBenchOptions options;
   const nlohmann::ordered_json row = ToJson(report, options);
   EXPECT_EQ(row["params"]["gpus"], 2);
@@ -68,7 +68,7 @@ TEST(PrefillReportTest, SeveralGpusAreToldOf) {
   const auto columns = Columns(report);
   EXPECT_EQ(columns.at("exposed"), "1.2 %");
   EXPECT_EQ(columns.at("imbalance"), "1.030");
-  EXPECT_NE(TableTitle(report, options).find("2 GPUs, zigzag"), std::string::npos);
+  EXPECT_NE(TableTitle(report, options).find("2 GPUs, zigzag, allgather"), std::string::npos);
 }
 
 TEST(PrefillReportTest, FlopOfAShapeCountedByHand) {

@@ -147,7 +147,7 @@ TEST(PlannerTest, AGroupIsOfOneKindOfDeviceAndHasAStrategyOfItsOwn) {
   for (PlanWorker& worker : workers) worker.device = "cpu";
   for (const size_t i : {size_t{1}, size_t{3}}) {
     workers[i].device = "cuda";
-    workers[i].strategies = {v1::STRATEGY_ALLGATHER};
+    workers[i].strategies = {v1::STRATEGY_ALLGATHER, v1::STRATEGY_RING};
   }
   PlanSpec spec = Spec(2048);
   spec.world_size = 2;
@@ -162,7 +162,7 @@ TEST(PlannerTest, AGroupIsOfOneKindOfDeviceAndHasAStrategyOfItsOwn) {
   EXPECT_THAT(plan->worker_ids(), ::testing::ElementsAre(workers[1].worker_id, workers[3].worker_id));
   EXPECT_EQ(plan->strategy(), v1::STRATEGY_ALLGATHER);
   // What a kind does not have is not asked of it; one worker exchanges nothing.
-  spec.strategy = v1::STRATEGY_RING;
+  spec.strategy = v1::STRATEGY_SPARSE;
   EXPECT_EQ(ReasonOf(MakePlan(spec, workers).status()), v1::ERROR_REASON_MEMORY_PLAN_TOO_LARGE);
   spec.world_size = 1;
   spec.num_tokens = 512;

@@ -35,16 +35,20 @@ TEST_F(CudaGroupGpuTest, EqualsOneRank) {
       for (const v1::Partition partition :
            {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG, v1::PARTITION_STRIPED}) {
         for (const char* const policy : {"dense", "probe"}) {
-          SCOPED_TRACE(absl::StrCat(count, " tokens, ", world_size, " ranks, ", v1::Partition_Name(partition),
-                                    ", ", policy));
-          GroupRun run;
-          run.world_size = world_size;
-          run.partition = partition;
-          run.block_tokens = 128;
-          run.wire = v1::KV_DTYPE_BF16;
-          run.policy = policy;
-          if (run.policy == "probe") run.parameters = {{"dense_below_tokens", 0}, {"threshold", 0.3}};
-          ExpectEqualsOneRank(tokens, run, MakeLocalDeviceGroup, kTolerance);
+          for (const v1::Strategy strategy : {v1::STRATEGY_ALLGATHER, v1::STRATEGY_RING}) {
+            SCOPED_TRACE(absl::StrCat(count, " tokens, ", world_size, " ranks, ",
+                                      v1::Partition_Name(partition), ", ", v1::Strategy_Name(strategy), ", ",
+                                      policy));
+            GroupRun run;
+            run.world_size = world_size;
+            run.partition = partition;
+            run.strategy = strategy;
+            run.block_tokens = 128;
+            run.wire = v1::KV_DTYPE_BF16;
+            run.policy = policy;
+            if (run.policy == "probe") run.parameters = {{"dense_below_tokens", 0}, {"threshold", 0.3}};
+            ExpectEqualsOneRank(tokens, run, MakeLocalDeviceGroup, kTolerance);
+          }
         }
       }
     }
@@ -97,7 +101,7 @@ TEST_F(CudaGroupGpuTest, RefusesWhatItDoesNotShare) {
   run = {};
   run.world_size = 2;
   run.block_tokens = 128;
-  run.change_job = [](int, PrefillJob* job) { job->strategy = v1::STRATEGY_RING; };
+  run.strategy = v1::STRATEGY_SPARSE;
   EXPECT_THAT(Run(tokens, run, MakeLocalDeviceGroup)->statuses,
               ::testing::Each(::testing::Property(&absl::Status::code, absl::StatusCode::kUnimplemented)));
   // Ranks of different prompts.

@@ -43,16 +43,20 @@ TEST_F(CudaGroupNcclGpuTest, EqualsOneRank) {
     const std::vector<int32_t> tokens = RandomTokens(count, 512);
     for (const v1::Partition partition : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG}) {
       for (const char* const policy : {"dense", "probe"}) {
-        SCOPED_TRACE(absl::StrCat(count, " tokens, ", v1::Partition_Name(partition), ", ", policy));
-        GroupRun run;
-        run.world_size = 2;
-        run.partition = partition;
-        run.block_tokens = 128;
-        run.wire = v1::KV_DTYPE_BF16;
-        run.policy = policy;
-        if (run.policy == "probe") run.parameters = {{"dense_below_tokens", 0}, {"threshold", 0.3}};
-        ExpectEqualsOneRank(
-            tokens, run, [this](int) { return MakeGroup(); }, kTolerance);
+        for (const v1::Strategy strategy : {v1::STRATEGY_ALLGATHER, v1::STRATEGY_RING}) {
+          SCOPED_TRACE(absl::StrCat(count, " tokens, ", v1::Partition_Name(partition), ", ",
+                                    v1::Strategy_Name(strategy), ", ", policy));
+          GroupRun run;
+          run.world_size = 2;
+          run.partition = partition;
+          run.strategy = strategy;
+          run.block_tokens = 128;
+          run.wire = v1::KV_DTYPE_BF16;
+          run.policy = policy;
+          if (run.policy == "probe") run.parameters = {{"dense_below_tokens", 0}, {"threshold", 0.3}};
+          ExpectEqualsOneRank(
+              tokens, run, [this](int) { return MakeGroup(); }, kTolerance);
+        }
       }
     }
   }

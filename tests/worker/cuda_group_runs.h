@@ -56,7 +56,6 @@ class CudaGroupTest : public ::testing::Test {
     for (size_t rank = 0; rank < world; ++rank) {
       threads.emplace_back([&, rank] {
         PrefillJob job = MakeJob(*host_, tokens, run, static_cast<int>(rank));
-        job.strategy = v1::STRATEGY_ALLGATHER;
         if (run.change_job) run.change_job(static_cast<int>(rank), &job);
         JobControl control;
         MemorySink sink(&group->kv, run.sink);

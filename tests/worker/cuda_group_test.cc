@@ -57,7 +57,7 @@ TEST(CudaKvExchangeTest, CountsWhatComesFromOthers) {
   std::vector<uint64_t> all, seen;
   for (int rank = 0; rank < 3; ++rank) {
     FakeGroup group(rank, 3);
-    const CudaKvExchange exchange(partition, 256, &group);
+    const CudaKvExchange exchange(partition, 256, v1::STRATEGY_ALLGATHER, &group);
     all.push_back(exchange.ReceivedBytes(to_all));
     seen.push_back(exchange.ReceivedBytes(causal));
   }
@@ -66,6 +66,23 @@ TEST(CudaKvExchangeTest, CountsWhatComesFromOthers) {
   EXPECT_THAT(all, ::testing::ElementsAre(second, first, first + second));
   // No query of rank 1 sees a token from 768 on.
   EXPECT_THAT(seen, ::testing::ElementsAre(512 * 10u, 256 * 10u, 0u));
+}
+
+TEST(CudaKvExchangeTest, ARingPassesOnWhatOthersNeed) {
+  // Rank 2's chunk is for nobody; rank 1's goes on to it, and rank 0's to both.
+  const std::vector<RankTokens> partition = {{{0, 256}}, {{256, 512}}, {{512, 700}}};
+  const std::vector<SharedArray> causal = {{nullptr, 10}}, to_all = {{nullptr, 10, 1, false}};
+  std::vector<uint64_t> ring, direct, statistics;
+  for (int rank = 0; rank < 3; ++rank) {
+    FakeGroup group(rank, 3);
+    const CudaKvExchange exchange(partition, 256, v1::STRATEGY_RING, &group);
+    ring.push_back(exchange.ReceivedBytes(causal));
+    statistics.push_back(exchange.ReceivedBytes(to_all));
+    direct.push_back(CudaKvExchange(partition, 256, v1::STRATEGY_ALLGATHER, &group).ReceivedBytes(causal));
+  }
+  EXPECT_THAT(direct, ::testing::ElementsAre(0u, 2560u, 5120u));
+  EXPECT_THAT(ring, ::testing::ElementsAre(0u, 2560u, 5120u));
+  EXPECT_THAT(statistics, ::testing::ElementsAre(2560u + 1880, 2560u + 1880, 5120u));
 }
 
 }  // namespace

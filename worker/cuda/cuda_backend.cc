@@ -95,7 +95,9 @@ class Backend final : public PrefillBackend {
   }
 
   uint32_t max_world_size() const override { return max_gpus_; }
-  std::vector<v1::Strategy> strategies() const override { return {v1::STRATEGY_ALLGATHER}; }
+  std::vector<v1::Strategy> strategies() const override {
+    return {v1::STRATEGY_ALLGATHER, v1::STRATEGY_RING};
+  }
 
   std::string Describe() const override {
     const v1::MemoryModel memory = memory_model();

@@ -38,8 +38,8 @@ std::vector<CudaChunk> ChunksOf(const RankTokens& tokens, int64_t chunk_tokens) 
 }
 
 CudaKvExchange::CudaKvExchange(const std::vector<RankTokens>& partition, int64_t chunk_tokens,
-                               DeviceGroup* group)
-    : group_(group) {
+                               v1::Strategy strategy, DeviceGroup* group)
+    : ring_(strategy == v1::STRATEGY_RING), group_(group) {
   size_t most = 0;
   for (const RankTokens& tokens : partition) {
     chunks_.push_back(ChunksOf(tokens, chunk_tokens));
@@ -73,27 +73,39 @@ absl::Status CudaKvExchange::Finish(absl::Span<const SharedArray> arrays, cudaSt
   return FromCuda(cudaStreamWaitEvent(stream, done_.get(), 0), "the exchange of K and V");
 }
 
+int CudaKvExchange::Steps() const { return ring_ ? static_cast<int>(chunks_.size()) - 1 : 1; }
+
 absl::Status CudaKvExchange::StartPieces(size_t end, absl::Span<const SharedArray> arrays,
                                          cudaStream_t stream) {
   for (; started_ < end; ++started_) {
     HW_RETURN_IF_ERROR(ready_.Record(stream));
     HW_RETURN_IF_ERROR(FromCuda(cudaStreamWaitEvent(stream_, ready_.get(), 0), "the exchange of K and V"));
     const auto own = static_cast<size_t>(group_->rank());
-    std::vector<DeviceParts> send(chunks_.size()), receive(chunks_.size());
-    for (size_t rank = 0; rank < chunks_.size(); ++rank) {
-      if (rank == own) continue;
-      send[rank] = PartsOf(own, rank, started_, arrays);
-      receive[rank] = PartsOf(rank, own, started_, arrays);
+    for (int step = 0; step < Steps(); ++step) {
+      std::vector<DeviceParts> send(chunks_.size()), receive(chunks_.size());
+      for (size_t rank = 0; rank < chunks_.size(); ++rank) {
+        if (rank == own) continue;
+        send[rank] = PartsOf(own, rank, step, started_, arrays);
+        receive[rank] = PartsOf(rank, own, step, started_, arrays);
+      }
+      HW_RETURN_IF_ERROR(group_->Exchange(send, receive, "exchange of a layer's K and V", stream_));
     }
-    HW_RETURN_IF_ERROR(group_->Exchange(send, receive, "exchange of a layer's K and V", stream_));
   }
   return absl::OkStatus();
 }
 
-DeviceParts CudaKvExchange::PartsOf(size_t owner, size_t to, size_t piece,
+DeviceParts CudaKvExchange::PartsOf(size_t from, size_t to, int step, size_t piece,
                                     absl::Span<const SharedArray> arrays) const {
+  const size_t world = chunks_.size();
+  if (ring_ && to != (from + 1) % world) return {};
+  // A ring's rank passes on in step s what came in the step before.
+  const size_t owner = ring_ ? (from + world - static_cast<size_t>(step)) % world : from;
+  int64_t seen = 0;
+  for (size_t rank = to; rank != owner; rank = (rank + 1) % world) {
+    if (!chunks_[rank].empty()) seen = std::max(seen, chunks_[rank].back().tokens.end);
+    if (!ring_) break;
+  }
   const std::vector<CudaChunk>& chunks = chunks_[owner];
-  const int64_t seen = chunks_[to].empty() ? 0 : chunks_[to].back().tokens.end;
   const size_t end = std::min(chunks.size(), (piece + 1) * chunks_per_piece_);
   RankTokens ranges;
   for (size_t i = piece * chunks_per_piece_; i < end; ++i) {
@@ -120,7 +132,9 @@ uint64_t CudaKvExchange::ReceivedBytes(absl::Span<const SharedArray> arrays) con
   for (size_t rank = 0; rank < chunks_.size(); ++rank) {
     if (rank == own) continue;
     for (size_t piece = 0; piece < num_pieces_; ++piece) {
-      for (const DevicePart& part : PartsOf(rank, own, piece, arrays)) bytes += part.bytes;
+      for (int step = 0; step < Steps(); ++step) {
+        for (const DevicePart& part : PartsOf(rank, own, step, piece, arrays)) bytes += part.bytes;
+      }
     }
   }
   return bytes;

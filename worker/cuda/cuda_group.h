@@ -38,9 +38,10 @@ struct SharedArray {
 
 class CudaKvExchange {
  public:
-  // partition: of all ranks, which hand over chunks of ChunksOf(..., chunk_tokens), the same on all. group
-  // must outlive this.
-  CudaKvExchange(const std::vector<RankTokens>& partition, int64_t chunk_tokens, DeviceGroup* group);
+  // partition: of all ranks, which hand over chunks of ChunksOf(..., chunk_tokens), the same on all.
+  // strategy: ring or allgather. group must outlive this.
+  CudaKvExchange(const std::vector<RankTokens>& partition, int64_t chunk_tokens, v1::Strategy strategy,
+                 DeviceGroup* group);
   // The group must have been aborted, or what was started have ended.
   ~CudaKvExchange();
   absl::Status Init();
@@ -56,11 +57,15 @@ class CudaKvExchange {
   uint64_t ReceivedBytes(absl::Span<const SharedArray> arrays) const;
 
  private:
-  // Of rank `owner`, what goes to rank `to`.
-  DeviceParts PartsOf(size_t owner, size_t to, size_t piece, absl::Span<const SharedArray> arrays) const;
+  // What rank `from` sends rank `to` in an exchange of the piece: of all owners, up to the last token that a
+  // query of `to`, or of a rank that it goes on to, may see.
+  DeviceParts PartsOf(size_t from, size_t to, int step, size_t piece,
+                      absl::Span<const SharedArray> arrays) const;
+  int Steps() const;  // exchanges of a piece
   absl::Status StartPieces(size_t end, absl::Span<const SharedArray> arrays, cudaStream_t stream);
 
   std::vector<std::vector<CudaChunk>> chunks_;  // by rank
+  const bool ring_;
   size_t chunks_per_piece_ = 1;
   size_t num_pieces_ = 0;
   size_t started_ = 0;  // pieces of the layer

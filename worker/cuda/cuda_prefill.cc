@@ -141,7 +141,7 @@ absl::Status CudaPass::Prepare() {
   HW_RETURN_IF_ERROR(log_.Init(config_.num_layers, std::max<int64_t>(1, RowChunks(num_rows_)),
                                pattern_ ? searches : 0, shared()));
   if (shared()) {
-    exchange_.emplace(job.partition, model_->chunk_tokens(), context_.devices);
+    exchange_.emplace(job.partition, model_->chunk_tokens(), job.strategy, context_.devices);
     HW_RETURN_IF_ERROR(exchange_->Init());
   }
   HW_RETURN_IF_ERROR(Upload());
@@ -256,13 +256,17 @@ std::vector<SharedArray> CudaPass::SharedArrays(char* k, char* v) const {
 
 void CudaPass::CountExchange() {
   const auto row = static_cast<uint64_t>(kv_width_) * 2;
-  const uint64_t bytes = exchange_->ReceivedBytes({{nullptr, row}, {nullptr, row}});
+  const std::vector<SharedArray> kv = {{nullptr, row}, {nullptr, row}};
+  const PrefillJob& job = *sequences_[0].prompt->job;
+  const uint64_t bytes = exchange_->ReceivedBytes(kv);
+  const uint64_t allgather =
+      CudaKvExchange(job.partition, model_->chunk_tokens(), v1::STRATEGY_ALLGATHER, context_.devices)
+          .ReceivedBytes(kv);
   PrefillResult& result = sequences_[0].result;
   result.exchange_bytes += bytes;
-  result.exchange_bytes_allgather += bytes;
-  if (context_.metrics != nullptr) {
-    context_.metrics->CountExchange(StrategyName(sequences_[0].prompt->job->strategy), bytes, bytes);
-  }
+  result.exchange_bytes_allgather += allgather;
+  if (context_.metrics != nullptr)
+    context_.metrics->CountExchange(StrategyName(job.strategy), bytes, allgather);
 }
 
 int64_t CudaPass::TokenOf(int64_t row) const {

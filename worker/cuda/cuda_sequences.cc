@@ -9,6 +9,7 @@
 #include "kernels/cuda/block_stats.h"
 #include "model/kernel_status.h"
 #include "worker/cuda/cuda_plan.h"
+#include "worker/exchange.h"
 
 namespace headwater {
 namespace {
@@ -33,9 +34,9 @@ absl::Status CheckJob(const PrefillJob& job, int world_size) {
 
 absl::Status CheckShared(const kernels::PatternPolicy& policy, int64_t num_tokens, int world_size,
                          v1::Strategy strategy) {
-  if (strategy != v1::STRATEGY_ALLGATHER) {
-    return absl::UnimplementedError(absl::StrCat("strategy ", v1::Strategy_Name(strategy),
-                                                 " over GPUs; STRATEGY_ALLGATHER is what they have"));
+  if (strategy != v1::STRATEGY_ALLGATHER && strategy != v1::STRATEGY_RING) {
+    return absl::UnimplementedError(
+        absl::StrCat("strategy ", StrategyName(strategy), " over GPUs, which have allgather and ring"));
   }
   if (num_tokens < kernels::DenseBelowTokens(policy.parameters()) ||
       std::holds_alternative<kernels::ProbeParameters>(policy.parameters())) {
