@@ -111,6 +111,12 @@ class ReportTest(unittest.TestCase):
         self.assertIn("- a note\n", texts["report.md"])
         self.assertIn("## 1024 tokens, ppl:t\n\n| policy | value |", texts["report.md"])
 
+    def test_a_run_that_measured_nothing_has_files_too(self):
+        with tempfile.TemporaryDirectory() as folder:
+            written = report.write(Path(folder), records([]), META, final=True)
+            self.assertEqual((Path(folder) / "rows.jsonl").read_text(), "")
+            self.assertGreaterEqual(len(written), 3)
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -158,7 +158,7 @@ def plot(path: Path, rows: List[dict]) -> bool:
         axis.set_xscale("log", base=2)
         axis.set_title(title)
         axis.set_xlabel("tokens")
-    longest = max(row["params"]["tokens"] for row in rows)
+    longest = max((row["params"]["tokens"] for row in rows), default=0)
     for axis, (title, key, of_text) in zip(axes[:, 3], TRADES):
         for policy in policies:
             time, lost = (_means(rows, policy, name, of_text).get(longest) for name in ("attention_ms", key))
@@ -167,7 +167,8 @@ def plot(path: Path, rows: List[dict]) -> bool:
         axis.set_xlabel("attention, ms")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-    figure.legend(axes[0, 0].lines, policies, loc="outside lower center", ncols=min(4, len(policies)))
+    if policies:
+        figure.legend(axes[0, 0].lines, policies, loc="outside lower center", ncols=min(4, len(policies)))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True
