@@ -152,22 +152,6 @@ class HeadwaterTest(unittest.TestCase):
         out, stats = policy.attend(0, q, k, v)
         torch.testing.assert_close(out, brute(q, k, v, stats.row_mask(torch.arange(1000))), atol=1e-5, rtol=0)
 
-    def test_clusters_come_from_a_file(self):
-        q, k, v = topics(1500)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "clusters.json"
-            path.write_text(json.dumps({
-                "format": 1, "model": "m-0", "layers": 2, "heads": 4, "gamma": 0.9, "shared_clusters": ["0"],
-                "clusters": {"0": [[0, 3], [1, 2]], **{str(1 + i): [[i // 4, i % 4]] for i in range(8) if i not in (3, 6)}},
-                "calibration": {"texts": ["a"], "held_out": "b", "tokens": 4096, "block_tokens": 128, "dims": 64,
-                                "max_distance": 0.4, "tolerance": 0.02, "max_density": 0.5, "tests": {}}}))
-            policy = policies.make(f"share:clusters={path},gamma=0.4,min_budget_tokens=128")
-            own = policies.make("share:gamma=0.4,min_budget_tokens=128")
-            seen = [[one.attend(layer, q, k, v)[1].row_mask(torch.arange(1500)) for layer in range(2)] for one in (policy, own)]
-            self.assertTrue(bool(seen[0][0][3][1499].all()))  # a pivot is dense
-            self.assertFalse(bool(seen[1][0][3][1499].all()))
-            self.assertTrue(torch.equal(seen[0][0][:3], seen[1][0][:3]))
-
     def test_short_prompts_are_dense(self):
         self.assertEqual(policies.make("headwater").attend(0, *inputs(500))[1].ran, "dense")
 
