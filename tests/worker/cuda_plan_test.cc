@@ -61,6 +61,17 @@ TEST(CudaPrefillPlan, APolicysMemoryIsItsOwnAndWhatItsMeasurementTakes) {
   EXPECT_EQ(CudaPolicyPlan{}.total_bytes(), 0u);
 }
 
+TEST(CudaPrefillPlan, OfARankHasItsRowsAndAllKeys) {
+  const CudaPrefillPlan all = PlanCudaPrefill(Llama8b(), 8192, 1 << 20),
+                        half = PlanCudaPrefill(Llama8b(), 8192, 1 << 20, 1, {}, 1 << 19),
+                        none = PlanCudaPrefill(Llama8b(), 8192, 1 << 20, 1, {}, 0);
+  EXPECT_EQ(half.hidden, all.hidden / 2);
+  EXPECT_EQ(half.q, all.q / 2);
+  EXPECT_EQ(half.kv, all.kv);
+  EXPECT_EQ(none.hidden + none.q, 0u);
+  EXPECT_EQ(none.kv, all.kv);
+}
+
 TEST(CudaPrefillPlan, DoesNotDependOnTheNumberOfLayers) {
   ModelConfig deep = Llama8b();
   deep.num_layers = 320;

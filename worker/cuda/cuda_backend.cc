@@ -166,12 +166,15 @@ class Backend final : public PrefillBackend {
     absl::StatusOr<std::unique_ptr<DeviceGroup>> devices = Join(*context.group, context.control);
     if (!devices.ok()) {
       context.collectives->Abort();
+      if (context.metrics != nullptr) context.metrics->collective_aborts.Increment();
       return CollectiveError(devices.status(), *context.control);
     }
     const JobControl::CancelHook hook(context.control, [&] { (*devices)->Abort(); });
     pass.collectives = context.collectives;
     pass.devices = devices->get();
-    return std::move(RunPass({&prompt, 1}, pass)[0]);
+    absl::StatusOr<PrefillResult> result = std::move(RunPass({&prompt, 1}, pass)[0]);
+    if (!result.ok()) context.collectives->Abort();  // whatever refused the pass, the others need not wait
+    return result;
   }
 
  private:

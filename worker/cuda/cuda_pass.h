@@ -150,6 +150,7 @@ class CudaPass {
   int32_t checked_ = 0;
   std::unique_ptr<CudaEgress> egress_;
   std::optional<CudaKvExchange> exchange_;  // of a shared prompt
+  uint64_t layer_exchange_bytes_ = 0, layer_allgather_bytes_ = 0;
 };
 
 }  // namespace headwater

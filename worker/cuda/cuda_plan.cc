@@ -97,7 +97,7 @@ CudaPolicyPlan PlanCudaPolicy(const kernels::CudaPolicy& policy, const ModelConf
 
 CudaPrefillPlan PlanCudaPrefill(const ModelConfig& config, int64_t chunk_tokens, int64_t num_tokens,
                                 int64_t num_prompts, const CudaPolicyPlan& policy, int64_t num_rows) {
-  if (num_rows == 0) num_rows = num_tokens;
+  if (num_rows == kAllTokens) num_rows = num_tokens;
   const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
   const int64_t kv_width = int64_t{config.num_kv_heads} * config.head_dim;
   CudaPrefillPlan plan;

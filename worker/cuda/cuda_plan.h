@@ -71,11 +71,13 @@ struct CudaPrefillPlan {
   // Each part rounded up to 256 bytes.
   uint64_t total_bytes() const;
 };
+inline constexpr int64_t kAllTokens = -1;
+
 // num_prompts: over 1, packed in one pass; they go dense and need nothing for lists. num_rows: tokens of this
-// rank; 0: all.
+// rank.
 CudaPrefillPlan PlanCudaPrefill(const ModelConfig& config, int64_t chunk_tokens, int64_t num_tokens,
                                 int64_t num_prompts = 1, const CudaPolicyPlan& policy = {},
-                                int64_t num_rows = 0);
+                                int64_t num_rows = kAllTokens);
 
 // Rounded up to the alignment of a part.
 uint64_t AlignedCudaPart(uint64_t bytes);

@@ -143,6 +143,12 @@ absl::Status CudaPass::Prepare() {
   if (shared()) {
     exchange_.emplace(job.partition, model_->chunk_tokens(), job.strategy, context_.devices);
     HW_RETURN_IF_ERROR(exchange_->Init());
+    const auto row = static_cast<uint64_t>(kv_width_) * 2;
+    const std::vector<SharedArray> kv = {{nullptr, row}, {nullptr, row}};
+    layer_exchange_bytes_ = exchange_->ReceivedBytes(kv);
+    layer_allgather_bytes_ =
+        CudaKvExchange(job.partition, model_->chunk_tokens(), v1::STRATEGY_ALLGATHER, context_.devices)
+            .ReceivedBytes(kv);
   }
   HW_RETURN_IF_ERROR(Upload());
   std::vector<CudaEgressItem> items;
@@ -255,18 +261,13 @@ std::vector<SharedArray> CudaPass::SharedArrays(char* k, char* v) const {
 }
 
 void CudaPass::CountExchange() {
-  const auto row = static_cast<uint64_t>(kv_width_) * 2;
-  const std::vector<SharedArray> kv = {{nullptr, row}, {nullptr, row}};
-  const PrefillJob& job = *sequences_[0].prompt->job;
-  const uint64_t bytes = exchange_->ReceivedBytes(kv);
-  const uint64_t allgather =
-      CudaKvExchange(job.partition, model_->chunk_tokens(), v1::STRATEGY_ALLGATHER, context_.devices)
-          .ReceivedBytes(kv);
   PrefillResult& result = sequences_[0].result;
-  result.exchange_bytes += bytes;
-  result.exchange_bytes_allgather += allgather;
-  if (context_.metrics != nullptr)
-    context_.metrics->CountExchange(StrategyName(job.strategy), bytes, allgather);
+  result.exchange_bytes += layer_exchange_bytes_;
+  result.exchange_bytes_allgather += layer_allgather_bytes_;
+  if (context_.metrics != nullptr) {
+    context_.metrics->CountExchange(StrategyName(sequences_[0].prompt->job->strategy), layer_exchange_bytes_,
+                                    layer_allgather_bytes_);
+  }
 }
 
 int64_t CudaPass::TokenOf(int64_t row) const {
