@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -29,6 +30,14 @@ absl::Status GatherFromAll(const Agreement& mine, Collectives* group, JobControl
   return status.ok() ? status : CollectiveError(status, *control);
 }
 
+// What workers may be started with different tables for.
+void AppendTables(const kernels::PolicyParameters& parameters, std::string* plan) {
+  const auto* const own = std::get_if<kernels::HeadwaterParameters>(&parameters);
+  if (own == nullptr) return;
+  absl::StrAppend(plan, " tables ", Crc32c(own->thresholds.data(), own->thresholds.size() * sizeof(float)),
+                  " ", Crc32c(own->windows.data(), own->windows.size() * sizeof(int32_t)));
+}
+
 uint32_t PlanDigest(const PrefillJob& job, absl::string_view computes) {
   std::string plan =
       absl::StrCat(computes, " ", job.policy->name(), " ", job.strategy, " ", job.tokens.size());
@@ -36,6 +45,7 @@ uint32_t PlanDigest(const PrefillJob& job, absl::string_view computes) {
     absl::StrAppend(&plan, ";");
     for (const TokenRange& range : tokens) absl::StrAppend(&plan, " ", range.begin, "-", range.end);
   }
+  AppendTables(job.policy->parameters(), &plan);
   absl::StrAppend(&plan, " ", Crc32c(job.tokens.data(), job.tokens.size() * sizeof(int32_t)), " from ",
                   job.resume.has_value() ? job.resume->layer : 0);
   return Crc32c(plan.data(), plan.size());
@@ -58,7 +68,7 @@ absl::Status AgreeOnPlan(const PrefillJob& job, absl::string_view computes, Coll
     return MakeError(
         absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_MODEL_MISMATCH,
         absl::StrCat("rank ", rank, " and rank ", job.rank, " differ in model, compute type (here ", computes,
-                     "), policy, prompt, strategy, partition or first layer"));
+                     "), policy or its tables, prompt, strategy, partition or first layer"));
   }
   return absl::OkStatus();
 }

@@ -27,6 +27,11 @@ struct CudaBlockLists {
   const int32_t* blocks = nullptr;
 };
 
+// Some of a prompt's queries, by position; count 0: all of them.
+struct CudaQueryRange {
+  int64_t first = 0, count = 0;
+};
+
 // Means of K and V that stand for the keys a tile does not list (FlashPrefill V2's correction,
 // arXiv:2603.06199, with one mean a superblock where none of its blocks is listed, so that the cost is N^2 /
 // 1024 of a score in place of N^2 / 128). CudaMeanTables() of cuda/block_stats.h makes them; tables of

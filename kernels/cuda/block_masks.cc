@@ -31,10 +31,6 @@ Status Validate(const CudaListsOfMasksArgs& a) {
   return CheckRange("num_lists * tiles", a.masks.num_lists * a.masks.tiles(), 1, INT32_MAX);
 }
 
-CudaBlockMasks MasksOf(const CudaCountListsArgs& a) {
-  return {nullptr, a.num_tokens, a.lists.num_lists, 128 / (a.num_q_heads / a.lists.num_lists)};
-}
-
 Status Validate(const CudaCountListsArgs& a) {
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_tokens", a.num_tokens, 1, INT32_MAX));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_lists", a.lists.num_lists, 1, kMostLists));
@@ -44,7 +40,12 @@ Status Validate(const CudaCountListsArgs& a) {
                            " query heads; 1 to 128 heads a list are wanted");
   }
   HW_KERNELS_RETURN_IF_ERROR(CheckPointer("counts", a.lists.counts, 4));
+  HW_KERNELS_RETURN_IF_ERROR(CheckQueries(a.queries.first, a.queries.count, a.num_tokens));
   HW_KERNELS_RETURN_IF_ERROR(CheckPointer("visited", a.visited, 8));
+  if (a.overflow_sum != nullptr) {
+    HW_KERNELS_RETURN_IF_ERROR(CheckPointer("overflows", a.overflows, 4));
+    HW_KERNELS_RETURN_IF_ERROR(CheckPointer("overflow_sum", a.overflow_sum, 4));
+  }
   return CheckPointer("dense_tiles", a.dense_tiles, 4);
 }
 
@@ -68,7 +69,7 @@ Status CudaCountLists(const CudaCountListsArgs& args, cudaStream_t stream) {
   HW_KERNELS_RETURN_IF_ERROR(Validate(args));
   int num_sms = 0;
   HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
-  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchCountLists(args, MasksOf(args), stream));
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchCountLists(args, stream));
   return {};
 }
 
@@ -80,6 +81,15 @@ uint64_t CudaPossibleBlocks(const CudaBlockMasks& masks) {
   int64_t unseen = 64 * positions * periods * (periods - 1) + 128 * periods * rest;
   for (int64_t i = 0; i < positions; ++i) unseen += (periods + (i < rest ? 1 : 0)) * (i * 128 / positions);
   return static_cast<uint64_t>(masks.tiles() * blocks - unseen) * static_cast<uint64_t>(masks.num_lists);
+}
+
+uint64_t CudaPossibleBlocks(const CudaQueryRange& queries, int32_t tile_positions) {
+  uint64_t blocks = 0;
+  for (int64_t at = 0; at < queries.count; at += tile_positions) {
+    const int64_t end = queries.first + std::min<int64_t>(at + tile_positions, queries.count);
+    blocks += static_cast<uint64_t>((end + 127) / 128);
+  }
+  return blocks;
 }
 
 }  // namespace headwater::kernels

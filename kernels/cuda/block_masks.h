@@ -61,6 +61,12 @@ struct CudaCountListsArgs {
   // are dense.
   uint64_t* visited = nullptr;
   uint32_t* dense_tiles = nullptr;
+  // Whose tiles the lists are of; their keys are the prompt's.
+  CudaQueryRange queries = {};
+  // Adds to what `visited` and `dense_tiles` hold, and *overflows to *overflow_sum, unless that is null.
+  bool accumulate = false;
+  const uint32_t* overflows = nullptr;
+  uint32_t* overflow_sum = nullptr;
 };
 
 // Counts what lists hold. Enqueues on `stream`; lifetimes, errors and determinism as CudaListsOfMasks().
@@ -69,6 +75,9 @@ Status CudaCountLists(const CudaCountListsArgs& args, cudaStream_t stream);
 
 // Blocks of all lists that attention without lists would visit: what `visited` is a share of.
 uint64_t CudaPossibleBlocks(const CudaBlockMasks& masks);
+
+// Likewise of one list over some queries, a tile for each tile_positions of them from the first on.
+uint64_t CudaPossibleBlocks(const CudaQueryRange& queries, int32_t tile_positions);
 
 }  // namespace headwater::kernels
 

@@ -16,6 +16,7 @@ Status CheckProblem(const CudaMassProblem& p) {
   if (!std::isfinite(p.softmax_scale) || p.softmax_scale <= 0) {
     return InvalidArgument("softmax_scale is " + NumberText(p.softmax_scale) + "; a number over 0 is wanted");
   }
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("first_query", p.first_query, 0, p.num_tokens - 1));
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("q", p.q));
   return CheckArray("k", p.k);
 }
@@ -78,6 +79,7 @@ Status CudaRecallOfRows(const CudaRecallArgs& a, cudaStream_t stream) {
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_tokens", a.num_tokens, 1, INT32_MAX));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_q_heads", a.num_q_heads, 1, 65535));
   HW_KERNELS_RETURN_IF_ERROR(CheckRowCount(a.rows.num_rows));
+  HW_KERNELS_RETURN_IF_ERROR(CheckQueries(a.queries.first, a.queries.count, a.num_tokens));
   const CudaBlockLists& lists = a.lists;
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_lists", lists.num_lists, 0, a.num_q_heads));
   if (lists.num_lists > 0 && (a.num_q_heads % lists.num_lists != 0 || a.num_q_heads / lists.num_lists > 8)) {

@@ -22,6 +22,8 @@ struct CudaMassProblem {
   int32_t num_kv_heads = 0;  // num_q_heads / num_kv_heads is 1 to 8
   int32_t head_dim = 0;      // 64 or 128
   float softmax_scale = 0;
+  // Position of q's first query, of CudaRowMass() alone; a row before it is no query.
+  int64_t first_query = 0;
 };
 
 struct CudaBlockMassArgs {
@@ -85,7 +87,8 @@ struct CudaRecallArgs {
   // As CudaAttention() takes them for the prompt, without correction; pack = num_q_heads / num_lists is 1 to
   // 8. num_lists 0: dense.
   CudaBlockLists lists;
-  float* recall = nullptr;  // [num_rows, num_q_heads]; written
+  float* recall = nullptr;      // [num_rows, num_q_heads]; written
+  CudaQueryRange queries = {};  // whose tiles the lists are of; rows outside are no queries
 };
 
 // recall[r, h]: the mass on the blocks that the list of r's tile and h's list holds; 1 where the tile is

@@ -55,6 +55,13 @@ inline Status CheckSizes(int64_t total_q, int64_t total_k, int32_t num_q_heads, 
   return {};
 }
 
+// A CudaQueryRange of a prompt.
+inline Status CheckQueries(int64_t first, int64_t count, int64_t num_tokens) {
+  if (first >= 0 && count >= 0 && first <= num_tokens - count && (count > 0 || first == 0)) return {};
+  return InvalidArgument("queries are " + std::to_string(count) + " from " + std::to_string(first) +
+                         " on; some of " + std::to_string(num_tokens) + " are wanted");
+}
+
 // Positions of queries among the keys, so that position + row stays in 32 bits, rows past the end of a tile
 // included.
 inline Status CheckPosition(int32_t query_position, int64_t total_q) {

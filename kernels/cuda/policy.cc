@@ -56,6 +56,10 @@ Status OverLists(const CudaPolicyShape& shape, int64_t num_tokens, const CudaPol
                  const CudaPolicyOutput& output, const CudaSelection& selection, void* workspace,
                  size_t workspace_bytes, cudaStream_t stream) {
   CudaAttentionArgs args = ArgsOf(shape, num_tokens);
+  if (selection.queries.count > 0) {
+    args.total_q = selection.queries.count;
+    args.query_position = static_cast<int32_t>(selection.queries.first);
+  }
   args.q = layer.q;
   args.k = layer.k;
   args.v = layer.v;
@@ -91,6 +95,10 @@ Status MakeCudaPolicy(const PolicyParameters& parameters, const CudaPolicyShape&
   HW_KERNELS_RETURN_IF_ERROR(std::visit(Make{shape, made}, parameters));
   if (parameters.dense_below_tokens > 0) *made = DenseBelow(parameters.dense_below_tokens, std::move(*made));
   return {};
+}
+
+bool CudaPolicyTakesRanges(const PolicyParameters& parameters) {
+  return std::holds_alternative<HeadwaterParameters>(parameters);
 }
 
 size_t CudaPolicyAttentionWorkspaceBytes(const CudaPolicyShape& shape, int64_t num_tokens) {

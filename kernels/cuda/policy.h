@@ -7,11 +7,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include <cuda_runtime_api.h>
 
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/block_masks.h"
+#include "kernels/cuda/block_stats.h"
 #include "kernels/cuda/recall_threshold.h"
 #include "kernels/pattern/parameters.h"
 #include "kernels/status.h"
@@ -29,9 +31,10 @@ struct CudaPolicyShape {
 // One layer of one prompt: bf16, device memory, 16-byte aligned, contiguous, rotated.
 struct CudaPolicyLayer {
   int32_t layer = 0;
-  const void* q = nullptr;  // [num_tokens, num_q_heads, head_dim]
+  const void* q = nullptr;  // [num_tokens, num_q_heads, head_dim]; after BeginRanges() those of `range`
   const void* k = nullptr;  // [num_tokens, num_kv_heads, head_dim]
   const void* v = nullptr;  // as k
+  int32_t range = 0;        // of BeginRanges()
 };
 
 // Keys to the token, for the two methods whose patterns are not blocks (cuda/range_attention.h).
@@ -41,6 +44,7 @@ struct CudaKeyRanges;
 // stream.
 struct CudaSelection {
   CudaBlockLists lists;                   // num_lists 0: dense, unless `ranges` is set
+  CudaQueryRange queries = {};            // whose tiles `lists` are of
   CudaMeanCorrection correction;          // for what `lists` leaves out
   const CudaKeyRanges* ranges = nullptr;  // in place of lists
   // uint64 and uint32 in device memory, or null: as CudaListsOfMasksArgs has them.
@@ -71,6 +75,23 @@ class CudaPolicy {
   // the work that has been enqueued. INVALID_ARGUMENT: too little memory, misaligned, num_tokens outside 1 to
   // 2^31 - 1.
   virtual Status Begin(int64_t num_tokens, void* memory, size_t memory_bytes, cudaStream_t stream) = 0;
+
+  // A prompt of which only some queries are asked for, in ranges that ascend and start on multiples of 128;
+  // the others are another device's. Ranges of a layer are selected one after the other, and the selections
+  // of all stay until the next layer's. What a query sees of K and V must be there; the layer's block means
+  // are in stats() already, of all blocks that a superblock shares with what is seen. RangesMemoryBytes(): at
+  // most MemoryBytes(), but for alignment and a tile's list a range. UNIMPLEMENTED: a policy that compares
+  // queries with each other; the rest as Begin().
+  virtual size_t RangesMemoryBytes(int64_t /*num_tokens*/,
+                                   const std::vector<CudaQueryRange>& /*ranges*/) const {
+    return 0;
+  }
+  virtual Status BeginRanges(int64_t /*num_tokens*/, const std::vector<CudaQueryRange>& /*ranges*/,
+                             void* /*memory*/, size_t /*memory_bytes*/, cudaStream_t /*stream*/) {
+    return {StatusCode::kUnimplemented, "this policy takes whole prompts alone"};
+  }
+  // Where a layer's block means go before Select(), after BeginRanges().
+  virtual CudaBlockStats stats() const { return {}; }
 
   // Layers go up, from 0 or later.
   virtual Status Select(const CudaPolicyLayer& layer, cudaStream_t stream, CudaSelection* selection) = 0;
@@ -107,6 +128,9 @@ struct CudaPolicyOutput {
   void* out = nullptr;      // bf16 as q; may be q itself, unless the policy wants_lse()
   float* lse_ln = nullptr;  // f32 [num_tokens, num_q_heads]; may be null unless the policy wants_lse()
 };
+
+// Whether the GPU has a path for BeginRanges().
+bool CudaPolicyTakesRanges(const PolicyParameters& parameters);
 
 // Device memory for CudaPolicyAttention(), 256-byte aligned.
 size_t CudaPolicyAttentionWorkspaceBytes(const CudaPolicyShape& shape, int64_t num_tokens);

@@ -18,14 +18,19 @@ Status CheckRule(const CudaRecallThresholdArgs& a) {
   }
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("window_blocks", a.window_blocks, 1, INT32_MAX));
   HW_KERNELS_RETURN_IF_ERROR(CheckRange("dense_last_tokens", a.dense_last_tokens, 0, INT32_MAX));
-  if (!(a.goal.min_recall > 0 && a.goal.min_recall <= 1)) {
-    return InvalidArgument("min_recall is " + NumberText(a.goal.min_recall) +
+  return {};
+}
+
+Status CheckGoal(const CudaRecallGoal& goal) {
+  if (!(goal.min_recall > 0 && goal.min_recall <= 1)) {
+    return InvalidArgument("min_recall is " + NumberText(goal.min_recall) +
                            "; over 0 and at most 1 is wanted");
   }
-  if (!(a.goal.errors >= 0 && std::isfinite(a.goal.errors))) {
-    return InvalidArgument("errors is " + NumberText(a.goal.errors) + "; 0 or more is wanted");
+  if (!(goal.errors >= 0 && std::isfinite(goal.errors))) {
+    return InvalidArgument("errors is " + NumberText(goal.errors) + "; 0 or more is wanted");
   }
-  return {};
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_rows", goal.rows.num_rows, 1, 65536));
+  return CheckAligned("curve", goal.curve, 4);
 }
 
 Status Check(const CudaRecallThresholdArgs& a) {
@@ -40,12 +45,12 @@ Status Check(const CudaRecallThresholdArgs& a) {
   }
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("q", a.q));
   HW_KERNELS_RETURN_IF_ERROR(CheckArray("k_means", a.k_means));
+  HW_KERNELS_RETURN_IF_ERROR(CheckQueries(a.queries.first, a.queries.count, a.num_tokens));
   HW_KERNELS_RETURN_IF_ERROR(CheckRule(a));
-  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_rows", a.goal.rows.num_rows, 1, 65536));
+  HW_KERNELS_RETURN_IF_ERROR(CheckGoal(a.goal));
   HW_KERNELS_RETURN_IF_ERROR(CheckSampledRows(a.goal.rows));
   HW_KERNELS_RETURN_IF_ERROR(CheckAligned("mass", a.goal.mass, 4));
-  HW_KERNELS_RETURN_IF_ERROR(CheckAligned("curve", a.goal.curve, 4));
-  return CheckAligned("thresholds", a.goal.thresholds, 4);
+  return a.goal.thresholds == nullptr ? Status() : CheckAligned("thresholds", a.goal.thresholds, 4);
 }
 
 }  // namespace
@@ -54,7 +59,16 @@ Status CudaThresholdsForRecall(const CudaRecallThresholdArgs& a, cudaStream_t st
   HW_KERNELS_RETURN_IF_ERROR(Check(a));
   int num_sms = 0;
   HW_KERNELS_RETURN_IF_ERROR(RequireSm90(&num_sms));
-  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchThresholdsForRecall(a, stream));
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchRecallCurves(a, stream));
+  if (a.goal.thresholds == nullptr) return {};
+  return CudaThresholdsOfCurves(a.goal, a.num_kv_heads, stream);
+}
+
+Status CudaThresholdsOfCurves(const CudaRecallGoal& goal, int32_t num_kv_heads, cudaStream_t stream) {
+  HW_KERNELS_RETURN_IF_ERROR(CheckGoal(goal));
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_kv_heads", num_kv_heads, 1, sm90::kSearchHeads));
+  HW_KERNELS_RETURN_IF_ERROR(CheckAligned("thresholds", goal.thresholds, 4));
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchThresholdsOfCurves(goal, num_kv_heads, stream));
   return {};
 }
 

@@ -22,14 +22,14 @@ struct CudaRecallGoal {
   float min_recall = 0;         // over 0, at most 1
   float errors = 0;             // standard errors of the mean that it must be exceeded by; 0 and more
   float* curve = nullptr;       // [num_rows, num_kv_heads, kRecallSteps + 1]; written: recalls by step
-  float* thresholds = nullptr;  // [num_kv_heads]; written
+  float* thresholds = nullptr;  // [num_kv_heads]; written. Null: `curve` alone is wanted
 };
 
-// One sequence, whose keys are its queries'; fields but the goal are those of CudaSearchArgs
-// (cuda/pattern.h).
+// One sequence; fields but the goal are those of CudaSearchArgs (cuda/pattern.h).
 struct CudaRecallThresholdArgs {
   const void* q = nullptr;
   const void* k_means = nullptr;  // wanted
+  CudaQueryRange queries = {};    // that q holds; rows outside are no queries
   int64_t num_tokens = 0;
   int32_t num_q_heads = 0;
   int32_t num_kv_heads = 0;
@@ -47,12 +47,18 @@ struct CudaRecallThresholdArgs {
 // thresholds[h]: that of the first step whose mean over the rows, less `errors` standard errors of the mean
 // (rows taken as independent), is min_recall or more; 0: there is none, or what is compared is not finite.
 //
+// Rows whose queries lie with several callers: each one's curves, then CudaThresholdsOfCurves() over all.
+//
 // Enqueues on `stream`; arrays must live until it has passed, `windows` until the call returns.
 // Deterministic. INVALID_ARGUMENT: null or misaligned arrays (q and k_means 16 bytes, positions as
 // CudaRowMass(), others 4), sizes and numbers out of range. UNIMPLEMENTED: head_dim, GQA ratio, over 128 KV
 // heads, a device that is not sm_90. Cost: 8 * head_dim FLOP for each row, query head and block that it sees,
 // a read of mass.
 Status CudaThresholdsForRecall(const CudaRecallThresholdArgs& args, cudaStream_t stream);
+
+// Its second half: of goal, `curve` is read and `thresholds` written, for rows.num_rows; the rows themselves
+// and `mass` are not looked at.
+Status CudaThresholdsOfCurves(const CudaRecallGoal& goal, int32_t num_kv_heads, cudaStream_t stream);
 
 }  // namespace headwater::kernels
 

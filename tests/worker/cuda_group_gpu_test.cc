@@ -17,8 +17,42 @@ using testing::RandomTokens;
 // bf16 of products whose sizes differ.
 constexpr double kTolerance = 1e-3;
 
+// What the ranks of `run` report, which is the same of all layers and heads; and one rank's report.
+struct Reports {
+  v1::AttentionReport group, alone;
+};
+
 class CudaGroupGpuTest : public testing::CudaGroupTest {
  protected:
+  // KV as on one rank, too.
+  Reports ReportsOf(const std::vector<int32_t>& tokens, const GroupRun& run) {
+    Reports reports;
+    const auto reported = [](const PrefillResult& result) {
+      v1::AttentionReport report = result.attention_report.value_or(v1::AttentionReport());
+      report.clear_wait();
+      report.clear_density();  // of a rank's own tokens
+      return report;
+    };
+    const auto got = Run(tokens, run, MakeLocalDeviceGroup);
+    EXPECT_THAT(got->statuses, ::testing::Each(absl::OkStatus()));
+    reports.group = reported(got->results[0]);
+    for (const PrefillResult& result : got->results) {
+      EXPECT_EQ(reported(result).SerializeAsString(), reports.group.SerializeAsString());
+    }
+    GroupRun one = run;
+    one.world_size = 1;
+    const auto wanted = Run(tokens, one, MakeLocalDeviceGroup);
+    EXPECT_THAT(wanted->statuses, ::testing::Each(absl::OkStatus()));
+    reports.alone = reported(wanted->results[0]);
+    for (uint32_t layer = 0; layer < static_cast<uint32_t>(host_->config().num_layers); ++layer) {
+      EXPECT_LE(
+          testing::RelativeError(got->kv.Tensor(layer, KvKind::kK), wanted->kv.Tensor(layer, KvKind::kK)),
+          kTolerance)
+          << "layer " << layer;
+    }
+    return reports;
+  }
+
   void LoadOnOneGpu(int num_ranks, int num_layers = 3) {
     CheckpointShape shape;
     shape.num_layers = num_layers;
@@ -55,6 +89,85 @@ TEST_F(CudaGroupGpuTest, EqualsOneRank) {
   }
 }
 
+GroupRun HeadwaterRun(int world_size, v1::Partition partition) {
+  GroupRun run;
+  run.world_size = world_size;
+  run.partition = partition;
+  run.strategy = v1::STRATEGY_ALLGATHER;
+  run.block_tokens = 128;
+  run.wire = v1::KV_DTYPE_BF16;
+  run.policy = "headwater";
+  run.parameters = {{"dense_below_tokens", 0}, {"threshold", 0.5}, {"window_blocks", 2}};
+  return run;
+}
+
+TEST_F(CudaGroupGpuTest, HeadwaterEqualsOneRank) {
+  HW_REQUIRE_SM90();
+  LoadOnOneGpu(3);
+  for (const int count : {1, 129, 2049, 6000}) {
+    for (const int world_size : {2, 3}) {
+      for (const v1::Partition partition :
+           {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG, v1::PARTITION_STRIPED}) {
+        SCOPED_TRACE(absl::StrCat(count, " tokens, ", world_size, " ranks, ", v1::Partition_Name(partition)));
+        const std::vector<int32_t> tokens = RandomTokens(count, 512);
+        ExpectEqualsOneRank(tokens, HeadwaterRun(world_size, partition), MakeLocalDeviceGroup, kTolerance);
+      }
+    }
+  }
+}
+
+// Thresholds, rounds and sampled queries are those of one rank, and every rank tells of all.
+TEST_F(CudaGroupGpuTest, AQualityIsKeptAsOnOneRank) {
+  HW_REQUIRE_SM90();
+  LoadOnOneGpu(3);
+  const std::vector<int32_t> tokens = RandomTokens(6000, 512);
+  for (const bool bounded : {false, true}) {
+    for (const v1::Partition partition : {v1::PARTITION_ZIGZAG, v1::PARTITION_STRIPED}) {
+      SCOPED_TRACE(absl::StrCat(bounded ? "max_density " : "min_recall ", v1::Partition_Name(partition)));
+      GroupRun run = HeadwaterRun(3, partition);
+      run.parameters["threshold"] = bounded ? 0.001 : 1;  // nearly everything, or next to nothing
+      run.change_job = [bounded](int, PrefillJob* job) {
+        (bounded ? job->quality.max_density : job->quality.min_recall) = bounded ? 0.4 : 0.9;
+      };
+      const Reports reports = ReportsOf(tokens, run);
+      ASSERT_EQ(reports.group.groups_size(), reports.alone.groups_size());
+      ASSERT_GT(reports.group.groups_size(), 0);
+      EXPECT_EQ(reports.group.sampled_queries(), reports.alone.sampled_queries());
+      bool again = false;
+      for (int i = 0; i < reports.group.groups_size(); ++i) {
+        const v1::AttentionGroup &got = reports.group.groups(i), &wanted = reports.alone.groups(i);
+        EXPECT_EQ(got.rounds(), wanted.rounds());
+        EXPECT_EQ(got.fallback(), wanted.fallback());
+        // One step of the curves at most: K and V of other sizes of products are rounded otherwise.
+        EXPECT_NEAR(got.threshold(), wanted.threshold(), 0.05 * wanted.threshold());
+        if (got.threshold() == wanted.threshold()) {
+          EXPECT_NEAR(got.density(), wanted.density(), 2e-2);
+          EXPECT_NEAR(got.recall(), wanted.recall(), 5e-3);
+        }
+        again = again || got.rounds() > 0;
+      }
+      EXPECT_TRUE(again) << "nothing was searched again: the bound is too weak to test anything";
+    }
+  }
+}
+
+// A job's time is up before it has begun: all ranks say so, though they measured different speeds.
+TEST_F(CudaGroupGpuTest, RanksAgreeThatATimeBudgetIsTooShort) {
+  HW_REQUIRE_SM90();
+  LoadOnOneGpu(2);
+  GroupRun run = HeadwaterRun(2, v1::PARTITION_ZIGZAG);
+  run.change_job = [](int, PrefillJob* job) { job->quality.time_budget = absl::Microseconds(40); };
+  speeds_ = {ComputeSpeed{1e15, 1e15}, ComputeSpeed{1e9, 1e9}};
+  const auto got = Run(RandomTokens(2000, 512), run, MakeLocalDeviceGroup);
+  for (const absl::Status& status : got->statuses) {
+    EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
+    EXPECT_EQ(status.message(), got->statuses[0].message());
+  }
+  run.change_job = [](int, PrefillJob* job) { job->quality.time_budget = absl::Minutes(10); };
+  EXPECT_THAT(Run(RandomTokens(2000, 512), run, MakeLocalDeviceGroup)->statuses,
+              ::testing::Each(absl::OkStatus()));
+}
+
 TEST_F(CudaGroupGpuTest, TheSameRunTwiceIsBitwiseEqual) {
   HW_REQUIRE_SM90();
   LoadOnOneGpu(2);
@@ -63,8 +176,11 @@ TEST_F(CudaGroupGpuTest, TheSameRunTwiceIsBitwiseEqual) {
   run.partition = v1::PARTITION_ZIGZAG;
   run.block_tokens = 256;
   const std::vector<int32_t> tokens = RandomTokens(3000, 512);
-  EXPECT_TRUE(Run(tokens, run, MakeLocalDeviceGroup)->kv.bytes() ==
-              Run(tokens, run, MakeLocalDeviceGroup)->kv.bytes());
+  for (const bool searched : {false, true}) {
+    if (searched) run = HeadwaterRun(2, v1::PARTITION_ZIGZAG);
+    EXPECT_TRUE(Run(tokens, run, MakeLocalDeviceGroup)->kv.bytes() ==
+                Run(tokens, run, MakeLocalDeviceGroup)->kv.bytes());
+  }
 }
 
 TEST_F(CudaGroupGpuTest, OneRanksEndEndsAll) {
@@ -104,6 +220,16 @@ TEST_F(CudaGroupGpuTest, RefusesWhatItDoesNotShare) {
   run.strategy = v1::STRATEGY_SPARSE;
   EXPECT_THAT(Run(tokens, run, MakeLocalDeviceGroup)->statuses,
               ::testing::Each(::testing::Property(&absl::Status::code, absl::StatusCode::kUnimplemented)));
+  // Ranks whose tables differ.
+  run = HeadwaterRun(2, v1::PARTITION_ZIGZAG);
+  run.change_job = [](int rank, PrefillJob* job) {
+    auto parameters = std::get<kernels::HeadwaterParameters>(job->policy->parameters());
+    parameters.thresholds.assign(6, rank == 0 ? 0.5f : 0.25f);
+    job->policy = kernels::MakePolicy("headwater", std::move(parameters));
+  };
+  EXPECT_THAT(
+      Run(tokens, run, MakeLocalDeviceGroup)->statuses,
+      ::testing::Each(::testing::Property(&absl::Status::code, absl::StatusCode::kFailedPrecondition)));
   // Ranks of different prompts.
   run = {};
   run.world_size = 2;

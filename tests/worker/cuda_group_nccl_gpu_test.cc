@@ -42,7 +42,7 @@ TEST_F(CudaGroupNcclGpuTest, EqualsOneRank) {
   for (const int count : {1, 129, 5000}) {
     const std::vector<int32_t> tokens = RandomTokens(count, 512);
     for (const v1::Partition partition : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG}) {
-      for (const char* const policy : {"dense", "probe"}) {
+      for (const char* const policy : {"dense", "probe", "headwater"}) {
         for (const v1::Strategy strategy : {v1::STRATEGY_ALLGATHER, v1::STRATEGY_RING}) {
           SCOPED_TRACE(absl::StrCat(count, " tokens, ", v1::Partition_Name(partition), ", ",
                                     v1::Strategy_Name(strategy), ", ", policy));
@@ -53,7 +53,8 @@ TEST_F(CudaGroupNcclGpuTest, EqualsOneRank) {
           run.block_tokens = 128;
           run.wire = v1::KV_DTYPE_BF16;
           run.policy = policy;
-          if (run.policy == "probe") run.parameters = {{"dense_below_tokens", 0}, {"threshold", 0.3}};
+          if (run.policy != "dense") run.parameters = {{"dense_below_tokens", 0}, {"threshold", 0.3}};
+          if (run.policy == "headwater" && strategy == v1::STRATEGY_RING) continue;
           ExpectEqualsOneRank(
               tokens, run, [this](int) { return MakeGroup(); }, kTolerance);
         }

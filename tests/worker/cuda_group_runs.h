@@ -70,6 +70,7 @@ class CudaGroupTest : public ::testing::Test {
         context.egress = egress->get();
         context.collectives = collectives[rank].get();
         context.devices = devices[rank].get();
+        if (rank < speeds_.size()) context.speed = &speeds_[rank];
         auto result = std::move(RunCudaPrefill({&prompt, 1}, context)[0]);
         if (result.ok()) {
           group->results[rank] = *std::move(result);
@@ -122,6 +123,7 @@ class CudaGroupTest : public ::testing::Test {
   TempDir folder_;
   std::unique_ptr<Model> host_;
   std::vector<std::unique_ptr<CudaModel>> models_;
+  std::vector<ComputeSpeed> speeds_;  // of the ranks; none: no time budgets
 };
 
 }  // namespace headwater::testing

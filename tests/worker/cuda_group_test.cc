@@ -2,10 +2,14 @@
 #include "worker/cuda/cuda_group.h"
 
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+
+#include "worker/cuda/cuda_policy_group.h"
+#include "worker/inprocess_collectives.h"
 
 namespace headwater {
 
@@ -83,6 +87,61 @@ TEST(CudaKvExchangeTest, ARingPassesOnWhatOthersNeed) {
   EXPECT_THAT(direct, ::testing::ElementsAre(0u, 2560u, 5120u));
   EXPECT_THAT(ring, ::testing::ElementsAre(0u, 2560u, 5120u));
   EXPECT_THAT(statistics, ::testing::ElementsAre(2560u + 1880, 2560u + 1880, 5120u));
+}
+
+TEST(CudaPolicyGroupTest, CountsOverAllRanks) {
+  constexpr int64_t kTokens = 5000;
+  constexpr int32_t kPositions = 32;
+  const std::vector<int64_t> positions = {0, 127, 128, 2000, 2047, 4000, 4999};
+  const CudaPolicyGroup alone(kTokens);
+  EXPECT_TRUE(alone.alone());
+  for (const v1::Partition partition :
+       {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG, v1::PARTITION_STRIPED}) {
+    const auto dealt = PartitionTokens(kTokens, 3, partition, 256);
+    ASSERT_TRUE(dealt.ok());
+    const auto collectives = MakeInProcessGroup(3, absl::Seconds(5));
+    JobControl control;
+    std::vector<int> times(positions.size());
+    for (int rank = 0; rank < 3; ++rank) {
+      const CudaPolicyGroup group(*dealt, nullptr, collectives[static_cast<size_t>(rank)].get(), &control);
+      EXPECT_EQ(group.rank(), rank);
+      EXPECT_EQ(group.world_size(), 3);
+      EXPECT_EQ(group.PossibleBlocks(kPositions), alone.PossibleBlocks(kPositions));
+      for (const int64_t last : {0, 1, 256, 300, 5000, 9000}) {
+        EXPECT_EQ(group.TilesOfLast(last, kPositions), alone.TilesOfLast(last, kPositions)) << last;
+      }
+      for (const kernels::CudaQueryRange& range : group.ranges()) {
+        const CudaPolicyGroup::Run run = CudaPolicyGroup::RunOf(range, positions);
+        for (int64_t i = run.first; i < run.first + run.count; ++i) {
+          const int64_t position = positions[static_cast<size_t>(i)];
+          EXPECT_TRUE(position >= range.first && position < range.first + range.count);
+          ++times[static_cast<size_t>(i)];
+        }
+      }
+    }
+    EXPECT_THAT(times, ::testing::Each(1));
+  }
+  // By hand: 157 tiles of 32 positions, the last one of 8; four see each of 39 blocks first, one the 40th.
+  EXPECT_EQ(alone.PossibleBlocks(kPositions), 4 * (39 * 40 / 2) + 40);
+  EXPECT_EQ(alone.TilesOfLast(256, kPositions), 9);
+}
+
+TEST(CudaPolicyGroupTest, AllRanksGetTheLeast) {
+  const std::vector<RankTokens> partition = {{{0, 128}}, {{128, 256}}, {}};
+  const auto collectives = MakeInProcessGroup(3, absl::Seconds(5));
+  const double given[] = {0.5, 0.25, 0.75};
+  double got[3] = {};
+  std::vector<std::thread> threads;
+  for (size_t rank = 0; rank < 3; ++rank) {
+    threads.emplace_back([&, rank] {
+      JobControl control;
+      const CudaPolicyGroup group(partition, nullptr, collectives[rank].get(), &control);
+      got[rank] = given[rank];
+      EXPECT_TRUE(group.Least(&got[rank]).ok());
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_THAT(got, ::testing::Each(0.25));
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "base/status_macros.h"
 #include "model/kernel_status.h"
 #include "worker/cuda/cuda_pass.h"
+#include "worker/cuda/cuda_work.h"
 
 namespace headwater {
 namespace {
@@ -105,15 +106,22 @@ absl::Status CudaPass::AttendPacked(const char* k, const char* v) {
   return pacer_.Enqueued(flop);
 }
 
-// One call over the whole prompt, which a cancelled job waits for; a layer that turns out dense goes in
-// pieces.
+// One call a range, which a cancelled job waits for; a layer that turns out dense goes in pieces.
 absl::Status CudaPass::AttendPolicy(int32_t layer, const char* k, const char* v, char** out) {
   const kernels::CudaPolicyLayer arrays{layer, Q(0), k, v};
   HW_ASSIGN_OR_RETURN(const bool dense, policy_pass_->Select(arrays));
   *out = Q(0);
   if (dense) return Attend(layer, k, v);
   HW_RETURN_IF_ERROR(policy_pass_->Attend(arrays, out));
-  return pacer_.Enqueued(WorkOf(config_, num_tokens_).dense_attention * policy_pass_->density());
+  return pacer_.Enqueued(4.0 * config_.head_dim * static_cast<double>(Pairs()) * policy_pass_->density());
+}
+
+uint64_t CudaPass::Pairs() const {
+  uint64_t pairs = 0;
+  for (const TokenRange& range : tokens_) {
+    pairs += PairsOf(range.end, config_.num_q_heads) - PairsOf(range.begin, config_.num_q_heads);
+  }
+  return pairs;
 }
 
 void CudaPass::LogOverflows(int32_t layer, uint32_t overflows) {
@@ -134,7 +142,7 @@ void CudaPass::TakeDensity(int32_t layer) {
     density_ = std::max(kLeastDensity, read.density);
     // What the loop attends to is counted as it is enqueued.
     if (!read.by_policy) return;
-    const uint64_t pairs = PairsOf(num_tokens_, config_.num_q_heads);
+    const uint64_t pairs = Pairs();
     progress.pairs_computed += static_cast<uint64_t>(read.density * static_cast<double>(pairs));
     progress.pairs_possible += pairs;
     return;

@@ -258,7 +258,8 @@ class Backend final : public PrefillBackend {
       // 0 would be no limit at all.
       limit.set_max_tokens(static_cast<uint64_t>(std::max<int64_t>(1, fits)));
       limit.set_dense_below_tokens(static_cast<uint64_t>(kernels::DenseBelowTokens(parameters)));
-      if (name != "dense" && name != "probe") limit.set_max_world_size(1);
+      const bool shared = name == "dense" || name == "probe" || kernels::CudaPolicyTakesRanges(parameters);
+      if (!shared) limit.set_max_world_size(1);
     }
     return limits;
   }

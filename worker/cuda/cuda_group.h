@@ -53,6 +53,12 @@ class CudaKvExchange {
   // All of this rank's chunks have been: starts the rest, and lets `stream` wait until the arrays are whole.
   absl::Status Finish(absl::Span<const SharedArray> arrays, cudaStream_t stream);
 
+  // Exchanges other parts, as DeviceGroup::Exchange() has them: `send` as `stream` leaves it, and `stream`
+  // goes on when `receive` is there. All ranks at the same place between a layer's Finish() and the next
+  // one's first ChunkReady().
+  absl::Status Swap(absl::Span<const DeviceParts> send, absl::Span<const DeviceParts> receive,
+                    absl::string_view what, cudaStream_t stream);
+
   // Of one layer's arrays, from other ranks.
   uint64_t ReceivedBytes(absl::Span<const SharedArray> arrays) const;
 

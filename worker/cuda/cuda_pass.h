@@ -1,5 +1,5 @@
 // CudaPass: the prompts of one pass on their way through the layers; RunCudaPrefill()'s state. For
-// cuda_prefill.cc and cuda_attend.cc alone.
+// cuda_prefill.cc, cuda_attend.cc and cuda_pass_group.cc alone.
 #ifndef HW_WORKER_CUDA_CUDA_PASS_H_
 #define HW_WORKER_CUDA_CUDA_PASS_H_
 
@@ -20,6 +20,7 @@
 #include "worker/cuda/cuda_group.h"
 #include "worker/cuda/cuda_layer_log.h"
 #include "worker/cuda/cuda_pattern.h"
+#include "worker/cuda/cuda_policy_group.h"
 #include "worker/cuda/cuda_policy_pass.h"
 #include "worker/cuda/cuda_sequences.h"
 #include "worker/cuda/gpu_pacer.h"
@@ -45,6 +46,9 @@ class CudaPass {
   absl::Status Agree();
 
   absl::Status Prepare();
+  absl::Status BeginExchange();
+  // That all ranks use.
+  absl::StatusOr<ComputeSpeed> Speed() const;
   absl::Status BeginPattern(const CudaPrefillPlan& plan, char* memory);
   absl::Status Upload();
 
@@ -74,9 +78,13 @@ class CudaPass {
   absl::Status Project(int32_t layer, char* k, char* v);
   // The layer's K and V of other ranks.
   void CountExchange();
+  // Where K and V leave their block means as they are projected.
+  kernels::CudaBlockStats MeansOf() const;
   // Of what the group shares.
   std::vector<SharedArray> SharedArrays(char* k, char* v) const;
   bool IsLast(int32_t layer) const { return layer + 1 == config_.num_layers && !packed(); }
+  // (query, key, head) of this rank's tokens.
+  uint64_t Pairs() const;
   // The rows whose attention is computed: in the last layer only the last token's result is used.
   struct Rows {
     int64_t first, count;
@@ -143,13 +151,14 @@ class CudaPass {
   std::optional<CudaPattern> pattern_;           // of probe
   std::unique_ptr<kernels::CudaPolicy> policy_;  // of others that search
   std::unique_ptr<CudaPolicyPass> policy_pass_;
-  const ComputeSpeed first_guess_;
+  ComputeSpeed speed_;  // as it was before the pass
   double density_ = 1;  // of the last layer that has run
   bool overflow_logged_ = false;
   int32_t layers_done_ = 0;
   int32_t checked_ = 0;
   std::unique_ptr<CudaEgress> egress_;
   std::optional<CudaKvExchange> exchange_;  // of a shared prompt
+  std::optional<CudaPolicyGroup> policy_group_;
   uint64_t layer_exchange_bytes_ = 0, layer_allgather_bytes_ = 0;
 };
 

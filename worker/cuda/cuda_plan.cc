@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/block_stats.h"
 #include "kernels/cuda/recall_threshold.h"
+#include "worker/cuda/cuda_policy_log.h"
 
 namespace headwater {
 namespace {
@@ -73,6 +74,15 @@ kernels::CudaPolicyShape CudaPolicyShapeOf(const ModelConfig& config) {
 }
 
 CudaPolicyPlan PlanCudaPolicy(const kernels::CudaPolicy& policy, const ModelConfig& config,
+                              int64_t num_tokens, const std::vector<kernels::CudaQueryRange>& ranges,
+                              int world_size) {
+  CudaPolicyPlan plan = PlanCudaPolicy(policy, config, num_tokens);
+  plan.policy = policy.RangesMemoryBytes(num_tokens, ranges);
+  plan.counters = CudaPolicyCounters::Bytes(config.num_q_heads, world_size, plan.sampled_rows);
+  return plan;
+}
+
+CudaPolicyPlan PlanCudaPolicy(const kernels::CudaPolicy& policy, const ModelConfig& config,
                               int64_t num_tokens) {
   const int64_t heads = config.num_q_heads;
   const uint64_t row_bytes = Bytes(heads, kernels::CudaStatsBlocks(num_tokens), sizeof(float));
@@ -87,8 +97,7 @@ CudaPolicyPlan PlanCudaPolicy(const kernels::CudaPolicy& policy, const ModelConf
     plan.lse = Bytes(num_tokens, heads, sizeof(float));
     plan.out = Bytes(num_tokens, heads * config.head_dim, 2);
   }
-  plan.counters = Bytes(heads, 1, sizeof(uint64_t) + sizeof(uint32_t) + sizeof(float)) +
-                  Bytes(rows, heads, sizeof(float));
+  plan.counters = CudaPolicyCounters::Bytes(heads, 1, rows);
   plan.rows = Bytes(rows, 1, sizeof(int64_t));
   plan.mass = static_cast<uint64_t>(rows) * row_bytes;
   plan.curve = Bytes(rows * config.num_kv_heads, kernels::kRecallSteps + 1, sizeof(float));

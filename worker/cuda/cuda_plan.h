@@ -3,6 +3,7 @@
 #define HW_WORKER_CUDA_CUDA_PLAN_H_
 
 #include <cstdint>
+#include <vector>
 
 #include "kernels/cuda/policy.h"
 #include "model/config.h"
@@ -30,7 +31,7 @@ struct CudaPatternPlan {
 };
 CudaPatternPlan PlanCudaPattern(const ModelConfig& config, int64_t num_tokens);
 
-// Of a policy of kernels/cuda/policy.h, which takes the whole prompt at once.
+// Of a policy of kernels/cuda/policy.h.
 struct CudaPolicyPlan {
   // Queries of a layer whose recall is measured, at most: where min_recall is asked for, and else.
   static constexpr int32_t kMostSampledRows = 512, kSampledRows = 32;
@@ -48,8 +49,13 @@ struct CudaPolicyPlan {
 
   uint64_t total_bytes() const;
 };
+// Of a whole prompt on one GPU.
 CudaPolicyPlan PlanCudaPolicy(const kernels::CudaPolicy& policy, const ModelConfig& config,
                               int64_t num_tokens);
+// Of a rank of world_size with these ranges of the prompt's queries; `policy` takes ranges.
+CudaPolicyPlan PlanCudaPolicy(const kernels::CudaPolicy& policy, const ModelConfig& config,
+                              int64_t num_tokens, const std::vector<kernels::CudaQueryRange>& ranges,
+                              int world_size);
 
 kernels::CudaPolicyShape CudaPolicyShapeOf(const ModelConfig& config);
 

@@ -1,6 +1,7 @@
 #include "worker/cuda/cuda_policy_log.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "base/status_macros.h"
@@ -20,11 +21,12 @@ double Ratio(uint64_t part, uint64_t whole) {
 
 }  // namespace
 
-absl::Status CudaPolicyLog::Init(const ModelConfig& config, std::string policy) {
+absl::Status CudaPolicyLog::Init(const ModelConfig& config, std::string policy, int rank, int world_size) {
   num_q_heads_ = config.num_q_heads;
   num_kv_heads_ = config.num_kv_heads;
-  const int64_t counters =
-      num_q_heads_ * static_cast<int64_t>(sizeof(uint64_t) + sizeof(uint32_t) + (1 + kRows) * sizeof(float));
+  rank_ = rank;
+  world_size_ = world_size;
+  const auto counters = static_cast<int64_t>(CudaPolicyCounters::Bytes(num_q_heads_, world_size, kRows));
   stride_ = (kCountersOffset + counters + 63) / 64 * 64;
   layers_.resize(static_cast<size_t>(config.num_layers));
   report_.set_policy(std::move(policy));
@@ -37,24 +39,31 @@ absl::Status CudaPolicyLog::Init(const ModelConfig& config, std::string policy) 
 CudaPolicyLog::Own* CudaPolicyLog::OwnOf(int32_t layer) const { return Pinned<Own>(layer, kOwnOffset); }
 
 CudaPolicyCounters CudaPolicyLog::CountersOf(int32_t layer) const {
-  return {Pinned<char>(layer, kCountersOffset), num_q_heads_};
+  return {Pinned<char>(layer, kCountersOffset), num_q_heads_, world_size_};
+}
+
+uint64_t CudaPolicyLog::Visited(int32_t layer, int32_t list) const {
+  const CudaPolicyCounters counters = CountersOf(layer);
+  uint64_t visited = 0;
+  for (int rank = 0; rank < world_size_; ++rank) visited += counters.slot(rank).visited[list];
+  return visited;
 }
 
 absl::Status CudaPolicyLog::Copy(int32_t layer, const CudaPolicyCounters& counters,
-                                 const kernels::CudaSelection& selection, cudaStream_t stream) {
+                                 const kernels::CudaSelection& ranges, cudaStream_t stream) {
   const auto copy = [&](void* to, const void* from, size_t bytes) {
     if (from == nullptr || bytes == 0) return absl::OkStatus();
     return FromCuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream), "a report");
   };
   const Layer& of = layers_[static_cast<size_t>(layer)];
-  Own* const own = OwnOf(layer);
-  HW_RETURN_IF_ERROR(copy(&own->visited, selection.visited, sizeof(own->visited)));
-  HW_RETURN_IF_ERROR(copy(&own->overflows, selection.overflows, sizeof(own->overflows)));
+  if (of.kind == Layer::Kind::kRanges) {
+    Own* const own = OwnOf(layer);
+    HW_RETURN_IF_ERROR(copy(&own->visited, ranges.visited, sizeof(own->visited)));
+    return copy(&own->overflows, ranges.overflows, sizeof(own->overflows));
+  }
   if (of.kind != Layer::Kind::kLists) return absl::OkStatus();
-  const auto heads = static_cast<size_t>(num_q_heads_);
-  return copy(
-      CountersOf(layer).visited, counters.visited,
-      heads * (sizeof(uint64_t) + sizeof(uint32_t) + static_cast<size_t>(1 + of.rows) * sizeof(float)));
+  return copy(CountersOf(layer).slots, counters.slots,
+              CudaPolicyCounters::Bytes(num_q_heads_, world_size_, of.rows));
 }
 
 std::vector<GroupMeasure> CudaPolicyLog::Groups(int32_t layer) const {
@@ -65,7 +74,7 @@ std::vector<GroupMeasure> CudaPolicyLog::Groups(int32_t layer) const {
   std::vector<GroupMeasure> groups(static_cast<size_t>(num_kv_heads_));
   for (int32_t head = 0; head < num_kv_heads_; ++head) {
     uint64_t visited = 0;
-    for (int32_t list = head * lists; list < (head + 1) * lists; ++list) visited += counters.visited[list];
+    for (int32_t list = head * lists; list < (head + 1) * lists; ++list) visited += Visited(layer, list);
     GroupMeasure& group = groups[static_cast<size_t>(head)];
     group.density = Ratio(visited, of.possible * static_cast<uint64_t>(lists));
     group.enough = counters.enough[head];
@@ -74,11 +83,13 @@ std::vector<GroupMeasure> CudaPolicyLog::Groups(int32_t layer) const {
   return groups;
 }
 
-void CudaPolicyLog::TakeGroups(int32_t layer, uint32_t overflows) {
+void CudaPolicyLog::TakeGroups(int32_t layer) {
   const Layer& of = layers_[static_cast<size_t>(layer)];
   const CudaPolicyCounters counters = CountersOf(layer);
   const std::vector<GroupMeasure> measures = Groups(layer);
   const int32_t lists = of.num_lists / num_kv_heads_;
+  uint32_t overflows = 0;
+  for (int rank = 0; rank < world_size_; ++rank) overflows += *counters.slot(rank).overflows;
   for (int32_t head = 0; head < num_kv_heads_; ++head) {
     const auto i = static_cast<size_t>(head);
     v1::AttentionGroup* const group = report_.add_groups();
@@ -90,8 +101,9 @@ void CudaPolicyLog::TakeGroups(int32_t layer, uint32_t overflows) {
       group->set_recall_p1(measures[i].recall.p1);
     }
     GroupTiles tiles{0, of.usual_dense_tiles, overflows};
-    for (int32_t list = head * lists; list < (head + 1) * lists; ++list) {
-      tiles.dense += counters.dense_tiles[list];
+    for (int rank = 0; rank < world_size_; ++rank) {
+      const uint32_t* const dense_tiles = counters.slot(rank).dense_tiles;
+      tiles.dense += std::accumulate(dense_tiles + head * lists, dense_tiles + (head + 1) * lists, 0u);
     }
     ReportLists(i < of.outcomes.size() ? &of.outcomes[i] : nullptr, tiles, group);
   }
@@ -105,16 +117,16 @@ CudaPolicyLog::Read CudaPolicyLog::Take(int32_t layer) {
   if (of.kind == Layer::Kind::kLists) {
     const CudaPolicyCounters counters = CountersOf(layer);
     uint64_t visited = 0;
-    for (int32_t list = 0; list < of.num_lists; ++list) visited += counters.visited[list];
+    for (int32_t list = 0; list < of.num_lists; ++list) visited += Visited(layer, list);
     read.density = Ratio(visited, of.possible * static_cast<uint64_t>(of.num_lists));
-    read.overflows = OwnOf(layer)->overflows;
+    read.overflows = *counters.slot(rank_).overflows;
     const int64_t count = int64_t{of.rows} * num_q_heads_;
     for (int64_t i = 0; i < count; ++i) {
       recalls_.push_back(counters.recall[i]);
       recall_sum_ += static_cast<double>(counters.recall[i]);
     }
     report_.set_sampled_queries(std::max(report_.sampled_queries(), static_cast<uint32_t>(of.rows)));
-    TakeGroups(layer, read.overflows);
+    TakeGroups(layer);
     return read;
   }
   v1::AttentionGroup* const whole = report_.add_groups();

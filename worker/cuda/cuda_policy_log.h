@@ -20,18 +20,40 @@
 
 namespace headwater {
 
-// Where the device counts; of CudaPolicyPlan::counters bytes.
+// Where the device counts, in memory of Bytes(): a slot for each rank, and what all have in common.
 struct CudaPolicyCounters {
-  uint64_t* visited = nullptr;      // [query heads], of each list
-  uint32_t* dense_tiles = nullptr;  // likewise
-  float* enough = nullptr;          // [query heads]: of each KV head, GroupMeasure::enough
-  float* recall = nullptr;          // [sampled rows, query heads]
+  struct Slot {
+    uint64_t* visited;      // [query heads], of each list
+    uint32_t* dense_tiles;  // likewise
+    uint32_t* overflows;    // tiles
+  };
 
-  CudaPolicyCounters(char* memory, int64_t num_q_heads)
-      : visited(reinterpret_cast<uint64_t*>(memory)),
-        dense_tiles(reinterpret_cast<uint32_t*>(visited + num_q_heads)),
-        enough(reinterpret_cast<float*>(dense_tiles + num_q_heads)),
-        recall(enough + num_q_heads) {}
+  char* slots = nullptr;
+  int64_t num_q_heads = 0;
+  float* enough = nullptr;  // [query heads]: of each KV head, GroupMeasure::enough
+  float* recall = nullptr;  // [sampled rows, query heads]
+
+  CudaPolicyCounters(char* memory, int64_t q_heads, int world_size)
+      : slots(memory),
+        num_q_heads(q_heads),
+        enough(reinterpret_cast<float*>(memory + static_cast<int64_t>(SlotBytes(q_heads)) * world_size)),
+        recall(enough + q_heads) {}
+
+  static constexpr uint64_t SlotBytes(int64_t q_heads) {
+    return (static_cast<uint64_t>(q_heads) * (sizeof(uint64_t) + sizeof(uint32_t)) + sizeof(uint32_t) + 7) /
+           8 * 8;
+  }
+  static constexpr uint64_t Bytes(int64_t q_heads, int world_size, int64_t rows) {
+    return SlotBytes(q_heads) * static_cast<uint64_t>(world_size) +
+           static_cast<uint64_t>((1 + rows) * q_heads) * sizeof(float);
+  }
+
+  Slot slot(int rank) const {
+    auto* const visited =
+        reinterpret_cast<uint64_t*>(slots + static_cast<int64_t>(SlotBytes(num_q_heads)) * rank);
+    auto* const dense_tiles = reinterpret_cast<uint32_t*>(visited + num_q_heads);
+    return {visited, dense_tiles, dense_tiles + num_q_heads};
+  }
 };
 
 class CudaPolicyLog {
@@ -41,7 +63,7 @@ class CudaPolicyLog {
     enum class Kind { kNone, kDense, kLists, kRanges } kind = Kind::kNone;
     int32_t num_lists = 0;
     int32_t rows = 0;       // whose recall was measured
-    uint64_t possible = 0;  // blocks of one list, or steps of the ranges
+    uint64_t possible = 0;  // blocks of one list over all ranks, or steps of the ranges
     // Dense tiles of a list that is not dense: the prompt's end. Of policies that do not say: all there are.
     uint32_t usual_dense_tiles = GroupTiles::kUnknown;
     std::vector<GroupOutcome> outcomes;  // by KV head; empty: the policy has no settings
@@ -50,19 +72,20 @@ class CudaPolicyLog {
   // What a layer that has run read.
   struct Read {
     bool by_policy = false;  // else the loop's own, and dense
-    double density = 1;
-    uint32_t overflows = 0;
+    double density = 1;      // over all ranks
+    uint32_t overflows = 0;  // of this rank
   };
 
-  absl::Status Init(const ModelConfig& config, std::string policy);
+  absl::Status Init(const ModelConfig& config, std::string policy, int rank, int world_size);
 
   Layer& layer(int32_t layer) { return layers_[static_cast<size_t>(layer)]; }
+  const Layer& layer(int32_t layer) const { return layers_[static_cast<size_t>(layer)]; }
   // Pinned [CudaPolicyPlan::kMostSampledRows].
-  int64_t* positions(int32_t layer) { return Pinned<int64_t>(layer, 0); }
+  int64_t* positions(int32_t layer) const { return Pinned<int64_t>(layer, 0); }
 
-  // Enqueues the copy of what the device has counted for the layer.
-  absl::Status Copy(int32_t layer, const CudaPolicyCounters& counters,
-                    const kernels::CudaSelection& selection, cudaStream_t stream);
+  // Enqueues the copy of what the device has counted for the layer, of kRanges by the policy.
+  absl::Status Copy(int32_t layer, const CudaPolicyCounters& counters, const kernels::CudaSelection& ranges,
+                    cudaStream_t stream);
 
   // The rest: of a layer whose copies have arrived.
 
@@ -77,7 +100,7 @@ class CudaPolicyLog {
   v1::AttentionReport Report() const;
 
  private:
-  // Behind the positions: {visited, overflows} of the policy's own count, then CudaPolicyCounters.
+  // Behind the positions: {visited, overflows} of key ranges, then CudaPolicyCounters.
   struct Own {
     uint64_t visited;
     uint32_t overflows;
@@ -89,9 +112,12 @@ class CudaPolicyLog {
   }
   Own* OwnOf(int32_t layer) const;
   CudaPolicyCounters CountersOf(int32_t layer) const;
-  void TakeGroups(int32_t layer, uint32_t overflows);
+  // Over all ranks.
+  uint64_t Visited(int32_t layer, int32_t list) const;
+  void TakeGroups(int32_t layer);
 
   int32_t num_q_heads_ = 0, num_kv_heads_ = 0;
+  int rank_ = 0, world_size_ = 1;
   int64_t stride_ = 0;
   std::vector<Layer> layers_;
   DeviceBuffer pinned_;

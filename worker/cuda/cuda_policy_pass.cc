@@ -1,19 +1,19 @@
 #include "worker/cuda/cuda_policy_pass.h"
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
 #include <variant>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 
-#include "base/rpc/grpc_status.h"
 #include "base/status_macros.h"
 #include "kernels/cuda/block_masks.h"
 #include "kernels/cuda/block_mass.h"
+#include "kernels/cuda/block_stats.h"
 #include "kernels/cuda/policies/headwater.h"
 #include "model/kernel_status.h"
+#include "worker/cuda/cuda_work.h"
 #include "worker/recall_samples.h"
 
 namespace headwater {
@@ -31,47 +31,7 @@ constexpr double kRounding = 0.0005;
 // A wait covers what is enqueued ahead: up to the attention of the layer before.
 constexpr absl::Duration kLongestWait = absl::Minutes(2), kPoll = absl::Microseconds(20);
 
-// Blocks of a tile's window, of all layers and KV heads on average.
-double MeanWindow(const kernels::HeadwaterParameters& parameters) {
-  if (parameters.windows.empty()) return parameters.window_blocks;
-  const double sum = std::accumulate(parameters.windows.begin(), parameters.windows.end(), 0.0);
-  return sum / static_cast<double>(parameters.windows.size());
-}
-
-// The least share of the blocks that policy headwater can read.
-double LeastDensity(const kernels::HeadwaterParameters& parameters, int64_t num_tokens) {
-  const double blocks = static_cast<double>(num_tokens) / 128 + 1;
-  const double listed = 2 * (parameters.sink_blocks + MeanWindow(parameters) + 1) / blocks;
-  return std::min(1.0, listed + 2.0 * parameters.dense_last_tokens / static_cast<double>(num_tokens));
-}
-
 }  // namespace
-
-LayerWork WorkOf(const ModelConfig& config, int64_t num_tokens) {
-  const auto tokens = static_cast<double>(num_tokens);
-  const double q_width = static_cast<double>(config.num_q_heads) * config.head_dim;
-  const double kv_width = static_cast<double>(config.num_kv_heads) * config.head_dim;
-  LayerWork work;
-  work.linear =
-      2 * tokens * config.hidden_size * (2 * q_width + 2 * kv_width + 3.0 * config.intermediate_size);
-  work.dense_attention = 2 * q_width * tokens * tokens;
-  return work;
-}
-
-absl::Status CheckTimeBudget(const PrefillJob& job, const ModelConfig& config, const ComputeSpeed& speed,
-                             bool dense) {
-  const absl::Duration budget = job.quality.time_budget;
-  if (budget == absl::ZeroDuration()) return absl::OkStatus();
-  const auto tokens = static_cast<int64_t>(job.tokens.size());
-  const auto* const own = std::get_if<kernels::HeadwaterParameters>(&job.policy->parameters());
-  const double least = dense || own == nullptr ? 1 : LeastDensity(*own, tokens);
-  const absl::Duration predicted = PredictTime(WorkOf(config, tokens), speed, config.num_layers, least);
-  if (predicted <= budget) return absl::OkStatus();
-  return MakeError(absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_TIME_BUDGET_TOO_SHORT,
-                   absl::StrCat("quality.time_budget is ", absl::FormatDuration(budget), "; ", tokens,
-                                " tokens at density ", least, " take ", absl::FormatDuration(predicted)),
-                   {{"value", absl::FormatDuration(budget)}, {"limit", absl::FormatDuration(predicted)}});
-}
 
 CudaPolicyPass::CudaPolicyPass(const CudaPolicyPassOptions& options)
     : options_(options),
@@ -80,8 +40,10 @@ CudaPolicyPass::CudaPolicyPass(const CudaPolicyPassOptions& options)
       own_(std::get_if<kernels::HeadwaterParameters>(&job_.policy->parameters())),
       num_tokens_(static_cast<int64_t>(job_.tokens.size())),
       shape_(CudaPolicyShapeOf(config_)),
-      counters_(nullptr, 0),
-      density_(kFirstDensity) {
+      mass_row_(config_.num_q_heads * kernels::CudaStatsBlocks(num_tokens_)),
+      counters_(nullptr, 0, 1),
+      density_(kFirstDensity),
+      kept_density_(kFirstDensity) {
   char* at = options.memory;
   const auto take = [&](uint64_t bytes) {
     return bytes == 0 ? nullptr : std::exchange(at, at + AlignedCudaPart(bytes));
@@ -91,7 +53,7 @@ CudaPolicyPass::CudaPolicyPass(const CudaPolicyPassOptions& options)
   workspace_ = take(plan.workspace);
   lse_ = reinterpret_cast<float*>(take(plan.lse));
   out_ = take(plan.out);
-  counters_ = CudaPolicyCounters(take(plan.counters), config_.num_q_heads);
+  counters_ = CudaPolicyCounters(take(plan.counters), config_.num_q_heads, options.group->world_size());
   rows_ = reinterpret_cast<int64_t*>(take(plan.rows));
   mass_ = reinterpret_cast<float*>(take(plan.mass));
   curve_ = reinterpret_cast<float*>(take(plan.curve));
@@ -107,16 +69,44 @@ absl::Status CudaPolicyPass::Init() {
   if (job_.quality.any() && own_ == nullptr) {
     return absl::InvalidArgumentError(absl::StrCat("quality with policy ", job_.policy->name()));
   }
-  HW_RETURN_IF_ERROR(log_.Init(config_, job_.policy->name()));
+  const CudaPolicyGroup& group = *options_.group;
+  HW_RETURN_IF_ERROR(log_.Init(config_, job_.policy->name(), group.rank(), group.world_size()));
   HW_RETURN_IF_ERROR(arrived_.Create(cudaEventDisableTiming));
-  return FromKernels(
-      options_.policy->Begin(num_tokens_, policy_memory_, options_.plan.policy, options_.stream),
-      absl::StrCat("policy ", job_.policy->name()));
+  // Ranks without tokens, and policies that count no overflows, leave their counts as they are.
+  HW_RETURN_IF_ERROR(
+      FromCuda(cudaMemsetAsync(counters_.slots, 0, options_.plan.counters, options_.stream), "counters"));
+  const kernels::Status begun =
+      group.alone()
+          ? options_.policy->Begin(num_tokens_, policy_memory_, options_.plan.policy, options_.stream)
+          : options_.policy->BeginRanges(num_tokens_, ranges(), policy_memory_, options_.plan.policy,
+                                         options_.stream);
+  return FromKernels(begun, absl::StrCat("policy ", job_.policy->name()));
 }
 
+kernels::CudaPolicyLayer CudaPolicyPass::Part(const kernels::CudaPolicyLayer& layer, size_t range) const {
+  int64_t row = 0;
+  for (size_t i = 0; i < range; ++i) row += ranges()[i].count;
+  kernels::CudaPolicyLayer part = layer;
+  part.q = static_cast<const char*>(layer.q) + row * config_.num_q_heads * config_.head_dim * 2;
+  part.range = static_cast<int32_t>(range);
+  return part;
+}
+
+absl::Span<const int64_t> CudaPolicyPass::Positions(int32_t layer) const {
+  return {log_.positions(layer), static_cast<size_t>(log_.layer(layer).rows)};
+}
+
+CudaPolicyGroup::Run CudaPolicyPass::RunOf(int32_t layer, size_t range) const {
+  return CudaPolicyGroup::RunOf(ranges()[range], Positions(layer));
+}
+
+// The same on all ranks, and where a quality depends on it the same whenever it is asked.
 int32_t CudaPolicyPass::RowsToSample() const {
+  const double density = job_.quality.any()        ? kept_density_
+                         : options_.group->alone() ? density_
+                                                   : kFirstDensity;
   const auto affordable = [&](int32_t most) {
-    return AffordableRows(num_tokens_, density_, kMeasuredShare, config_.num_q_heads / config_.num_kv_heads,
+    return AffordableRows(num_tokens_, density, kMeasuredShare, config_.num_q_heads / config_.num_kv_heads,
                           most);
   };
   if (job_.quality.min_recall > 0) {
@@ -138,70 +128,114 @@ absl::Status CudaPolicyPass::Sample(const kernels::CudaPolicyLayer& layer, int32
   HW_RETURN_IF_ERROR(FromCuda(cudaMemcpyAsync(rows_, pinned, positions.size() * sizeof(int64_t),
                                               cudaMemcpyHostToDevice, options_.stream),
                               "sampled queries"));
-  kernels::CudaRowMassArgs args;
-  args.problem = {layer.q,
-                  layer.k,
-                  num_tokens_,
-                  config_.num_q_heads,
-                  config_.num_kv_heads,
-                  config_.head_dim,
-                  shape_.softmax_scale};
-  args.rows.positions = rows_;
-  args.rows.num_rows = static_cast<int32_t>(positions.size());
-  args.mass = mass_;
-  return FromKernels(kernels::CudaRowMass(args, options_.stream), "masses of sampled queries");
+  for (size_t i = 0; i < ranges().size(); ++i) {
+    const CudaPolicyGroup::Run run = RunOf(layer.layer, i);
+    if (run.count == 0) continue;
+    kernels::CudaRowMassArgs args;
+    args.problem = {Part(layer, i).q,     layer.k,          num_tokens_,          config_.num_q_heads,
+                    config_.num_kv_heads, config_.head_dim, shape_.softmax_scale, ranges()[i].first};
+    args.rows.positions = rows_ + run.first;
+    args.rows.num_rows = static_cast<int32_t>(run.count);
+    args.mass = mass_ + run.first * mass_row_;
+    HW_RETURN_IF_ERROR(FromKernels(kernels::CudaRowMass(args, options_.stream), "masses of sampled queries"));
+  }
+  return absl::OkStatus();
 }
 
-// Counts what the selection holds and copies that to the host.
+// Selections of all ranges, and of how many lists they are: of a rank without tokens, too.
+absl::Status CudaPolicyPass::SelectRanges(const kernels::CudaPolicyLayer& layer,
+                                          const kernels::CudaSearchSettings* settings) {
+  selections_.assign(ranges().size(), {});
+  for (size_t i = 0; i < ranges().size(); ++i) {
+    const kernels::CudaPolicyLayer part = Part(layer, i);
+    HW_RETURN_IF_ERROR(FromKernels(
+        settings == nullptr ? options_.policy->Select(part, options_.stream, &selections_[i])
+                            : options_.policy->Reselect(part, *settings, options_.stream, &selections_[i]),
+        absl::StrCat("policy ", job_.policy->name())));
+  }
+  if (options_.group->alone()) {
+    num_lists_ = selections_[0].lists.num_lists;
+    return absl::OkStatus();
+  }
+  const std::vector<GroupSetting> own = SettingsOf(layer.layer);
+  const bool dense =
+      settings == nullptr &&
+      std::all_of(own.begin(), own.end(), [](const GroupSetting& setting) { return setting.threshold == 0; });
+  num_lists_ = dense ? 0 : config_.num_kv_heads;
+  return absl::OkStatus();
+}
+
+// Counts what the selections hold, on all ranks, and copies that to the host.
 absl::Status CudaPolicyPass::Measure(const kernels::CudaPolicyLayer& layer) {
   Layer& log = log_.layer(layer.layer);
-  log.num_lists = selection_.lists.num_lists;
-  log.kind = selection_.ranges != nullptr ? Layer::Kind::kRanges
-             : log.num_lists > 0          ? Layer::Kind::kLists
-                                          : Layer::Kind::kDense;
-  log.possible = selection_.possible;
-  if (log.kind == Layer::Kind::kLists) {
-    const bool per_query_head = log.num_lists == config_.num_q_heads;
-    const kernels::CudaBlockMasks one =
-        kernels::CudaBlockMasksOf(num_tokens_, config_.num_q_heads, config_.num_kv_heads, per_query_head);
-    log.possible = kernels::CudaPossibleBlocks(one) / static_cast<uint64_t>(one.num_lists);
-    if (own_ != nullptr) {
-      const int64_t last = own_->dense_last_tokens, first_dense = std::max<int64_t>(0, num_tokens_ - last);
-      log.usual_dense_tiles =
-          last == 0 ? 0 : static_cast<uint32_t>(one.tiles() - first_dense / one.tile_positions);
-    }
-    HW_RETURN_IF_ERROR(FromKernels(
-        kernels::CudaCountLists(
-            {selection_.lists, num_tokens_, config_.num_q_heads, counters_.visited, counters_.dense_tiles},
-            options_.stream),
-        "counts of lists"));
-    if (log.rows > 0) {
-      kernels::CudaRecallArgs args;
-      args.mass = mass_;
-      args.rows.positions = rows_;
-      args.rows.num_rows = log.rows;
-      args.num_tokens = num_tokens_;
-      args.num_q_heads = config_.num_q_heads;
-      args.lists = selection_.lists;
-      args.recall = counters_.recall;
-      HW_RETURN_IF_ERROR(FromKernels(kernels::CudaRecallOfRows(args, options_.stream), "recall"));
-    }
+  const bool by_key = options_.group->alone() && selections_[0].ranges != nullptr;
+  log.num_lists = num_lists_;
+  log.kind = by_key ? Layer::Kind::kRanges : num_lists_ > 0 ? Layer::Kind::kLists : Layer::Kind::kDense;
+  if (by_key) log.possible = selections_[0].possible;
+  if (log.kind == Layer::Kind::kLists) HW_RETURN_IF_ERROR(CountLists(layer.layer));
+  return log_.Copy(layer.layer, counters_, by_key ? selections_[0] : kernels::CudaSelection(),
+                   options_.stream);
+}
+
+absl::Status CudaPolicyPass::CountLists(int32_t layer) {
+  Layer& log = log_.layer(layer);
+  const CudaPolicyGroup& group = *options_.group;
+  const int32_t positions = 128 / (config_.num_q_heads / num_lists_);
+  if (possible_.first != positions) possible_ = {positions, group.PossibleBlocks(positions)};
+  log.possible = possible_.second;
+  if (own_ != nullptr) log.usual_dense_tiles = group.TilesOfLast(own_->dense_last_tokens, positions);
+  const CudaPolicyCounters::Slot slot = counters_.slot(group.rank());
+  for (size_t i = 0; i < ranges().size(); ++i) {
+    const kernels::CudaSelection& selection = selections_[i];
+    kernels::CudaCountListsArgs count{selection.lists, num_tokens_,      config_.num_q_heads,
+                                      slot.visited,    slot.dense_tiles, selection.queries};
+    count.accumulate = i > 0;
+    count.overflows = selection.overflows;
+    count.overflow_sum = selection.overflows == nullptr ? nullptr : slot.overflows;
+    HW_RETURN_IF_ERROR(FromKernels(kernels::CudaCountLists(count, options_.stream), "counts of lists"));
+    const CudaPolicyGroup::Run run = RunOf(layer, i);
+    if (run.count == 0) continue;
+    kernels::CudaRecallArgs args;
+    args.mass = mass_ + run.first * mass_row_;
+    args.rows.positions = rows_ + run.first;
+    args.rows.num_rows = static_cast<int32_t>(run.count);
+    args.num_tokens = num_tokens_;
+    args.num_q_heads = config_.num_q_heads;
+    args.lists = selection.lists;
+    args.recall = counters_.recall + run.first * config_.num_q_heads;
+    args.queries = selection.queries;
+    HW_RETURN_IF_ERROR(FromKernels(kernels::CudaRecallOfRows(args, options_.stream), "recall"));
   }
-  return log_.Copy(layer.layer, counters_, selection_, options_.stream);
+  const SampledArray recall{counters_.recall, static_cast<uint64_t>(config_.num_q_heads) * sizeof(float)};
+  return group.Share(counters_.slots, CudaPolicyCounters::SlotBytes(config_.num_q_heads), {&recall, 1},
+                     Positions(layer), "exchange of a layer's counts", options_.stream);
 }
 
 // Thresholds that min_recall wants, for Judge(); before Measure(), which copies them.
 absl::Status CudaPolicyPass::FindEnough(const kernels::CudaPolicyLayer& layer) {
+  const int64_t curve_row = int64_t{config_.num_kv_heads} * (kernels::kRecallSteps + 1);
   kernels::CudaRecallGoal goal;
-  goal.rows.positions = rows_;
-  goal.rows.num_rows = log_.layer(layer.layer).rows;
-  goal.mass = mass_;
   const double least = job_.quality.min_recall;
   goal.min_recall = static_cast<float>(least + std::min(kRounding, (1 - least) / 2));
   goal.errors = static_cast<float>(RecallContract::kErrors);
+  for (size_t i = 0; i < ranges().size(); ++i) {
+    const CudaPolicyGroup::Run run = RunOf(layer.layer, i);
+    if (run.count == 0) continue;
+    goal.rows.positions = rows_ + run.first;
+    goal.rows.num_rows = static_cast<int32_t>(run.count);
+    goal.mass = mass_ + run.first * mass_row_;
+    goal.curve = curve_ + run.first * curve_row;
+    HW_RETURN_IF_ERROR(
+        FromKernels(options_.policy->ThresholdsForRecall(Part(layer, i), goal, options_.stream),
+                    "curves for min_recall"));
+  }
+  const SampledArray curves{curve_, static_cast<uint64_t>(curve_row) * sizeof(float)};
+  HW_RETURN_IF_ERROR(options_.group->Share(nullptr, 0, {&curves, 1}, Positions(layer.layer),
+                                           "exchange of sampled recalls", options_.stream));
+  goal.rows = {rows_, nullptr, log_.layer(layer.layer).rows};
   goal.curve = curve_;
   goal.thresholds = counters_.enough;
-  return FromKernels(options_.policy->ThresholdsForRecall(layer, goal, options_.stream),
+  return FromKernels(kernels::CudaThresholdsOfCurves(goal, config_.num_kv_heads, options_.stream),
                      "thresholds for min_recall");
 }
 
@@ -235,14 +269,17 @@ std::vector<GroupSetting> CudaPolicyPass::SettingsOf(int32_t layer) const {
   return settings;
 }
 
-ContractRules CudaPolicyPass::RulesFor(int32_t layer) const {
+absl::StatusOr<ContractRules> CudaPolicyPass::RulesFor(int32_t layer) const {
   ContractRules rules;
   rules.min_recall = job_.quality.min_recall;
   if (job_.quality.max_density > 0) rules.max_density = job_.quality.max_density;
   if (job_.quality.time_budget > absl::ZeroDuration()) {
-    const absl::Duration left = job_.quality.time_budget - (absl::Now() - options_.start);
+    // As if one device had all of the time.
+    const absl::Duration left =
+        (job_.quality.time_budget - (absl::Now() - options_.start)) * options_.group->world_size();
     rules.max_density = std::max(
         0.0, DensityWithin(left, WorkOf(config_, num_tokens_), *options_.speed, config_.num_layers - layer));
+    HW_RETURN_IF_ERROR(options_.group->Least(&rules.max_density));
   }
   // What is always listed comes on top of what is forced.
   const double blocks = static_cast<double>(num_tokens_) / 128 + 2;
@@ -259,21 +296,22 @@ ContractRules CudaPolicyPass::RulesFor(int32_t layer) const {
 absl::StatusOr<bool> CudaPolicyPass::Keep(const kernels::CudaPolicyLayer& layer) {
   Layer& log = log_.layer(layer.layer);
   HW_RETURN_IF_ERROR(Wait(layer.layer));
-  RecallContract contract(RulesFor(layer.layer), SettingsOf(layer.layer));
+  HW_ASSIGN_OR_RETURN(const ContractRules rules, RulesFor(layer.layer));
+  RecallContract contract(rules, SettingsOf(layer.layer));
   const auto measures = [&] {
     if (log.kind == Layer::Kind::kLists) return log_.Groups(layer.layer);
     return std::vector<GroupMeasure>(static_cast<size_t>(config_.num_kv_heads));
   };
   while (contract.Judge(measures())) {
     const std::vector<float> thresholds = contract.thresholds();
-    HW_RETURN_IF_ERROR(
-        FromKernels(options_.policy->Reselect(layer, {thresholds.data(), nullptr, contract.forced_density()},
-                                              options_.stream, &selection_),
-                    "pattern search"));
+    const kernels::CudaSearchSettings settings{thresholds.data(), nullptr, contract.forced_density()};
+    HW_RETURN_IF_ERROR(SelectRanges(layer, &settings));
     HW_RETURN_IF_ERROR(Measure(layer));
     HW_RETURN_IF_ERROR(Wait(layer.layer));
   }
   log.outcomes = contract.outcomes();
+  kept_density_ = 0;
+  for (const GroupMeasure& group : measures()) kept_density_ += group.density / config_.num_kv_heads;
   if (log.kind == Layer::Kind::kDense) return true;
   const std::vector<float> thresholds = contract.thresholds();
   return contract.forced_density() == 0 &&
@@ -281,9 +319,8 @@ absl::StatusOr<bool> CudaPolicyPass::Keep(const kernels::CudaPolicyLayer& layer)
 }
 
 absl::StatusOr<bool> CudaPolicyPass::Select(const kernels::CudaPolicyLayer& layer) {
-  HW_RETURN_IF_ERROR(FromKernels(options_.policy->Select(layer, options_.stream, &selection_),
-                                 absl::StrCat("policy ", job_.policy->name())));
-  const bool lists = selection_.lists.num_lists > 0;
+  HW_RETURN_IF_ERROR(SelectRanges(layer, nullptr));
+  const bool lists = num_lists_ > 0;
   if (const int32_t rows = RowsToSample(); rows > 0 && (lists || job_.quality.any())) {
     HW_RETURN_IF_ERROR(Sample(layer, rows));
     if (lists && job_.quality.min_recall > 0) HW_RETURN_IF_ERROR(FindEnough(layer));
@@ -302,10 +339,15 @@ absl::StatusOr<bool> CudaPolicyPass::Select(const kernels::CudaPolicyLayer& laye
 
 absl::Status CudaPolicyPass::Attend(const kernels::CudaPolicyLayer& layer, char** out) {
   *out = out_ != nullptr ? out_ : static_cast<char*>(const_cast<void*>(layer.q));
-  return FromKernels(
-      kernels::CudaAttentionOver(selection_, options_.policy, shape_, num_tokens_, layer, {*out, lse_},
-                                 workspace_, options_.plan.workspace, options_.stream),
-      "attention");
+  for (size_t i = 0; i < ranges().size(); ++i) {
+    const kernels::CudaPolicyLayer part = Part(layer, i);
+    char* const to = out_ != nullptr ? out_ : static_cast<char*>(const_cast<void*>(part.q));
+    HW_RETURN_IF_ERROR(FromKernels(
+        kernels::CudaAttentionOver(selections_[i], options_.policy, shape_, num_tokens_, part, {to, lse_},
+                                   workspace_, options_.plan.workspace, options_.stream),
+        "attention"));
+  }
+  return absl::OkStatus();
 }
 
 CudaPolicyLog::Read CudaPolicyPass::Take(int32_t layer, PrefillProgress* progress) {

@@ -11,6 +11,7 @@
 #include "base/status_macros.h"
 #include "worker/agreement.h"
 #include "worker/cuda/cuda_pass.h"
+#include "worker/cuda/cuda_work.h"
 #include "worker/exchange.h"
 #include "worker/ring_attention.h"
 
@@ -98,26 +99,24 @@ absl::Status CudaPass::Step() {
   return status.ok() ? status : CollectiveError(status, *sequences_[0].prompt->control);
 }
 
-absl::Status CudaPass::Agree() {
-  if (!shared()) return absl::OkStatus();
-  int32_t checkpoint_layers = 0;
-  const std::string computes =
-      absl::StrCat(model_->fingerprint(), " bf16, linear layers in ", NameOf(model_->linear()), ", ",
-                   model_->chunk_tokens(), " tokens");
-  return AgreeOnPlan(*sequences_[0].prompt->job, computes, context_.collectives,
-                     sequences_[0].prompt->control, &checkpoint_layers);
-}
-
 absl::Status CudaPass::Prepare() {
   HW_RETURN_IF_ERROR(FromCuda(cudaSetDevice(model_->device()), "cudaSetDevice"));
   const PrefillJob& job = *sequences_[0].prompt->job;
+  if (shared()) HW_RETURN_IF_ERROR(BeginExchange());
   if (context_.speed != nullptr) {
-    HW_RETURN_IF_ERROR(CheckTimeBudget(job, config_, *context_.speed, IsDense(job)));
+    HW_ASSIGN_OR_RETURN(speed_, Speed());
+    HW_RETURN_IF_ERROR(CheckTimeBudget(job, config_, speed_, IsDense(job)));
   }
   CudaPolicyPlan policy;
   if (!packed()) {
     HW_ASSIGN_OR_RETURN(policy_, MakePolicyFor(config_, job.policy->parameters(), num_tokens_));
-    if (policy_ != nullptr) policy = PlanCudaPolicy(*policy_, config_, num_tokens_);
+  }
+  if (policy_ != nullptr && shared()) {
+    policy =
+        PlanCudaPolicy(*policy_, config_, num_tokens_, policy_group_->ranges(), policy_group_->world_size());
+  } else if (policy_ != nullptr) {
+    policy_group_.emplace(num_tokens_);
+    policy = PlanCudaPolicy(*policy_, config_, num_tokens_);
   }
   const CudaPrefillPlan plan = PlanCudaPrefill(config_, model_->chunk_tokens(), num_tokens_,
                                                static_cast<int64_t>(sequences_.size()), policy, num_rows_);
@@ -140,16 +139,6 @@ absl::Status CudaPass::Prepare() {
   const int64_t searches = CeilDiv(num_rows_, kLeastQueries) + static_cast<int64_t>(tokens_.size());
   HW_RETURN_IF_ERROR(log_.Init(config_.num_layers, std::max<int64_t>(1, RowChunks(num_rows_)),
                                pattern_ ? searches : 0, shared()));
-  if (shared()) {
-    exchange_.emplace(job.partition, model_->chunk_tokens(), job.strategy, context_.devices);
-    HW_RETURN_IF_ERROR(exchange_->Init());
-    const auto row = static_cast<uint64_t>(kv_width_) * 2;
-    const std::vector<SharedArray> kv = {{nullptr, row}, {nullptr, row}};
-    layer_exchange_bytes_ = exchange_->ReceivedBytes(kv);
-    layer_allgather_bytes_ =
-        CudaKvExchange(job.partition, model_->chunk_tokens(), v1::STRATEGY_ALLGATHER, context_.devices)
-            .ReceivedBytes(kv);
-  }
   HW_RETURN_IF_ERROR(Upload());
   std::vector<CudaEgressItem> items;
   for (const CudaSequence& sequence : sequences_) {
@@ -171,11 +160,12 @@ absl::Status CudaPass::BeginPattern(const CudaPrefillPlan& plan, char* memory) {
   options.config = &config_;
   options.job = &job;
   options.policy = policy_.get();
+  options.group = &*policy_group_;
   options.plan = plan.policy;
   options.memory = memory + plan.pattern.total_bytes();
   options.stream = stream_;
   options.measure_recall = context_.measure_recall;
-  options.speed = context_.speed == nullptr ? &first_guess_ : context_.speed;
+  options.speed = shared() || context_.speed == nullptr ? &speed_ : context_.speed;
   options.step = [this] { return Step(); };
   options.start = start_;
   HW_ASSIGN_OR_RETURN(policy_pass_, CudaPolicyPass::Begin(options));
@@ -235,7 +225,7 @@ absl::Status CudaPass::RunLayer(int32_t layer) {
 }
 
 absl::Status CudaPass::Project(int32_t layer, char* k, char* v) {
-  const kernels::CudaBlockStats stats = pattern_ ? pattern_->stats() : kernels::CudaBlockStats{};
+  const kernels::CudaBlockStats stats = MeansOf();
   const std::vector<SharedArray> arrays = SharedArrays(k, v);
   size_t index = 0;
   return ForTokens(
@@ -247,27 +237,6 @@ absl::Status CudaPass::Project(int32_t layer, char* k, char* v) {
         return shared() ? exchange_->ChunkReady(index++, arrays, stream_) : absl::OkStatus();
       },
       2.0 * config_.hidden_size * static_cast<double>(q_width_ + 2 * kv_width_));
-}
-
-std::vector<SharedArray> CudaPass::SharedArrays(char* k, char* v) const {
-  const auto row = static_cast<uint64_t>(kv_width_) * 2;
-  std::vector<SharedArray> arrays = {{k, row}, {v, row}};
-  if (pattern_) {
-    // Whole on all ranks: coarse means reach over the end of what a rank sees.
-    arrays.push_back({reinterpret_cast<char*>(pattern_->stats().k_mean),
-                      static_cast<uint64_t>(kv_width_) * sizeof(float), kernels::kStatsBlockTokens, false});
-  }
-  return arrays;
-}
-
-void CudaPass::CountExchange() {
-  PrefillResult& result = sequences_[0].result;
-  result.exchange_bytes += layer_exchange_bytes_;
-  result.exchange_bytes_allgather += layer_allgather_bytes_;
-  if (context_.metrics != nullptr) {
-    context_.metrics->CountExchange(StrategyName(sequences_[0].prompt->job->strategy), layer_exchange_bytes_,
-                                    layer_allgather_bytes_);
-  }
 }
 
 int64_t CudaPass::TokenOf(int64_t row) const {

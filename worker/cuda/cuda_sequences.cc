@@ -39,7 +39,8 @@ absl::Status CheckShared(const kernels::PatternPolicy& policy, int64_t num_token
         absl::StrCat("strategy ", StrategyName(strategy), " over GPUs, which have allgather and ring"));
   }
   if (num_tokens < kernels::DenseBelowTokens(policy.parameters()) ||
-      std::holds_alternative<kernels::ProbeParameters>(policy.parameters())) {
+      std::holds_alternative<kernels::ProbeParameters>(policy.parameters()) ||
+      kernels::CudaPolicyTakesRanges(policy.parameters())) {
     return absl::OkStatus();
   }
   return absl::UnimplementedError(absl::StrCat("policy '", policy.name(), "' over ", world_size, " GPUs"));

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <numeric>
+#include <vector>
 
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/pattern.h"
@@ -15,9 +16,25 @@ namespace {
 
 constexpr int64_t kBlocksPerTile = 128, kEntries = int64_t{64} << 20;
 
-int64_t TilesOf(const CudaPolicyShape& shape, int64_t num_tokens) {
-  const int64_t positions = 128 / (shape.num_q_heads / shape.num_kv_heads);
-  return (num_tokens + positions - 1) / positions;
+int32_t PositionsOf(const CudaPolicyShape& shape) { return 128 / (shape.num_q_heads / shape.num_kv_heads); }
+
+int64_t TilesOf(const CudaPolicyShape& shape, int64_t num_queries) {
+  return (num_queries + PositionsOf(shape) - 1) / PositionsOf(shape);
+}
+
+Status CheckRanges(int64_t num_tokens, const std::vector<CudaQueryRange>& ranges) {
+  int64_t end = 0;
+  for (const CudaQueryRange& range : ranges) {
+    HW_KERNELS_RETURN_IF_ERROR(CheckQueries(range.first, range.count, num_tokens));
+    if (range.count > 0 && range.first >= end && range.first % kStatsBlockTokens == 0) {
+      end = range.first + range.count;
+      continue;
+    }
+    return InvalidArgument("a range of " + std::to_string(range.count) + " queries from " +
+                           std::to_string(range.first) + " on, behind " + std::to_string(end) +
+                           "; some from a later multiple of 128 on are wanted");
+  }
+  return {};
 }
 
 // Blocks that a tile lists whatever is found: the mean over the heads, of the layer where that is most.
@@ -30,27 +47,51 @@ int64_t MeanWindow(const HeadwaterParameters& parameters, int64_t heads) {
   return (most + heads - 1) / heads;
 }
 
+// Room of a tile's list where it may not hold all that there is.
+int64_t MostBlocksPerTile(const HeadwaterParameters& parameters, const CudaPolicyShape& shape,
+                          int64_t num_tokens) {
+  const int64_t segments = TilesOf(shape, num_tokens) * shape.num_kv_heads;
+  return std::max(kBlocksPerTile + MeanWindow(parameters, shape.num_kv_heads), kEntries / segments);
+}
+
 class HeadwaterCudaPolicy final : public CudaPolicy {
  public:
   HeadwaterCudaPolicy(const HeadwaterParameters& parameters, const CudaPolicyShape& shape)
       : parameters_(parameters), shape_(shape) {}
 
-  size_t MemoryBytes(int64_t num_tokens) const override { return Lay(num_tokens, nullptr).bytes; }
+  size_t MemoryBytes(int64_t num_tokens) const override {
+    return RangesMemoryBytes(num_tokens, {{0, num_tokens}});
+  }
 
-  Status Begin(int64_t num_tokens, void* memory, size_t memory_bytes, cudaStream_t) override {
+  size_t RangesMemoryBytes(int64_t num_tokens, const std::vector<CudaQueryRange>& ranges) const override {
+    return Lay(num_tokens, ranges, nullptr).bytes;
+  }
+
+  Status Begin(int64_t num_tokens, void* memory, size_t memory_bytes, cudaStream_t stream) override {
+    HW_KERNELS_RETURN_IF_ERROR(BeginRanges(num_tokens, {{0, num_tokens}}, memory, memory_bytes, stream));
+    makes_means_ = true;
+    return {};
+  }
+
+  Status BeginRanges(int64_t num_tokens, const std::vector<CudaQueryRange>& ranges, void* memory,
+                     size_t memory_bytes, cudaStream_t) override {
     num_tokens_ = 0;
     means_layer_ = -1;
+    makes_means_ = false;
+    HW_KERNELS_RETURN_IF_ERROR(CheckRange("num_tokens", num_tokens, 1, INT32_MAX));
+    HW_KERNELS_RETURN_IF_ERROR(CheckRanges(num_tokens, ranges));
     HW_KERNELS_RETURN_IF_ERROR(
-        CheckPolicyMemory(num_tokens, memory, memory_bytes, MemoryBytes(std::max<int64_t>(1, num_tokens))));
-    parts_ = Lay(num_tokens, memory);
+        CheckPolicyMemory(num_tokens, memory, memory_bytes, RangesMemoryBytes(num_tokens, ranges)));
+    parts_ = Lay(num_tokens, ranges, memory);
     num_tokens_ = num_tokens;
     return {};
   }
 
+  CudaBlockStats stats() const override { return parts_.means.stats(); }
+
   Status Select(const CudaPolicyLayer& layer, cudaStream_t stream, CudaSelection* selection) override {
     *selection = {};
-    if (num_tokens_ == 0) return InvalidArgument("Select() before Begin()");
-    HW_KERNELS_RETURN_IF_ERROR(CheckRange("layer", layer.layer, 0, shape_.num_layers - 1));
+    HW_KERNELS_RETURN_IF_ERROR(CheckLayer("Select()", layer));
     if (num_tokens_ < parameters_.dense_below_tokens) return {};
     const CudaSearchSettings own = OwnSettings(layer.layer);
     const bool dense =
@@ -63,8 +104,7 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
   Status Reselect(const CudaPolicyLayer& layer, const CudaSearchSettings& settings, cudaStream_t stream,
                   CudaSelection* selection) override {
     *selection = {};
-    if (num_tokens_ == 0) return InvalidArgument("Reselect() before Begin()");
-    HW_KERNELS_RETURN_IF_ERROR(CheckRange("layer", layer.layer, 0, shape_.num_layers - 1));
+    HW_KERNELS_RETURN_IF_ERROR(CheckLayer("Reselect()", layer));
     if (num_tokens_ < parameters_.dense_below_tokens) {
       return InvalidArgument("Reselect() for " + std::to_string(num_tokens_) +
                              " tokens, fewer than dense_below_tokens " +
@@ -79,7 +119,7 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
 
   Status ThresholdsForRecall(const CudaPolicyLayer& layer, const CudaRecallGoal& goal,
                              cudaStream_t stream) override {
-    HW_KERNELS_RETURN_IF_ERROR(CheckRange("layer", layer.layer, 0, shape_.num_layers - 1));
+    HW_KERNELS_RETURN_IF_ERROR(CheckLayer("ThresholdsForRecall()", layer));
     if (means_layer_ != layer.layer) {
       return InvalidArgument("layer " + std::to_string(layer.layer) + " was not searched; the last one was " +
                              std::to_string(means_layer_));
@@ -87,6 +127,7 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
     CudaRecallThresholdArgs args;
     args.q = layer.q;
     args.k_means = parts_.means.k_table;
+    args.queries = RangeOf(layer).queries;
     args.num_tokens = num_tokens_;
     args.num_q_heads = shape_.num_q_heads;
     args.num_kv_heads = shape_.num_kv_heads;
@@ -95,12 +136,45 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
     args.sink_blocks = parameters_.sink_blocks;
     args.window_blocks = parameters_.window_blocks;
     args.windows = OwnSettings(layer.layer).windows;
-    args.dense_last_tokens = parameters_.dense_last_tokens;
+    args.dense_last_tokens = DenseLastTokens(args.queries);
     args.goal = goal;
     return CudaThresholdsForRecall(args, stream);
   }
 
  private:
+  struct Range {
+    CudaQueryRange queries;
+    int32_t* counts;
+    int64_t* offsets;
+    int32_t* blocks;
+    int64_t capacity;
+    uint64_t* used;
+    uint32_t* overflows;
+  };
+  struct Parts {
+    LayerMeans means{};
+    std::vector<Range> ranges;
+    char* workspace = nullptr;
+    size_t workspace_bytes = 0, bytes = 0;
+  };
+
+  const Range& RangeOf(const CudaPolicyLayer& layer) const {
+    return parts_.ranges[static_cast<size_t>(layer.range)];
+  }
+
+  Status CheckLayer(const char* call, const CudaPolicyLayer& layer) const {
+    if (num_tokens_ == 0) return InvalidArgument(std::string(call) + " before Begin()");
+    HW_KERNELS_RETURN_IF_ERROR(CheckRange("layer", layer.layer, 0, shape_.num_layers - 1));
+    return CheckRange("range", layer.range, 0, static_cast<int64_t>(parts_.ranges.size()) - 1);
+  }
+
+  // Of the prompt's last queries, those that end the range.
+  int32_t DenseLastTokens(const CudaQueryRange& queries) const {
+    const int64_t first_dense = num_tokens_ - parameters_.dense_last_tokens;
+    return static_cast<int32_t>(
+        std::clamp<int64_t>(queries.first + queries.count - first_dense, 0, queries.count));
+  }
+
   // The layer's part of the tables; null where there is none.
   CudaSearchSettings OwnSettings(int32_t layer) const {
     const int64_t first = int64_t{layer} * shape_.num_kv_heads;
@@ -112,13 +186,21 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
 
   Status Search(const CudaPolicyLayer& layer, const CudaSearchSettings& settings, cudaStream_t stream,
                 CudaSelection* selection) {
-    if (means_layer_ != layer.layer)
-      HW_KERNELS_RETURN_IF_ERROR(parts_.means.Make(shape_, num_tokens_, layer, stream));
+    if (means_layer_ != layer.layer) {
+      if (makes_means_) {
+        HW_KERNELS_RETURN_IF_ERROR(parts_.means.Make(shape_, num_tokens_, layer, stream));
+      } else {
+        HW_KERNELS_RETURN_IF_ERROR(parts_.means.MakeTables(shape_, num_tokens_, stream));
+      }
+    }
     means_layer_ = layer.layer;
+    const Range& range = RangeOf(layer);
     CudaSearchArgs args;
     args.q = layer.q;
     args.k_means = parts_.means.k_table;
-    args.total_q = args.total_k = num_tokens_;
+    args.total_q = range.queries.count;
+    args.total_k = num_tokens_;
+    args.query_position = static_cast<int32_t>(range.queries.first);
     args.num_q_heads = shape_.num_q_heads;
     args.num_kv_heads = shape_.num_kv_heads;
     args.head_dim = shape_.head_dim;
@@ -129,44 +211,42 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
     args.forced_density = settings.forced_density;
     args.sink_blocks = parameters_.sink_blocks;
     args.window_blocks = parameters_.window_blocks;
-    args.dense_last_tokens = parameters_.dense_last_tokens;
-    args.counts = parts_.counts;
-    args.offsets = parts_.offsets;
-    args.blocks = parts_.blocks;
-    args.capacity = parts_.capacity;
-    args.used = parts_.used;
-    args.overflows = parts_.overflows;
+    args.dense_last_tokens = DenseLastTokens(range.queries);
+    args.counts = range.counts;
+    args.offsets = range.offsets;
+    args.blocks = range.blocks;
+    args.capacity = range.capacity;
+    args.used = range.used;
+    args.overflows = range.overflows;
     HW_KERNELS_RETURN_IF_ERROR(CudaSelectBlocks(args, parts_.workspace, parts_.workspace_bytes, stream));
-    selection->lists = {shape_.num_kv_heads, parts_.counts, parts_.offsets, parts_.blocks};
+    selection->lists = {shape_.num_kv_heads, range.counts, range.offsets, range.blocks};
+    selection->queries = range.queries;
     selection->correction = parts_.means.correction();
-    selection->overflows = parts_.overflows;
+    selection->overflows = range.overflows;
     return {};
   }
 
-  struct Parts {
-    LayerMeans means;
-    int32_t* counts;
-    int64_t* offsets;
-    int32_t* blocks;
-    int64_t capacity;
-    uint64_t* used;
-    uint32_t* overflows;
-    char* workspace;
-    size_t workspace_bytes, bytes;
-  };
-
-  Parts Lay(int64_t num_tokens, void* memory) const {
+  Parts Lay(int64_t num_tokens, const std::vector<CudaQueryRange>& ranges, void* memory) const {
     PolicyMemory from(memory);
-    Parts parts{};
-    if (num_tokens < parameters_.dense_below_tokens) return parts;
-    const int64_t segments = TilesOf(shape_, num_tokens) * shape_.num_kv_heads;
+    Parts parts;
+    if (num_tokens < parameters_.dense_below_tokens) {
+      for (const CudaQueryRange& queries : ranges) parts.ranges.push_back({queries, {}, {}, {}, {}, {}, {}});
+      return parts;
+    }
     parts.means = LayerMeans::Take(shape_, num_tokens, parameters_.correction, &from);
-    parts.capacity = segments * HeadwaterBlocksPerTile(parameters_, shape_, num_tokens);
-    parts.counts = from.Take<int32_t>(segments);
-    parts.offsets = from.Take<int64_t>(segments);
-    parts.blocks = from.Take<int32_t>(parts.capacity);
-    parts.used = from.Take<uint64_t>(1);
-    parts.overflows = from.Take<uint32_t>(1);
+    for (const CudaQueryRange& queries : ranges) {
+      const int64_t segments = TilesOf(shape_, queries.count) * shape_.num_kv_heads;
+      Range& range = parts.ranges.emplace_back();
+      range.queries = queries;
+      range.capacity = std::min(
+          segments * MostBlocksPerTile(parameters_, shape_, num_tokens),
+          static_cast<int64_t>(CudaPossibleBlocks(queries, PositionsOf(shape_))) * shape_.num_kv_heads);
+      range.counts = from.Take<int32_t>(segments);
+      range.offsets = from.Take<int64_t>(segments);
+      range.blocks = from.Take<int32_t>(range.capacity);
+      range.used = from.Take<uint64_t>(1);
+      range.overflows = from.Take<uint32_t>(1);
+    }
     parts.workspace_bytes =
         CudaSearchProbeBytes(num_tokens, shape_.num_q_heads, shape_.num_kv_heads, shape_.head_dim);
     parts.workspace = from.Take<char>(static_cast<int64_t>(parts.workspace_bytes));
@@ -178,7 +258,8 @@ class HeadwaterCudaPolicy final : public CudaPolicy {
   const CudaPolicyShape shape_;
   int64_t num_tokens_ = 0;    // 0: no prompt
   int32_t means_layer_ = -1;  // whose means the memory holds
-  Parts parts_{};
+  bool makes_means_ = true;   // else they are in stats() before a layer's Select()
+  Parts parts_;
 };
 
 }  // namespace
@@ -187,9 +268,7 @@ int64_t HeadwaterBlocksPerTile(const HeadwaterParameters& parameters, const Cuda
                                int64_t num_tokens) {
   // A tile sees at most a block more than half of the prompt's, on average.
   const int64_t visible = ((num_tokens + 127) / 128 + 1) / 2 + 1;
-  const int64_t segments = TilesOf(shape, num_tokens) * shape.num_kv_heads;
-  return std::min(visible,
-                  std::max(kBlocksPerTile + MeanWindow(parameters, shape.num_kv_heads), kEntries / segments));
+  return std::min(visible, MostBlocksPerTile(parameters, shape, num_tokens));
 }
 
 Status MakeCudaHeadwater(const HeadwaterParameters& p, const CudaPolicyShape& shape,

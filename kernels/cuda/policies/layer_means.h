@@ -30,13 +30,22 @@ struct LayerMeans {
     return m;
   }
 
-  Status Make(const CudaPolicyShape& shape, int64_t num_tokens, const CudaPolicyLayer& layer,
-              cudaStream_t stream) const {
+  CudaBlockStats stats() const {
     CudaBlockStats stats;
     stats.k_mean = k_mean;
     stats.v_mean = v_mean;
+    return stats;
+  }
+
+  Status Make(const CudaPolicyShape& shape, int64_t num_tokens, const CudaPolicyLayer& layer,
+              cudaStream_t stream) const {
     HW_KERNELS_RETURN_IF_ERROR(CudaBlockStatistics(
-        {layer.k, layer.v, num_tokens, shape.num_kv_heads, shape.head_dim, 0, stats}, stream));
+        {layer.k, layer.v, num_tokens, shape.num_kv_heads, shape.head_dim, 0, stats()}, stream));
+    return MakeTables(shape, num_tokens, stream);
+  }
+
+  // Of means that are there.
+  Status MakeTables(const CudaPolicyShape& shape, int64_t num_tokens, cudaStream_t stream) const {
     return CudaMeanTables({k_mean, v_mean, k_table, v_table, num_tokens, shape.num_kv_heads, shape.head_dim},
                           stream);
   }

@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kWarps * 32) WriteKernel(const MaskParams p) {
 
 struct CountParams {
   CudaCountListsArgs args;
-  int64_t tiles, tile_positions;
+  int64_t tiles, tile_positions, end;  // end: of the queries
 };
 
 // A CTA a list.
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kScanThreads) CountListsKernel(const CountPara
   uint64_t visited = 0;
   for (int64_t tile = threadIdx.x; tile < p.tiles; tile += kScanThreads) {
     const int32_t count = counts[tile];
-    const int64_t end = min((tile + 1) * p.tile_positions, p.args.num_tokens);
+    const int64_t end = min(p.args.queries.first + (tile + 1) * p.tile_positions, p.end);
     visited += static_cast<uint64_t>(count < 0 ? (end + 127) / 128 : count);
     if (count < 0) atomicAdd(&dense_tiles, 1u);
   }
@@ -151,16 +151,21 @@ __global__ void __launch_bounds__(kScanThreads) CountListsKernel(const CountPara
   if (threadIdx.x >= 32) return;
   visited = SumToLane(sums[threadIdx.x]);
   if (threadIdx.x != 31) return;
-  p.args.visited[blockIdx.x] = visited;
-  p.args.dense_tiles[blockIdx.x] = dense_tiles;
+  const bool adds = p.args.accumulate;
+  p.args.visited[blockIdx.x] = visited + (adds ? p.args.visited[blockIdx.x] : 0);
+  p.args.dense_tiles[blockIdx.x] = dense_tiles + (adds ? p.args.dense_tiles[blockIdx.x] : 0);
+  if (blockIdx.x == 0 && p.args.overflow_sum != nullptr) {
+    *p.args.overflow_sum = *p.args.overflows + (adds ? *p.args.overflow_sum : 0);
+  }
 }
 
 }  // namespace
 
-cudaError_t LaunchCountLists(const CudaCountListsArgs& args, const CudaBlockMasks& masks,
-                             cudaStream_t stream) {
-  CountListsKernel<<<static_cast<unsigned>(masks.num_lists), kScanThreads, 0, stream>>>(
-      {args, masks.tiles(), masks.tile_positions});
+cudaError_t LaunchCountLists(const CudaCountListsArgs& args, cudaStream_t stream) {
+  const int64_t positions = 128 / (args.num_q_heads / args.lists.num_lists);
+  const int64_t count = args.queries.count > 0 ? args.queries.count : args.num_tokens;
+  CountListsKernel<<<static_cast<unsigned>(args.lists.num_lists), kScanThreads, 0, stream>>>(
+      {args, (count + positions - 1) / positions, positions, args.queries.first + count});
   return cudaGetLastError();
 }
 

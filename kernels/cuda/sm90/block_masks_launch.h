@@ -11,9 +11,7 @@ namespace headwater::kernels::sm90 {
 // num_lists * tiles is 1 to 2^31 - 1.
 cudaError_t LaunchListsOfMasks(const CudaListsOfMasksArgs& args, cudaStream_t stream);
 
-// masks: the lists' geometry; without words.
-cudaError_t LaunchCountLists(const CudaCountListsArgs& args, const CudaBlockMasks& masks,
-                             cudaStream_t stream);
+cudaError_t LaunchCountLists(const CudaCountListsArgs& args, cudaStream_t stream);
 
 }  // namespace headwater::kernels::sm90
 

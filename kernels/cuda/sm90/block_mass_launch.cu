@@ -13,7 +13,7 @@ constexpr int kShareThreads = 256;
 struct Problem {
   const __nv_bfloat16* q;
   const __nv_bfloat16* k;
-  int64_t num_tokens;
+  int64_t num_tokens, first_query;
   int num_q_heads, num_kv_heads;
   float scale_log2;
 
@@ -21,6 +21,7 @@ struct Problem {
       : q(static_cast<const __nv_bfloat16*>(p.q)),
         k(static_cast<const __nv_bfloat16*>(p.k)),
         num_tokens(p.num_tokens),
+        first_query(p.first_query),
         num_q_heads(p.num_q_heads),
         num_kv_heads(p.num_kv_heads),
         scale_log2(static_cast<float>(p.softmax_scale * kLog2E)) {}
@@ -29,7 +30,7 @@ struct Problem {
   __host__ __device__ int Blocks() const { return static_cast<int>((num_tokens + 127) / 128); }
   template <int kDim>
   __device__ __forceinline__ const __nv_bfloat16* Query(int64_t token, int head) const {
-    return q + (token * num_q_heads + head) * kDim;
+    return q + ((token - first_query) * num_q_heads + head) * kDim;
   }
   template <int kDim>
   __device__ __forceinline__ KeyRows Keys(int kv_head) const {
@@ -161,9 +162,9 @@ struct RowParams {
 };
 
 // -1: no query.
-__device__ __forceinline__ int PositionOf(const CudaSampledRows& rows, int row, int64_t num_tokens) {
+__device__ __forceinline__ int PositionOf(const CudaSampledRows& rows, int row, int64_t first, int64_t end) {
   const int64_t position = rows.positions != nullptr ? rows.positions[row] : rows.positions_i32[row];
-  return position >= 0 && position < num_tokens ? static_cast<int>(position) : -1;
+  return position >= first && position < end ? static_cast<int>(position) : -1;
 }
 
 // log2 of the sum of exp over the keys of each block, at the place of its mass. A CTA: 128 (sampled row, head
@@ -181,7 +182,8 @@ __global__ void __launch_bounds__(RowTile<kDim>::kThreads, 2) RowMassKernel(cons
   if (thread < 128) {
     int position = -1;
     if (first + thread < pairs) {
-      position = PositionOf(p.rows, static_cast<int>((first + thread) / group), problem.num_tokens);
+      position = PositionOf(p.rows, static_cast<int>((first + thread) / group), problem.first_query,
+                            problem.num_tokens);
     }
     position_of[thread] = position;
     atomicMax(&furthest, position);
@@ -235,7 +237,8 @@ __global__ void __launch_bounds__(RowTile<kDim>::kThreads, 2) RowMassKernel(cons
 __global__ void __launch_bounds__(kShareThreads) ShareKernel(const RowParams p) {
   __shared__ float warps[2][kShareThreads / 32];
   const int blocks = p.problem.Blocks(), thread = static_cast<int>(threadIdx.x);
-  const int position = PositionOf(p.rows, static_cast<int>(blockIdx.x), p.problem.num_tokens);
+  const int position =
+      PositionOf(p.rows, static_cast<int>(blockIdx.x), p.problem.first_query, p.problem.num_tokens);
   float* const row =
       p.mass + (static_cast<int64_t>(blockIdx.x) * p.problem.num_q_heads + blockIdx.y) * blocks;
   const int seen = position < 0 ? 0 : position / 128 + 1;
@@ -269,13 +272,14 @@ __global__ void __launch_bounds__(kShareThreads) RecallKernel(const CudaRecallAr
   const int64_t pair = (static_cast<int64_t>(blockIdx.x) * kShareThreads + threadIdx.x) / 32;
   if (pair >= int64_t{p.rows.num_rows} * p.num_q_heads) return;
   const int head = static_cast<int>(pair % p.num_q_heads);
-  const int position = PositionOf(p.rows, static_cast<int>(pair / p.num_q_heads), p.num_tokens);
+  const int64_t first = p.queries.first, count = p.queries.count > 0 ? p.queries.count : p.num_tokens;
+  const int position = PositionOf(p.rows, static_cast<int>(pair / p.num_q_heads), first, first + count);
   const CudaBlockLists& lists = p.lists;
   float held = position < 0 ? 0 : 1;
   if (position >= 0 && lists.num_lists > 0) {
     const int pack = p.num_q_heads / lists.num_lists, positions = 128 / pack;
-    const int64_t tiles = (p.num_tokens + positions - 1) / positions;
-    const int64_t segment = head / pack * tiles + position / positions;
+    const int64_t tiles = (count + positions - 1) / positions;
+    const int64_t segment = head / pack * tiles + (position - first) / positions;
     const int count = lists.counts[segment];
     if (count >= 0) {
       const int32_t* const list = lists.blocks + lists.offsets[segment];

@@ -17,7 +17,7 @@ constexpr double kMassUnit = 1.0 / (int64_t{1} << 40);
 struct CurveParams {
   const __nv_bfloat16* q;
   const __nv_bfloat16* k_means;
-  int64_t num_tokens, table_rows;
+  int64_t num_tokens, table_rows, first_query, end_query;
   int num_q_heads, num_kv_heads, positions, first_dense_tile;
   float scale_log2;
   int sink_blocks;
@@ -77,12 +77,12 @@ __global__ void __launch_bounds__(kThreads) CurveKernel(const __grid_constant__ 
   const int thread = static_cast<int>(threadIdx.x), warp = thread >> 5;
   const int64_t position = p.rows.positions != nullptr ? p.rows.positions[row] : p.rows.positions_i32[row];
   float* const curve = p.curve + (static_cast<int64_t>(row) * p.num_kv_heads + kv_head) * kCounts;
-  if (position < 0 || position >= p.num_tokens) {
+  if (position < p.first_query || position >= p.end_query) {
     for (int step = thread; step < kCounts; step += kThreads) curve[step] = 0;
     return;
   }
-  const int64_t tile = position / p.positions, first = tile * p.positions;
-  const int64_t end = first + p.positions < p.num_tokens ? first + p.positions : p.num_tokens;
+  const int64_t tile = (position - p.first_query) / p.positions, first = p.first_query + tile * p.positions;
+  const int64_t end = first + p.positions < p.end_query ? first + p.positions : p.end_query;
   const int complete = static_cast<int>((first + 1) / 128), total = static_cast<int>((end + 127) / 128);
   const int window = min(total - p.window_blocks[kv_head], complete);
   const int own = static_cast<int>(position / 128), blocks = static_cast<int>((p.num_tokens + 127) / 128);
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) CurveKernel(const __grid_constant__ 
     const __nv_bfloat16* const x = p.q + kv_head * kPack * kDim + i;
     float sum = 0;
     for (int64_t token = first; token < end; ++token) {
-      sum += __bfloat162float(x[token * p.num_q_heads * kDim]);
+      sum += __bfloat162float(x[(token - p.first_query) * p.num_q_heads * kDim]);
     }
     shared.probe[i / kDim][i % kDim] =
         __bfloat162float(__float2bfloat16(sum / static_cast<float>(end - first)));
@@ -223,7 +223,7 @@ void LaunchCurveOf(const CurveParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t LaunchThresholdsForRecall(const CudaRecallThresholdArgs& a, cudaStream_t stream) {
+cudaError_t LaunchRecallCurves(const CudaRecallThresholdArgs& a, cudaStream_t stream) {
   CurveParams p{};
   p.q = static_cast<const __nv_bfloat16*>(a.q);
   p.k_means = static_cast<const __nv_bfloat16*>(a.k_means);
@@ -232,7 +232,10 @@ cudaError_t LaunchThresholdsForRecall(const CudaRecallThresholdArgs& a, cudaStre
   p.num_q_heads = a.num_q_heads;
   p.num_kv_heads = a.num_kv_heads;
   p.positions = kSearchRows / (a.num_q_heads / a.num_kv_heads);
-  const int64_t sparse = a.num_tokens - a.dense_last_tokens;
+  const int64_t count = a.queries.count > 0 ? a.queries.count : a.num_tokens;
+  p.first_query = a.queries.first;
+  p.end_query = a.queries.first + count;
+  const int64_t sparse = count - a.dense_last_tokens;
   p.first_dense_tile =
       a.dense_last_tokens == 0 ? INT32_MAX : static_cast<int>((sparse > 0 ? sparse : 0) / p.positions);
   p.scale_log2 = static_cast<float>(a.softmax_scale * kLog2E);
@@ -244,10 +247,12 @@ cudaError_t LaunchThresholdsForRecall(const CudaRecallThresholdArgs& a, cudaStre
   p.mass = a.goal.mass;
   p.curve = a.goal.curve;
   a.head_dim == 128 ? LaunchCurveOf<128>(p, stream) : LaunchCurveOf<64>(p, stream);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) return error;
-  FirstStepKernel<<<static_cast<unsigned>(a.num_kv_heads), kThreads, 0, stream>>>(
-      a.goal.curve, a.goal.rows.num_rows, a.goal.min_recall, a.goal.errors, a.goal.thresholds);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchThresholdsOfCurves(const CudaRecallGoal& goal, int32_t num_kv_heads, cudaStream_t stream) {
+  FirstStepKernel<<<static_cast<unsigned>(num_kv_heads), kThreads, 0, stream>>>(
+      goal.curve, goal.rows.num_rows, goal.min_recall, goal.errors, goal.thresholds);
   return cudaGetLastError();
 }
 

@@ -8,7 +8,8 @@
 
 namespace headwater::kernels::sm90 {
 
-cudaError_t LaunchThresholdsForRecall(const CudaRecallThresholdArgs& args, cudaStream_t stream);
+cudaError_t LaunchRecallCurves(const CudaRecallThresholdArgs& args, cudaStream_t stream);
+cudaError_t LaunchThresholdsOfCurves(const CudaRecallGoal& goal, int32_t num_kv_heads, cudaStream_t stream);
 
 }  // namespace headwater::kernels::sm90
 

@@ -2,6 +2,8 @@
 #include "kernels/cuda/policies/headwater.h"
 
 #include <limits>
+#include <memory>
+#include <vector>
 
 #include "gtest/gtest.h"
 
@@ -29,6 +31,38 @@ TEST(Headwater, LongPromptsHaveRoomForTheWindowAndAsManyAgain) {
   for (int head = 0; head < 8; ++head)
     parameters.windows[8 + head] = 100 + head;  // layer 1: 103.5 on average
   EXPECT_EQ(HeadwaterBlocksPerTile(parameters, kShape, tokens), 128 + 104);
+}
+
+TEST(Headwater, RangesOfAPromptTakeNoMoreThanItsWhole) {
+  std::unique_ptr<CudaPolicy> policy;
+  ASSERT_TRUE(MakeCudaHeadwater({}, kShape, &policy).ok());
+  for (const int64_t tokens : {int64_t{40000}, int64_t{250000}, int64_t{1} << 20}) {
+    const auto whole = static_cast<int64_t>(policy->MemoryBytes(tokens));
+    const int64_t quarter = tokens / 512 * 128;
+    const auto zigzag = static_cast<int64_t>(
+        policy->RangesMemoryBytes(tokens, {{0, quarter}, {3 * quarter, tokens - 3 * quarter}}));
+    const auto inner = static_cast<int64_t>(policy->RangesMemoryBytes(tokens, {{quarter, 2 * quarter}}));
+    EXPECT_LT(zigzag, whole) << tokens;
+    EXPECT_LT(inner, whole) << tokens;
+    // Means and scratch are each rank's own; lists are not.
+    EXPECT_GT(zigzag + inner, whole) << tokens;
+  }
+}
+
+TEST(Headwater, RefusesRangesThatOverlapOrStartWithinABlock) {
+  std::unique_ptr<CudaPolicy> policy;
+  ASSERT_TRUE(MakeCudaHeadwater({}, kShape, &policy).ok());
+  const auto said = [&](const std::vector<CudaQueryRange>& ranges) {
+    const Status status = policy->BeginRanges(40000, ranges, nullptr, 0, nullptr);
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+    return status.message();
+  };
+  EXPECT_NE(said({{64, 128}}).find("from 64 on"), std::string::npos);
+  EXPECT_NE(said({{0, 256}, {128, 128}}).find("from 128 on, behind 256"), std::string::npos);
+  EXPECT_NE(said({{0, 0}}).find("a range of 0 queries"), std::string::npos);
+  EXPECT_NE(said({{39936, 128}}).find("128 from 39936 on; some of 40000"), std::string::npos);
+  // What is right is asked for its memory next.
+  EXPECT_NE(said({{0, 128}, {39936, 64}}).find("a policy's memory has 0 bytes"), std::string::npos);
 }
 
 TEST(Headwater, RefusesByNameAndValue) {

@@ -53,8 +53,20 @@ INSTANTIATE_TEST_SUITE_P(
         Refusal{"no_positions", Call([](auto* a) { a->goal.rows.positions = nullptr; }), kBad, "positions"},
         Refusal{"null_mass", Call([](auto* a) { a->goal.mass = nullptr; }), kBad, "mass is null"},
         Refusal{"null_curve", Call([](auto* a) { a->goal.curve = nullptr; }), kBad, "curve is null"},
-        Refusal{"null_thresholds", Call([](auto* a) { a->goal.thresholds = nullptr; }), kBad,
-                "thresholds is null"}),
+        Refusal{"queries", Call([](auto* a) { a->queries = {900, 101}; }), kBad, "101 from 900 on; some of 1000"},
+        Refusal{"first_of_none", Call([](auto* a) { a->queries = {128, 0}; }), kBad, "0 from 128 on"},
+        Refusal{"odd_thresholds",
+                Call([](auto* a) { a->goal.thresholds = reinterpret_cast<float*>(uintptr_t{2}); }), kBad,
+                "thresholds is not 4-byte"},
+        Refusal{"curves_without_thresholds",
+                [] {
+                  CudaRecallGoal goal;
+                  goal.rows.num_rows = 1;
+                  goal.min_recall = 0.9f;
+                  goal.curve = static_cast<float*>(kAligned);
+                  return CudaThresholdsOfCurves(goal, 2, nullptr);
+                },
+                kBad, "thresholds is null"}),
     [](const auto& test) { return test.param.name; });
 
 }  // namespace

@@ -1,0 +1,25 @@
+// What a prompt costs a GPU, and whether its time budget has room for that. Pure.
+#ifndef HW_WORKER_CUDA_CUDA_WORK_H_
+#define HW_WORKER_CUDA_CUDA_WORK_H_
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+
+#include "model/config.h"
+#include "worker/prefill.h"
+#include "worker/quality.h"
+
+namespace headwater {
+
+// Work of one layer of a prompt.
+LayerWork WorkOf(const ModelConfig& config, int64_t num_tokens);
+
+// FAILED_PRECONDITION, TIME_BUDGET_TOO_SHORT, with the time predicted: the job's time budget is under what
+// its least attention would take over job.world_size() devices of that speed. dense: the whole prompt is.
+absl::Status CheckTimeBudget(const PrefillJob& job, const ModelConfig& config, const ComputeSpeed& speed,
+                             bool dense);
+
+}  // namespace headwater
+
+#endif  // HW_WORKER_CUDA_CUDA_WORK_H_
