@@ -63,6 +63,7 @@ std::vector<PlanWorker> ForPlanner(const std::vector<const Worker*>& workers, co
     planned.worker_id = registration.worker_id();
     planned.memory = registration.memory();
     planned.max_world_size = registration.max_world_size();
+    planned.rates = registration.rates();
     planned.device = registration.device().substr(0, registration.device().find(':'));
     for (const int strategy : registration.strategies())
       planned.strategies.push_back(static_cast<v1::Strategy>(strategy));
