@@ -35,9 +35,6 @@ struct CudaPolicyPassOptions {
   absl::Time start = absl::InfiniteFuture();  // of the job's time budget
 };
 
-// Work of one layer of a prompt.
-LayerWork WorkOf(const ModelConfig& config, int64_t num_tokens);
-
 // FAILED_PRECONDITION, TIME_BUDGET_TOO_SHORT, with the time predicted: the job's time budget is under what
 // its least attention would take. dense: the whole prompt is.
 absl::Status CheckTimeBudget(const PrefillJob& job, const ModelConfig& config, const ComputeSpeed& speed,
