@@ -17,14 +17,14 @@ std::string StrategyWord(v1::Strategy strategy) { return Word(v1::Strategy_Name(
 std::string WhyTaken(const PlanSpec& spec, const v1::PrefillPlan& plan, size_t num_plans) {
   if (spec.world_size > 0) return "as many workers as were asked for";
   if (num_plans == 1) return "the only one that comes into question";
-  if (!plan.has_cost()) return "as many workers as are of use: not all rates are known";
+  if (!plan.has_cost()) return "as many workers as are of use; nothing is predicted";
   return "the least time";
 }
 
 std::string WhyNot(const v1::PrefillPlan& plan, const v1::PrefillPlan& taken) {
   if (!plan.has_cost() || !taken.has_cost()) {
-    if (plan.world_size() == taken.world_size()) return absl::StrCat("its workers name it later");
-    return "fewer workers; not all rates are known";
+    if (plan.world_size() == taken.world_size()) return "its workers name it later";
+    return "fewer workers; nothing is predicted";
   }
   const double share = plan.cost().total_s() / taken.cost().total_s() - 1;
   if (share > 0) return absl::StrFormat("%.1f %% slower", 100 * share);

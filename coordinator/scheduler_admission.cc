@@ -117,8 +117,8 @@ Scheduler::Planned Scheduler::PlanOverLiving(const Job& job) const {
 
 void Scheduler::SetExpectedShares(const Job& job, PlanSpec* spec) const {
   if (job.dense()) return;
-  // Whose parameters are their own may read anything: at most all.
-  if (job.request().policy().parameters().empty()) {
+  // With parameters or a quality of their own they may read anything: at most all.
+  if (job.request().policy().parameters().empty() && !job.request().has_quality()) {
     const ShareHistory::Shares last = shares_.Find(job.model.name(), job.policy, job.num_tokens());
     spec->density = last.density;
     spec->selected = last.selected;

@@ -139,7 +139,7 @@ TEST(PlannerCostTest, ARateThatIsNotKnownLeavesTheOldWay) {
   EXPECT_EQ(plan.world_size(), 4u);
   EXPECT_EQ(plan.strategy(), v1::STRATEGY_RING);
   EXPECT_FALSE(plan.has_cost());
-  EXPECT_TRUE(absl::StrContains(explanation.summary(), "not all rates are known")) << explanation.summary();
+  EXPECT_TRUE(absl::StrContains(explanation.summary(), "nothing is predicted")) << explanation.summary();
   PlanSpec shapeless = Spec(65536);
   shapeless.model.clear_hidden_size();
   EXPECT_EQ(Plan(shapeless, Workers(4, rates)).world_size(), 4u);

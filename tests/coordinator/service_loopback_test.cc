@@ -132,7 +132,7 @@ TEST_F(ServiceLoopbackTest, AnExplanationComesBackWhereItIsAskedFor) {
   ASSERT_TRUE(explained.completed()) << explained.outcome();
   const v1::PlanExplanation& explanation = explained.events.front().accepted().explanation();
   EXPECT_EQ(explanation.summary(),
-            "2 workers, zigzag, ring; as many workers as are of use: not all rates are known");
+            "2 workers, zigzag, ring; as many workers as are of use; nothing is predicted");
   ASSERT_EQ(explanation.candidates_size(), 3);
   EXPECT_TRUE(explanation.candidates(0).chosen());
   EXPECT_FALSE(explanation.candidates(0).has_cost());
