@@ -4,7 +4,7 @@
 // I intermediate size, Q and K the widths of all query and of all key heads:
 //
 //   linear     2 n (L H (Q + 2 K) + (L - 1) H (Q + 3 I)) FLOP: QKV projection, output projection and MLP
-//              (worker/cuda/cuda_policy_pass.cc, WorkOf()); of the last layer the last token's alone count
+//              (worker/quality.cc, WorkOf()); of the last layer the last token's alone count
 //              after attention, and that is left out
 //   attention  (L - 1) 4 Q FLOP for each pair of a query and a key it may see, times the density. Pairs: all,
 //              N (N + 1) / 2, on one rank; n / N of them where the prompt is dealt out zigzag or striped;

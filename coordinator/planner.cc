@@ -120,19 +120,20 @@ std::vector<v1::PrefillPlan> PlansWith(const PlanSpec& spec, uint32_t world_size
   for (std::string& id : chosen) plan.add_worker_ids(std::move(id));
   std::vector<v1::Strategy> strategies = StrategiesOf(spec, workers);
   if (world_size == 1) strategies.resize(1);  // it exchanges nothing
+  CostInput input;
+  input.model = spec.model;
+  input.num_tokens = spec.num_tokens;
+  input.local_tokens = local_tokens;
+  input.world_size = world_size;
+  input.partition = partition;
+  input.gpu = workers.front().device == "cuda";
+  input.density = spec.density;
+  input.selected = spec.selected;
+  input.kv_bytes_per_token = spec.kv_bytes_per_token;
   std::vector<v1::PrefillPlan> plans;
   for (const v1::Strategy strategy : strategies) {
     plan.set_strategy(strategy);
-    const CostInput input{spec.model,
-                          spec.num_tokens,
-                          local_tokens,
-                          world_size,
-                          partition,
-                          strategy,
-                          workers.front().device == "cuda",
-                          spec.density,
-                          spec.selected,
-                          spec.kv_bytes_per_token};
+    input.strategy = strategy;
     if (auto cost = PredictCost(input, rates)) *plan.mutable_cost() = *std::move(cost);
     plans.push_back(plan);
   }
@@ -146,7 +147,8 @@ size_t Choose(const std::vector<v1::PrefillPlan>& plans) {
   for (size_t i = 1; i < plans.size(); ++i) {
     const bool larger = plans[i].world_size() > plans[best].world_size();
     const double total = plans[i].cost().total_s(), least = plans[best].cost().total_s();
-    if (!predicted ? larger : larger ? total <= kLargerGroupShare * least : total < least) best = i;
+    const bool faster = total < least && (!larger || total <= kLargerGroupShare * least);
+    if (predicted ? faster : larger) best = i;
   }
   return best;
 }

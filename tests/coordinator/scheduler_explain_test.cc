@@ -105,5 +105,37 @@ TEST(SchedulerExplainTest, APlanThatChangesIsExplainedAnew) {
   EXPECT_TRUE(explained);
 }
 
+// Of a worker without rates the first plan knows nothing; of those that are left, one would be the fastest.
+TEST(SchedulerExplainTest, WhatGoesOnFromACheckpointTakesAllThatHoldIt) {
+  for (const bool checkpoint : {true, false}) {
+    FakeCluster cluster;
+    cluster.AddDecodeNode();
+    for (const char* id : {"w0", "w1", "w2"}) {
+      v1::WorkerRegistration registration = MakeRated(id);
+      registration.mutable_rates()->set_group_start_s(60);
+      if (registration.worker_id() == "w2") registration.clear_rates();
+      cluster.AddWorker(registration);
+    }
+    cluster.Submit(MakeExplained("r", 60'000));
+    cluster.decode.AnswerAll();
+    for (const char* id : {"w0", "w1", "w2"}) {
+      ASSERT_EQ(cluster.TakeAssignment(id).plan().world_size(), 3u);
+      if (checkpoint) cluster.ReportCheckpoint(id, cluster.CheckpointOf(id, 2));
+    }
+
+    cluster.Disconnect("w2");
+    for (const char* id : {"w0", "w1"}) {
+      EXPECT_TRUE(cluster.TakeAbort(id));
+      cluster.Fail(id, absl::CancelledError("aborted"));
+    }
+    cluster.decode.AnswerAll();
+
+    const v1::PrefillAssignment next = cluster.TakeAssignment("w0");
+    EXPECT_EQ(next.plan().world_size(), checkpoint ? 2u : 1u);
+    EXPECT_EQ(next.has_resume(), checkpoint);
+    EXPECT_EQ(next.plan().has_cost(), !checkpoint);
+  }
+}
+
 }  // namespace
 }  // namespace headwater::testing
