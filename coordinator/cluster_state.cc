@@ -63,6 +63,7 @@ std::vector<PlanWorker> ForPlanner(const std::vector<const Worker*>& workers, co
     planned.worker_id = registration.worker_id();
     planned.memory = registration.memory();
     planned.max_world_size = registration.max_world_size();
+    planned.rates = registration.rates();
     planned.device = registration.device().substr(0, registration.device().find(':'));
     for (const int strategy : registration.strategies())
       planned.strategies.push_back(static_cast<v1::Strategy>(strategy));
@@ -78,6 +79,18 @@ bool Has(const v1::WorkerRegistration& registration, const WorkerNeeds& needs) {
   const auto& policies = registration.policies();
   return registration.model().name() == needs.model && (!needs.quality || registration.serves_quality()) &&
          std::find(policies.begin(), policies.end(), needs.policy) != policies.end();
+}
+
+// Workers from before the planner's cost model do not state the shape that it goes by.
+bool SameModel(v1::ServedModel a, v1::ServedModel b) {
+  if (a.hidden_size() == 0 || b.hidden_size() == 0) {
+    for (v1::ServedModel* const model : {&a, &b}) {
+      model->clear_hidden_size();
+      model->clear_num_q_heads();
+      model->clear_intermediate_size();
+    }
+  }
+  return google::protobuf::util::MessageDifferencer::Equals(a, b);
 }
 
 }  // namespace
@@ -118,7 +131,7 @@ absl::Status ClusterState::AddWorker(Worker worker) {
   const v1::ServedModel& model = worker.registration.model();
   for (const auto& [id, other] : workers_) {
     const v1::ServedModel& served = other.registration.model();
-    if (served.name() == model.name() && !google::protobuf::util::MessageDifferencer::Equals(served, model)) {
+    if (served.name() == model.name() && !SameModel(served, model)) {
       return MakeError(absl::StatusCode::kFailedPrecondition, v1::ERROR_REASON_MODEL_MISMATCH,
                        absl::StrCat("worker ", id, " serves another model under the name ", model.name(),
                                     ": fingerprint ", served.fingerprint(), ", not ", model.fingerprint()),

@@ -96,6 +96,7 @@ struct Job {
   // The epoch.
   uint32_t epoch = 0;
   v1::PrefillPlan plan;
+  v1::PlanExplanation explanation;  // where the request asks for it
   std::vector<Rank> ranks;
   absl::Time epoch_started_at;
   absl::Time computed_at;

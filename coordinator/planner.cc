@@ -1,13 +1,16 @@
 #include "coordinator/planner.h"
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
-#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 
 #include "base/rpc/grpc_status.h"
+#include "coordinator/cost_model.h"
+#include "coordinator/explain.h"
+#include "coordinator/validation.h"
 
 namespace headwater {
 namespace {
@@ -48,18 +51,19 @@ bool Has(const PlanWorker& worker, v1::Strategy strategy) {
          std::find(worker.strategies.begin(), worker.strategies.end(), strategy) != worker.strategies.end();
 }
 
-// Of workers of one kind.
-v1::Strategy StrategyOf(const PlanSpec& spec, const std::vector<PlanWorker>& workers) {
-  if (spec.strategy != v1::STRATEGY_UNSPECIFIED) return spec.strategy;
+// Of workers of one kind: those that all have, the one to take first in front; at least one.
+std::vector<v1::Strategy> StrategiesOf(const PlanSpec& spec, const std::vector<PlanWorker>& workers) {
+  if (spec.strategy != v1::STRATEGY_UNSPECIFIED) return {spec.strategy};
   std::vector<v1::Strategy> wanted = workers.front().strategies;
   if (wanted.empty()) wanted = {v1::STRATEGY_RING, v1::STRATEGY_ALLGATHER, v1::STRATEGY_SPARSE};
+  std::vector<v1::Strategy> common;
   for (const v1::Strategy strategy : wanted) {
     if (std::all_of(workers.begin(), workers.end(),
                     [&](const PlanWorker& worker) { return Has(worker, strategy); })) {
-      return strategy;
+      common.push_back(strategy);
     }
   }
-  return wanted.front();
+  return common.empty() ? std::vector<v1::Strategy>{wanted.front()} : common;
 }
 
 uint32_t WishedWorldSize(const PlanSpec& spec, uint32_t num_workers) {
@@ -89,30 +93,64 @@ uint32_t LargestGroup(const PlanSpec& spec, const std::vector<PlanWorker>& worke
   return world_size;
 }
 
-std::optional<v1::PrefillPlan> PlanWith(const PlanSpec& spec, uint32_t world_size,
-                                        const std::vector<PlanWorker>& workers) {
+// One plan for each strategy, the one to take first in front; none: too few workers have room.
+std::vector<v1::PrefillPlan> PlansWith(const PlanSpec& spec, uint32_t world_size,
+                                       const std::vector<PlanWorker>& workers) {
   const v1::Partition partition = PartitionOf(spec, world_size);
   const uint64_t local_tokens = MaxLocalTokens(spec.num_tokens, world_size, partition, spec.block_tokens);
   v1::PrefillPlan plan;
   std::vector<std::string> chosen;
   uint64_t most_bytes = 0;
+  v1::ComputeRates rates;
   for (const PlanWorker& worker : workers) {
     const uint64_t bytes = RankBytes(spec, world_size, worker.memory, local_tokens);
     if (bytes > AvailableBytes(worker.memory) || !FitsGroup(spec, worker, world_size)) continue;
     if (worker.max_tokens > 0 && local_tokens > worker.max_tokens) continue;
     most_bytes = std::max(most_bytes, bytes);
+    rates = chosen.empty() ? worker.rates : SlowerOf(rates, worker.rates);
     chosen.push_back(worker.worker_id);
     if (chosen.size() == world_size) break;
   }
-  if (chosen.size() < world_size) return std::nullopt;
+  if (chosen.size() < world_size) return {};
   std::sort(chosen.begin(), chosen.end());
   plan.set_world_size(world_size);
   plan.set_partition(partition);
-  plan.set_strategy(StrategyOf(spec, workers));
   plan.set_block_tokens(spec.block_tokens);
   plan.set_bytes_per_rank(most_bytes);
   for (std::string& id : chosen) plan.add_worker_ids(std::move(id));
-  return plan;
+  std::vector<v1::Strategy> strategies = StrategiesOf(spec, workers);
+  if (world_size == 1) strategies.resize(1);  // it exchanges nothing
+  CostInput input;
+  input.model = spec.model;
+  input.num_tokens = spec.num_tokens;
+  input.local_tokens = local_tokens;
+  input.world_size = world_size;
+  input.partition = partition;
+  input.gpu = workers.front().device == "cuda";
+  input.density = spec.density;
+  input.selected = spec.selected;
+  input.kv_bytes_per_token = spec.kv_bytes_per_token;
+  std::vector<v1::PrefillPlan> plans;
+  for (const v1::Strategy strategy : strategies) {
+    plan.set_strategy(strategy);
+    input.strategy = strategy;
+    if (auto cost = PredictCost(input, rates)) *plan.mutable_cost() = *std::move(cost);
+    plans.push_back(plan);
+  }
+  return plans;
+}
+
+// The one to take of plans by rising world size, in each of which the strategy to take first is in front.
+size_t Choose(const std::vector<v1::PrefillPlan>& plans) {
+  const bool predicted = std::all_of(plans.begin(), plans.end(), [](const auto& p) { return p.has_cost(); });
+  size_t best = 0;
+  for (size_t i = 1; i < plans.size(); ++i) {
+    const bool larger = plans[i].world_size() > plans[best].world_size();
+    const double total = plans[i].cost().total_s(), least = plans[best].cost().total_s();
+    const bool faster = total < least && (!larger || total <= kLargerGroupShare * least);
+    if (predicted ? faster : larger) best = i;
+  }
+  return best;
 }
 
 absl::Status TooLarge(const PlanSpec& spec, uint32_t world_size, const std::vector<PlanWorker>& workers) {
@@ -155,8 +193,15 @@ absl::Status TooLarge(const PlanSpec& spec, uint32_t world_size, const std::vect
        {"world_size", absl::StrCat(world_size)}});
 }
 
+// Whether there is anything to choose by.
+bool RatesKnown(const std::vector<PlanWorker>& workers) {
+  return std::all_of(workers.begin(), workers.end(),
+                     [](const PlanWorker& worker) { return worker.rates.linear_flops() > 0; });
+}
+
 // Among workers of one kind.
-absl::StatusOr<v1::PrefillPlan> MakePlanAmong(const PlanSpec& spec, const std::vector<PlanWorker>& workers) {
+absl::StatusOr<v1::PrefillPlan> MakePlanAmong(const PlanSpec& spec, const std::vector<PlanWorker>& workers,
+                                              v1::PlanExplanation* explanation) {
   const uint32_t needed = std::max(spec.world_size, 1u), num_workers = NumForGroup(spec, workers, needed);
   if (num_workers < needed) {
     return MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_NO_WORKERS,
@@ -165,19 +210,33 @@ absl::StatusOr<v1::PrefillPlan> MakePlanAmong(const PlanSpec& spec, const std::v
                                   " that can be in such a group are there"),
                      {{"value", absl::StrCat(num_workers)}, {"limit", absl::StrCat(needed)}});
   }
+  std::vector<v1::PrefillPlan> plans;
+  std::vector<uint32_t> no_room;
+  const auto look_at = [&](uint32_t world_size) {
+    std::vector<v1::PrefillPlan> found = PlansWith(spec, world_size, workers);
+    if (found.empty()) no_room.push_back(world_size);
+    plans.insert(plans.end(), std::make_move_iterator(found.begin()), std::make_move_iterator(found.end()));
+  };
+  uint32_t largest = spec.world_size;
   if (spec.world_size > 0) {
-    auto plan = PlanWith(spec, spec.world_size, workers);
-    if (plan.has_value()) return *std::move(plan);
-    return TooLarge(spec, spec.world_size, workers);
+    look_at(spec.world_size);
+  } else {
+    largest = LargestGroup(spec, workers);
+    uint32_t wished = WishedWorldSize(spec, largest);
+    if (RatesKnown(workers)) {
+      wished = std::min(wished, kMaxWorldSize);
+      for (uint32_t world_size = 1; world_size <= wished; ++world_size) look_at(world_size);
+    } else {
+      for (uint32_t world_size = wished; world_size >= 1 && plans.empty(); --world_size) look_at(world_size);
+    }
+    for (uint32_t world_size = wished + 1; world_size <= largest && plans.empty(); ++world_size) {
+      look_at(world_size);
+    }
   }
-  const uint32_t largest = LargestGroup(spec, workers), wished = WishedWorldSize(spec, largest);
-  for (uint32_t world_size = wished; world_size >= 1; --world_size) {
-    if (auto plan = PlanWith(spec, world_size, workers)) return *std::move(plan);
-  }
-  for (uint32_t world_size = wished + 1; world_size <= largest; ++world_size) {
-    if (auto plan = PlanWith(spec, world_size, workers)) return *std::move(plan);
-  }
-  return TooLarge(spec, largest, workers);
+  if (plans.empty()) return TooLarge(spec, largest, workers);
+  const size_t chosen = Choose(plans);
+  if (explanation != nullptr) *explanation = ExplainChoice(spec, plans, chosen, no_room);
+  return plans[chosen];
 }
 
 }  // namespace
@@ -197,7 +256,8 @@ uint64_t MaxLocalTokens(uint64_t num_tokens, uint32_t world_size, v1::Partition 
   return std::min(num_tokens, local_blocks * block_tokens);
 }
 
-absl::StatusOr<v1::PrefillPlan> MakePlan(const PlanSpec& spec, const std::vector<PlanWorker>& workers) {
+absl::StatusOr<v1::PrefillPlan> MakePlan(const PlanSpec& spec, const std::vector<PlanWorker>& workers,
+                                         v1::PlanExplanation* explanation) {
   std::vector<std::vector<PlanWorker>> kinds;
   for (const PlanWorker& worker : workers) {
     auto kind = std::find_if(kinds.begin(), kinds.end(),
@@ -205,9 +265,10 @@ absl::StatusOr<v1::PrefillPlan> MakePlan(const PlanSpec& spec, const std::vector
     if (kind == kinds.end()) kind = kinds.emplace(kinds.end());
     kind->push_back(worker);
   }
-  absl::StatusOr<v1::PrefillPlan> plan = MakePlanAmong(spec, kinds.empty() ? workers : kinds.front());
+  absl::StatusOr<v1::PrefillPlan> plan =
+      MakePlanAmong(spec, kinds.empty() ? workers : kinds.front(), explanation);
   for (size_t i = 1; i < kinds.size() && !plan.ok(); ++i) {
-    absl::StatusOr<v1::PrefillPlan> other = MakePlanAmong(spec, kinds[i]);
+    absl::StatusOr<v1::PrefillPlan> other = MakePlanAmong(spec, kinds[i], explanation);
     // That it is too large for some says more than that others are not there.
     if (other.ok() || absl::IsUnavailable(plan.status())) plan = std::move(other);
   }

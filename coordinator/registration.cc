@@ -24,6 +24,9 @@ constexpr uint64_t kMaxPosition = uint64_t{1} << 32;
 constexpr uint64_t kMaxShape = 4096;
 constexpr uint64_t kMaxBytes = uint64_t{1} << 50;
 constexpr uint64_t kMaxBytesPerToken = uint64_t{1} << 32;
+constexpr uint64_t kMaxWidth = uint64_t{1} << 24;
+// FLOP or bytes a second; seconds.
+constexpr double kLeastRate = 1, kMostRate = 1e18, kMostLatency = 60;
 
 absl::Status Bad(absl::string_view field, const std::string& value, const std::string& limit,
                  absl::StatusCode code = absl::StatusCode::kInvalidArgument) {
@@ -75,7 +78,26 @@ absl::Status CheckModel(const v1::ServedModel& model) {
   HW_RETURN_IF_ERROR(Range("model.max_position", model.max_position(), 1, kMaxPosition));
   HW_RETURN_IF_ERROR(Range("model.num_layers", model.num_layers(), 1, kMaxShape));
   HW_RETURN_IF_ERROR(Range("model.num_kv_heads", model.num_kv_heads(), 1, kMaxShape));
-  return Range("model.head_dim", model.head_dim(), 1, kMaxShape);
+  HW_RETURN_IF_ERROR(Range("model.head_dim", model.head_dim(), 1, kMaxShape));
+  HW_RETURN_IF_ERROR(Range("model.hidden_size", model.hidden_size(), 0, kMaxWidth));
+  HW_RETURN_IF_ERROR(Range("model.num_q_heads", model.num_q_heads(), 0, kMaxShape));
+  return Range("model.intermediate_size", model.intermediate_size(), 0, kMaxWidth);
+}
+
+// 0, or from `least` to `most`; never what is not a number.
+absl::Status Real(absl::string_view field, double value, double least, double most) {
+  if (value == 0 || (value >= least && value <= most)) return absl::OkStatus();
+  return Bad(field, absl::StrCat(value), absl::StrCat("0 or ", least, " to ", most));
+}
+
+absl::Status CheckRates(const v1::ComputeRates& rates) {
+  HW_RETURN_IF_ERROR(Real("rates.linear_flops", rates.linear_flops(), kLeastRate, kMostRate));
+  HW_RETURN_IF_ERROR(Real("rates.attention_flops", rates.attention_flops(), kLeastRate, kMostRate));
+  HW_RETURN_IF_ERROR(Real("rates.link_bytes_per_s", rates.link_bytes_per_s(), kLeastRate, kMostRate));
+  HW_RETURN_IF_ERROR(Real("rates.egress_bytes_per_s", rates.egress_bytes_per_s(), kLeastRate, kMostRate));
+  HW_RETURN_IF_ERROR(Range("rates.exchange_bytes_per_token", rates.exchange_bytes_per_token(), 0, kMaxWidth));
+  HW_RETURN_IF_ERROR(Real("rates.exchange_step_s", rates.exchange_step_s(), 0, kMostLatency));
+  return Real("rates.group_start_s", rates.group_start_s(), 0, kMostLatency);
 }
 
 absl::Status CheckMemory(const v1::MemoryModel& memory) {
@@ -135,6 +157,7 @@ absl::Status CheckRegistration(const v1::WorkerRegistration& registration) {
   HW_RETURN_IF_ERROR(Graphic("device", registration.device(), kMaxNameLength));
   HW_RETURN_IF_ERROR(CheckModel(registration.model()));
   HW_RETURN_IF_ERROR(CheckMemory(registration.memory()));
+  HW_RETURN_IF_ERROR(CheckRates(registration.rates()));
   HW_RETURN_IF_ERROR(
       Range("number of policies", static_cast<uint64_t>(registration.policies_size()), 1, kMaxPolicies));
   for (const std::string& policy : registration.policies()) HW_RETURN_IF_ERROR(Text("policies", policy));

@@ -16,7 +16,7 @@ namespace headwater {
 inline constexpr uint32_t kMaxPackedPrompts = 256;
 inline constexpr uint64_t kMaxPackedTokens = uint64_t{1} << 20;
 
-// INVALID_ARGUMENT, BAD_FIELD: an id, address, model shape, memory model or packed pass out of range.
+// INVALID_ARGUMENT, BAD_FIELD: an id, address, model shape, memory model, rate or packed pass out of range.
 // FAILED_PRECONDITION, BAD_FIELD: another protocol version.
 absl::Status CheckRegistration(const v1::WorkerRegistration& registration);
 absl::Status CheckRegistration(const v1::DecodeRegistration& registration);

@@ -26,6 +26,7 @@
 #include "coordinator/links.h"
 #include "coordinator/options.h"
 #include "coordinator/request_table.h"
+#include "coordinator/share_history.h"
 #include "headwater/v1/admin.pb.h"
 
 namespace headwater {
@@ -110,8 +111,10 @@ class Scheduler {
     WorkerNeeds needs;
     PlanSpec spec;
     absl::StatusOr<v1::PrefillPlan> plan;
+    v1::PlanExplanation explanation;  // where the request asks for it
   };
   Planned PlanOverLiving(const Job& job) const;
+  void SetExpectedShares(const Job& job, PlanSpec* spec) const;
   void AdmitWaiting();
   // Starts what can start. Within a model nothing passes a job that cannot: workers that become free, or
   // packing ones that have room, wait for it. So a long prompt waits for the packed ones that its workers
@@ -126,6 +129,7 @@ class Scheduler {
   struct FreePlan {
     absl::StatusOr<v1::PrefillPlan> plan;
     absl::StatusOr<std::vector<uint32_t>> providers;
+    v1::PlanExplanation explanation = {};
   };
   FreePlan PlanOverFree(const Job& job, const WorkerNeeds& needs, const PlanSpec& spec,
                         const PackedPrompt* prompt);
@@ -161,6 +165,7 @@ class Scheduler {
   void CheckStopped(uint64_t serial);
   void CloseSession(Job& job, const absl::Status& status);
   void Complete(Job& job);
+  void LearnShares(const Job& job, const RankSums& sums);
   void Fail(Job& job, const absl::Status& status);
   void End(Job& job, const std::shared_ptr<const v1::PrefillResponse>& terminal, const absl::Status& status);
   void ReleaseWorker(const std::string& worker_id, const Job& job);
@@ -178,6 +183,7 @@ class Scheduler {
 
   ClusterState cluster_;
   RequestTable table_;
+  ShareHistory shares_;
   uint64_t next_serial_ = 1;
   uint64_t next_connection_ = 1;
   std::map<uint64_t, std::unique_ptr<Job>> jobs_;

@@ -10,6 +10,7 @@
 #include "base/rpc/server.h"
 #include "base/status_macros.h"
 #include "coordinator/destination.h"
+#include "coordinator/explain.h"
 #include "coordinator/scheduler.h"
 
 namespace headwater {
@@ -73,13 +74,14 @@ absl::StatusOr<bool> Scheduler::Judge(Job& job) {
   job.dense_below = as_known && below != view->dense_below.end() ? below->second : 0;
   job.layout = LayoutOf(job.request(), view->model);
   HW_RETURN_IF_ERROR(PickDecodeNode(job.request(), job.layout, cluster_).status());
-  absl::StatusOr<v1::PrefillPlan> plan = PlanOverLiving(job).plan;
-  if (absl::IsUnavailable(plan.status())) {
-    job.unplannable = plan.status();
+  Planned planned = PlanOverLiving(job);
+  if (absl::IsUnavailable(planned.plan.status())) {
+    job.unplannable = planned.plan.status();
     return false;
   }
-  if (!plan.ok()) return plan.status();
-  job.plan = *std::move(plan);
+  if (!planned.plan.ok()) return planned.plan.status();
+  job.plan = *std::move(planned.plan);
+  job.explanation = std::move(planned.explanation);
   return true;
 }
 
@@ -99,13 +101,30 @@ Scheduler::Planned Scheduler::PlanOverLiving(const Job& job) const {
   spec.context_parallel_min_tokens = options_.context_parallel_min_tokens;
   spec.policy = job.policy;
   spec.quality = planned.needs.quality;
-  planned.plan = MakePlan(spec, living);
+  // An epoch that goes on wants all that hold a checkpoint, not the fastest.
+  if (!job.resume.has_value()) spec.model = job.model;
+  SetExpectedShares(job, &spec);
+  spec.kv_bytes_per_token = KvBytes(job.layout) / job.num_tokens();
+  v1::PlanExplanation* const explanation = job.request().explain() ? &planned.explanation : nullptr;
+  planned.plan = MakePlan(spec, living, explanation);
   if (absl::IsFailedPrecondition(planned.plan.status()) && !job.request().policy().parameters().empty()) {
     // Nobody knows what a worker holds with these parameters but the worker, which says so if it is too much.
     planned.needs.by_limits = false;
-    planned.plan = MakePlan(spec, cluster_.LivingWorkers(planned.needs));
+    planned.plan = MakePlan(spec, cluster_.LivingWorkers(planned.needs), explanation);
   }
   return planned;
+}
+
+void Scheduler::SetExpectedShares(const Job& job, PlanSpec* spec) const {
+  if (job.dense()) return;
+  // With parameters or a quality of their own they may read anything: at most all.
+  if (job.request().policy().parameters().empty() && !job.request().has_quality()) {
+    const ShareHistory::Shares last = shares_.Find(job.model.name(), job.policy, job.num_tokens());
+    spec->density = last.density;
+    spec->selected = last.selected;
+  }
+  const double bound = job.request().quality().max_density();
+  if (bound > 0) spec->density = std::min(spec->density, bound);
 }
 
 v1::PrefillResponse Scheduler::MakeAccepted(const Job& job) const {
@@ -113,6 +132,7 @@ v1::PrefillResponse Scheduler::MakeAccepted(const Job& job) const {
   auto* accepted = event.mutable_accepted();
   accepted->set_request_id(job.key.request_id);
   *accepted->mutable_plan() = job.plan;
+  if (job.request().explain()) *accepted->mutable_explanation() = job.explanation;
   if (job.phase == JobPhase::kQueued) {
     const auto it = queue_.find(QueueKey(-job.request().priority(), job.serial));
     accepted->set_queue_position(static_cast<uint32_t>(std::distance(queue_.begin(), it)));
@@ -178,7 +198,7 @@ Scheduler::Start Scheduler::TryStart(Job& job) {
   if (job.unplannable_since.has_value() && job.unplannable_version == cluster_.version()) {
     return Start::kUnplannable;
   }
-  auto [needs, spec, plan] = PlanOverLiving(job);
+  auto [needs, spec, plan, explanation] = PlanOverLiving(job);
   if (!plan.ok()) {
     if (!job.unplannable_since.has_value()) job.unplannable_since = now;
     job.unplannable_version = cluster_.version();
@@ -198,9 +218,11 @@ Scheduler::Start Scheduler::TryStart(Job& job) {
     if (free_choice && now - *job.head_since >= options_.reserve_wait) {
       spec.world_size = 0;
       free = PlanOverFree(job, needs, spec, nullptr);
+      explanation = std::move(free.explanation);
     }
   }
   if (!free.plan.ok()) return Start::kReserving;
+  job.explanation = std::move(explanation);
   const absl::Status status = StartEpoch(job, std::move(free));
   if (!status.ok()) Stop(job, status);
   return Start::kStarted;
@@ -211,7 +233,9 @@ Scheduler::FreePlan Scheduler::PlanOverFree(const Job& job, const WorkerNeeds& n
   std::vector<PlanWorker> free = cluster_.FreeWorkers(needs, prompt);
   FreePlan resumed = PlanResumed(job, spec, free);
   if (resumed.providers.ok()) return resumed;
-  return {MakePlan(spec, free), resumed.providers.status()};
+  FreePlan planned{absl::UnknownError(""), resumed.providers.status()};
+  planned.plan = MakePlan(spec, free, job.request().explain() ? &planned.explanation : nullptr);
+  return planned;
 }
 
 // Whether the plan's worker computes the prompt together with others.
@@ -260,6 +284,7 @@ absl::Status Scheduler::StartEpoch(Job& job, FreePlan free) {
           .Field("request_id", job.key.request_id)
           .Field("epoch", job.epoch)
           .Field("tokens", static_cast<int64_t>(job.num_tokens()))
+          .Field("plan", DescribePlan(job.plan))
           .Field("workers", absl::StrJoin(job.plan.worker_ids(), ","))
           .Field("decode_node", job.decode_node)
           .Field("resume_layer", job.resume_layer())

@@ -198,10 +198,21 @@ void Scheduler::CloseSession(Job& job, const absl::Status& status) {
                         });
 }
 
+// For the cost of prompts like it.
+void Scheduler::LearnShares(const Job& job, const RankSums& sums) {
+  if (!job.request().policy().parameters().empty() || job.request().has_quality()) return;
+  shares_.SetDensity(job.model.name(), job.policy, job.num_tokens(), sums.density);
+  if (job.plan.strategy() != v1::STRATEGY_SPARSE || sums.exchange_bytes_allgather == 0) return;
+  shares_.SetSelected(
+      job.model.name(), job.policy, job.num_tokens(),
+      static_cast<double>(sums.exchange_bytes) / static_cast<double>(sums.exchange_bytes_allgather));
+}
+
 void Scheduler::Complete(Job& job) {
   const absl::Time now = clock_->Now();
   const absl::StatusOr<RankSums> sums = SumRanks(job);
   HW_CHECK(sums.ok());
+  LearnShares(job, *sums);
   auto event = std::make_shared<v1::PrefillResponse>();
   auto* out = event->mutable_completed();
   out->set_request_id(job.key.request_id);

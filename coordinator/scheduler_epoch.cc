@@ -199,7 +199,10 @@ void Scheduler::EmitProgress(Job& job, absl::Time now) {
   if (job.plan_announced && now - job.last_progress_at < options_.progress_interval) return;
   v1::PrefillResponse event;
   *event.mutable_progress() = MakeProgress(job, now);
-  if (!job.plan_announced) *event.mutable_progress()->mutable_plan() = job.plan;
+  if (!job.plan_announced) {
+    *event.mutable_progress()->mutable_plan() = job.plan;
+    if (job.request().explain()) *event.mutable_progress()->mutable_explanation() = job.explanation;
+  }
   job.plan_announced = true;
   job.progress_pending = false;
   job.last_progress_at = now;

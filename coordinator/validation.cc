@@ -128,6 +128,7 @@ absl::Status CheckQuality(const v1::Quality& quality) {
 std::string ContentHash(const v1::PrefillRequest& request) {
   v1::PrefillRequest content = request;
   content.clear_request_id();
+  content.clear_explain();
   std::string bytes;
   {
     google::protobuf::io::StringOutputStream stream(&bytes);

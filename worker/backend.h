@@ -20,6 +20,7 @@
 #include "model/config.h"
 #include "worker/memory_plan.h"
 #include "worker/prefill.h"
+#include "worker/quality.h"
 
 namespace headwater {
 
@@ -74,6 +75,12 @@ class PrefillBackend {
   virtual std::vector<v1::Strategy> strategies() const { return {}; }
   // For the planner: what prompts may take.
   virtual v1::MemoryModel memory_model() const = 0;
+  // How fast it is, measured now, before it takes jobs; within a second or so. UNIMPLEMENTED: it cannot.
+  virtual absl::StatusOr<ComputeSpeed> MeasureSpeed() {
+    return absl::UnimplementedError("this backend does not measure itself");
+  }
+  // Type in which ranks exchange K and V.
+  virtual kernels::DType exchange_type() const { return kernels::DType::kBF16; }
   // One line for the log: type, weights, budget.
   virtual std::string Describe() const = 0;
 

@@ -7,6 +7,7 @@
 #include "base/status_macros.h"
 #include "kernels/ops/linear.h"
 #include "kernels/pattern/policy.h"
+#include "worker/calibration.h"
 #include "worker/memory_budget.h"
 
 namespace headwater {
@@ -58,6 +59,8 @@ std::vector<std::string> CpuBackend::policies() const { return Policies(); }
 v1::MemoryModel CpuBackend::memory_model() const {
   return LinearMemoryModel(shape_, budget_bytes_, model_->weight_bytes());
 }
+
+absl::StatusOr<ComputeSpeed> CpuBackend::MeasureSpeed() { return MeasureModel(*model_); }
 
 std::string CpuBackend::Describe() const {
   return absl::StrCat(kernels::NameOf(model_->compute()), ", ", model_->weight_bytes(),

@@ -32,6 +32,8 @@ class CpuBackend final : public PrefillBackend {
   std::string default_policy() const override { return default_policy_; }
   uint32_t max_world_size() const override { return 0; }
   v1::MemoryModel memory_model() const override;
+  absl::StatusOr<ComputeSpeed> MeasureSpeed() override;
+  kernels::DType exchange_type() const override { return model_->compute(); }
   std::string Describe() const override;
   absl::StatusOr<MemoryPlan> Plan(const kernels::PatternPolicy& policy, kernels::DType wire,
                                   int64_t local_tokens, int64_t max_rank_tokens, int64_t num_tokens,

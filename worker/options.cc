@@ -77,6 +77,19 @@ absl::Status CheckDevice(const std::string& device) {
   return absl::InvalidArgumentError(absl::StrCat("--device: '", device, "' is not cpu or cuda:N"));
 }
 
+// From 0 to 1e6.
+void GigabytesPerSecond(absl::string_view name, double* value, absl::string_view help, FlagSet* flags) {
+  constexpr double kMost = 1e6;
+  flags->Custom(name, "0", help, [value](absl::string_view text) {
+    double rate = 0;
+    if (!absl::SimpleAtod(text, &rate) || !(rate >= 0 && rate <= kMost)) {
+      return absl::InvalidArgumentError(absl::StrCat("'", text, "' is not a number from 0 to ", kMost));
+    }
+    *value = rate;
+    return absl::OkStatus();
+  });
+}
+
 void Declare(WorkerOptions* o, FlagSet* flags) {
   constexpr int64_t kMostThreads = 4096;
   const absl::Duration most = absl::Hours(24);
@@ -113,6 +126,17 @@ void Declare(WorkerOptions* o, FlagSet* flags) {
   flags->Int("max_gpus", &o->max_gpus, 1, 64,
              "most GPUs, this one among them, that may share a prompt; only prompts under the policies dense "
              "and probe are shared");
+  flags->Bool("measure_rates", &o->measure_rates,
+              "measure at the start how fast this worker computes, for the planner's cost model, which takes "
+              "a second or so; off: it plans as if nothing were known");
+  GigabytesPerSecond(
+      "link_gbytes_per_s", &o->link_gbytes_per_s,
+      "what this worker gets from others of a group, in 1e9 bytes a second, for the cost model; "
+      "0: 1 on a CPU, 100 on a GPU",
+      flags);
+  GigabytesPerSecond("egress_gbytes_per_s", &o->egress_gbytes_per_s,
+                     "what this worker sends to a decode node, likewise; 0: 0.75 on a CPU, 4.6 on a GPU",
+                     flags);
   flags->Duration("collective_timeout", &o->collective_timeout, absl::Milliseconds(100), most,
                   "how long a peer may stay away, besides the time that a slow machine needs");
   flags->Duration("kv_stall_timeout", &o->kv_stall_timeout, absl::Milliseconds(100), most,

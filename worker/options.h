@@ -37,6 +37,9 @@ struct WorkerOptions {
   std::string headwater_calibration;
   bool measure_recall = true;
   int64_t max_gpus = 1;
+  bool measure_rates = true;
+  double link_gbytes_per_s = 0;    // 0: the device kind's
+  double egress_gbytes_per_s = 0;  // likewise
   std::string log_format = "text";
 };
 

@@ -66,6 +66,17 @@ void ComputeSpeed::Add(double linear_flop, absl::Duration linear_time, double at
   Blend(attention_flop, attention_time, &attention);
 }
 
+LayerWork WorkOf(const ModelConfig& config, int64_t num_tokens) {
+  const auto tokens = static_cast<double>(num_tokens);
+  const double q_width = static_cast<double>(config.num_q_heads) * config.head_dim;
+  const double kv_width = static_cast<double>(config.num_kv_heads) * config.head_dim;
+  LayerWork work;
+  work.linear =
+      2 * tokens * config.hidden_size * (2 * q_width + 2 * kv_width + 3.0 * config.intermediate_size);
+  work.dense_attention = 2 * q_width * tokens * tokens;
+  return work;
+}
+
 absl::Duration PredictTime(const LayerWork& work, const ComputeSpeed& speed, int layers, double density) {
   return absl::Seconds(layers *
                        (work.linear / speed.linear + density * work.dense_attention / speed.attention));

@@ -10,6 +10,7 @@
 
 #include "headwater/v1/types.pb.h"
 #include "kernels/pattern/parameters.h"
+#include "model/config.h"
 
 namespace headwater {
 
@@ -47,6 +48,9 @@ struct LayerWork {
   double linear = 0;
   double dense_attention = 0;
 };
+
+// Of a prompt on one rank; of pairs that the causal mask leaves out none.
+LayerWork WorkOf(const ModelConfig& config, int64_t num_tokens);
 
 // Time that `layers` layers take at a density.
 absl::Duration PredictTime(const LayerWork& work, const ComputeSpeed& speed, int layers, double density);

@@ -1,10 +1,12 @@
 #include "worker/worker.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include <unistd.h>
 
 #include "base/log.h"
@@ -12,6 +14,7 @@
 #include "base/rpc/server.h"
 #include "base/status_macros.h"
 #include "base/version.h"
+#include "worker/calibration.h"
 #include "worker/control_client.h"
 #include "worker/executor.h"
 #include "worker/gloo_collectives.h"
@@ -47,7 +50,29 @@ absl::StatusOr<std::unique_ptr<Collectives>> JoinGlooGroup(const std::string& ho
   return std::unique_ptr<Collectives>(std::move(group));
 }
 
+// Nothing where it is not to be measured, or cannot be.
+std::optional<v1::ComputeRates> MeasureRates(const WorkerOptions& options, PrefillBackend* backend) {
+  if (!options.measure_rates) return std::nullopt;
+  const absl::StatusOr<ComputeSpeed> speed = backend->MeasureSpeed();
+  if (!speed.ok()) {
+    HW_LOG(WARNING) << "the planner gets no rates of this worker: " << speed.status();
+    return std::nullopt;
+  }
+  LinkRates links = DefaultLinkRates(options.device != "cpu");
+  if (options.link_gbytes_per_s > 0) links.link_bytes_per_s = 1e9 * options.link_gbytes_per_s;
+  if (options.egress_gbytes_per_s > 0) links.egress_bytes_per_s = 1e9 * options.egress_gbytes_per_s;
+  v1::ComputeRates rates = MakeComputeRates(*speed, links, backend->config(), backend->exchange_type());
+  HW_LOG(INFO)
+          .Field("linear_gflops", absl::StrFormat("%.4g", rates.linear_flops() / 1e9))
+          .Field("attention_gflops", absl::StrFormat("%.4g", rates.attention_flops() / 1e9))
+          .Field("link_gbytes_per_s", absl::StrFormat("%.4g", rates.link_bytes_per_s() / 1e9))
+          .Field("egress_gbytes_per_s", absl::StrFormat("%.4g", rates.egress_bytes_per_s() / 1e9))
+      << "rates for the planner";
+  return rates;
+}
+
 v1::WorkerRegistration MakeRegistration(const WorkerOptions& options, const PrefillBackend& backend,
+                                        const std::optional<v1::ComputeRates>& rates,
                                         const std::string& rendezvous_address) {
   v1::WorkerRegistration registration;
   registration.set_worker_id(options.worker_id);
@@ -77,6 +102,10 @@ v1::WorkerRegistration MakeRegistration(const WorkerOptions& options, const Pref
   served->set_num_layers(static_cast<uint32_t>(config.num_layers));
   served->set_num_kv_heads(static_cast<uint32_t>(config.num_kv_heads));
   served->set_head_dim(static_cast<uint32_t>(config.head_dim));
+  served->set_hidden_size(static_cast<uint32_t>(config.hidden_size));
+  served->set_num_q_heads(static_cast<uint32_t>(config.num_q_heads));
+  served->set_intermediate_size(static_cast<uint32_t>(config.intermediate_size));
+  if (rates.has_value()) *registration.mutable_rates() = *rates;
   return registration;
 }
 
@@ -123,7 +152,8 @@ class WorkerProcess final : public Worker {
 
     ControlClientOptions client;
     client.coordinator = options.coordinator;
-    client.registration = MakeRegistration(options, *backend_, advertise);
+    client.registration =
+        MakeRegistration(options, *backend_, MeasureRates(options, backend_.get()), advertise);
     // As much as the coordinator may send ahead.
     client.max_queued = std::max(client.max_queued, 2 * backend_->pack_limits().max_prompts);
     client.metrics = &worker_metrics_;

@@ -58,6 +58,7 @@ class PrefillOptions:
     partition: str = ""
     strategy: str = ""
     block_tokens: int = 0
+    explain: bool = False  # the progress that brings a plan has its PlanExplanation
 
     def to_request(self, request_id: str, token_ids: Sequence[int]) -> prefill_pb2.PrefillRequest:
         if self.decode_node and self.decode_pool:
@@ -68,7 +69,7 @@ class PrefillOptions:
             request_id=request_id, model=self.model, tenant=self.tenant, priority=self.priority, token_ids=token_ids,
             kv_dtype=_choice(KV_DTYPES, "kv_dtype", self.kv_dtype), top_logprobs=self.top_logprobs,
             world_size=self.world_size, partition=_choice(PARTITIONS, "partition", self.partition),
-            strategy=_choice(STRATEGIES, "strategy", self.strategy), block_tokens=self.block_tokens)
+            strategy=_choice(STRATEGIES, "strategy", self.strategy), block_tokens=self.block_tokens, explain=self.explain)
         if self.deadline_s is not None:
             request.deadline.CopyFrom(to_duration(self.deadline_s))
         if self.policy or self.policy_parameters:
@@ -164,6 +165,50 @@ class AttentionReport:
 
 
 @dataclass(frozen=True)
+class PlanCandidate:
+    """One plan that came into question; cost_s: predicted seconds by part (PlanCost in types.proto), None: not predicted."""
+
+    world_size: int
+    partition: str  # "": it does not fit
+    strategy: str
+    cost_s: Optional[Dict[str, float]]
+    chosen: bool
+    note: str
+
+    @classmethod
+    def from_proto(cls, candidate: types_pb2.PlanCandidate) -> "PlanCandidate":
+        cost = {part.name[:-len("_s")]: getattr(candidate.cost, part.name) for part in types_pb2.PlanCost.DESCRIPTOR.fields}
+        return cls(world_size=candidate.world_size, partition=_PARTITION_NAMES.get(candidate.partition, ""),
+                   strategy=_STRATEGY_NAMES.get(candidate.strategy, ""), chosen=candidate.chosen, note=candidate.note,
+                   cost_s=cost if candidate.HasField("cost") else None)
+
+
+@dataclass(frozen=True)
+class PlanExplanation:
+    """How the coordinator chose a plan; str() is one line a candidate."""
+
+    summary: str
+    density: float  # expected
+    candidates: List[PlanCandidate]
+
+    @classmethod
+    def from_proto(cls, explanation: types_pb2.PlanExplanation) -> "PlanExplanation":
+        return cls(summary=explanation.summary, density=explanation.density,
+                   candidates=[PlanCandidate.from_proto(candidate) for candidate in explanation.candidates])
+
+    def __str__(self) -> str:
+        lines = [f"{self.summary} (density {self.density:.4f} expected)"]
+        for plan in self.candidates:
+            cost = "" if plan.cost_s is None else " ".join(f"{part} {value:.3g} s" for part, value in plan.cost_s.items()) + ": "
+            lines.append(f"{'*' if plan.chosen else ' '} {plan.world_size} {plan.partition} {plan.strategy} {cost}{plan.note}")
+        return "\n".join(lines)
+
+
+def _explanation(event) -> Optional[PlanExplanation]:
+    return PlanExplanation.from_proto(event.explanation) if event.HasField("explanation") else None
+
+
+@dataclass(frozen=True)
 class Progress:
     """State of a prefill. Before the first layer is done all counts are 0; queue_position counts requests ahead."""
 
@@ -178,17 +223,18 @@ class Progress:
     bytes_acked: int = 0
     bytes_total: int = 0
     eta_s: float = 0.0
+    explanation: Optional[PlanExplanation] = None  # with a plan, where PrefillOptions.explain asks for it
 
     @classmethod
     def from_accepted(cls, event: prefill_pb2.PrefillAccepted) -> "Progress":
-        return cls(request_id=event.request_id, queue_position=event.queue_position)
+        return cls(request_id=event.request_id, queue_position=event.queue_position, explanation=_explanation(event))
 
     @classmethod
     def from_progress(cls, event: prefill_pb2.PrefillProgress) -> "Progress":
         return cls(request_id=event.request_id, epoch=event.epoch, layers_done=event.layers_done,
                    num_layers=event.num_layers, tokens_per_second=event.tokens_per_second, density=event.density,
                    recall=_optional(event.attention, "recall_mean"), bytes_acked=event.bytes_acked,
-                   bytes_total=event.bytes_total, eta_s=seconds(event.eta))
+                   bytes_total=event.bytes_total, eta_s=seconds(event.eta), explanation=_explanation(event))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,11 @@ std::vector<PlanWorker> Workers(int count, uint64_t tokens = 1'000'000) {
   return out;
 }
 
-PlanSpec Spec(uint64_t num_tokens) { return PlanSpec{.num_tokens = num_tokens}; }
+PlanSpec Spec(uint64_t num_tokens) {
+  PlanSpec spec;
+  spec.num_tokens = num_tokens;
+  return spec;
+}
 
 TEST(PlannerTest, ChoosesTheNumberOfWorkersByLength) {
   struct Row {

@@ -119,6 +119,27 @@ TEST_F(ServiceLoopbackTest, APromptGoesThroughTwoWorkersToTheDecodeNode) {
   EXPECT_EQ(commit.first_token(), completed.first_token());
 }
 
+TEST_F(ServiceLoopbackTest, AnExplanationComesBackWhereItIsAskedFor) {
+  Start();
+  AddWorker("w0");
+  AddWorker("w1");
+  v1::PrefillRequest request = MakeRequest("explained", 5000);
+  request.set_explain(true);
+
+  const CallResult explained = Prefill(request);
+  const CallResult plain = Prefill(MakeRequest("plain", 5000));
+
+  ASSERT_TRUE(explained.completed()) << explained.outcome();
+  const v1::PlanExplanation& explanation = explained.events.front().accepted().explanation();
+  EXPECT_EQ(explanation.summary(),
+            "2 workers, zigzag, ring; as many workers as are of use; nothing is predicted");
+  ASSERT_EQ(explanation.candidates_size(), 3);
+  EXPECT_TRUE(explanation.candidates(0).chosen());
+  EXPECT_FALSE(explanation.candidates(0).has_cost());
+  ASSERT_TRUE(plain.completed()) << plain.outcome();
+  EXPECT_FALSE(plain.events.front().accepted().has_explanation());
+}
+
 TEST_F(ServiceLoopbackTest, ErrorsBeforeAcceptanceAreStatusesWithReasons) {
   Start();
   AddWorker("w0");

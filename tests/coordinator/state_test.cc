@@ -1,4 +1,8 @@
 // The plain data of the coordinator: registrations, cluster, destinations, requests, events, sums.
+#include <cmath>
+#include <limits>
+#include <utility>
+
 #include "gtest/gtest.h"
 
 #include "base/rpc/grpc_status.h"
@@ -64,12 +68,42 @@ TEST(RegistrationTest, RefusesWorkersThatCannotBe) {
          r->set_max_packed_prompts(2);
          r->set_max_packed_tokens((1 << 20) + 1);
        }},
+      {"hidden size too large", [](auto* r) { r->mutable_model()->set_hidden_size((1 << 24) + 1); }},
+      {"query heads 4097", [](auto* r) { r->mutable_model()->set_num_q_heads(4097); }},
+      {"intermediate size too large",
+       [](auto* r) { r->mutable_model()->set_intermediate_size((1 << 24) + 1); }},
+      {"exchange bytes too many",
+       [](auto* r) { r->mutable_rates()->set_exchange_bytes_per_token((1 << 24) + 1); }},
   };
   for (const auto& [name, change] : changes) {
     auto registration = MakeWorker("w");
     change(&registration);
     EXPECT_EQ(ReasonOf(CheckRegistration(registration)), v1::ERROR_REASON_BAD_FIELD) << name;
   }
+}
+
+TEST(RegistrationTest, RatesAreFiniteAndWithinTheirBounds) {
+  using Set = void (v1::ComputeRates::*)(double);
+  const auto check = [](Set set, double value) {
+    auto registration = MakeWorker("w");
+    (registration.mutable_rates()->*set)(value);
+    return CheckRegistration(registration);
+  };
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  for (const auto& [set, most] : {std::pair<Set, double>(&v1::ComputeRates::set_linear_flops, 1e18),
+                                  {&v1::ComputeRates::set_attention_flops, 1e18},
+                                  {&v1::ComputeRates::set_link_bytes_per_s, 1e18},
+                                  {&v1::ComputeRates::set_egress_bytes_per_s, 1e18},
+                                  {&v1::ComputeRates::set_exchange_step_s, 60},
+                                  {&v1::ComputeRates::set_group_start_s, 60}}) {
+    for (const double good : {0.0, 1.0, most}) EXPECT_TRUE(check(set, good).ok()) << good;
+    for (const double bad : {-1.0, most * 1.01, kInfinity, -kInfinity, std::nan("")}) {
+      EXPECT_EQ(ReasonOf(check(set, bad)), v1::ERROR_REASON_BAD_FIELD) << bad << " of " << most;
+    }
+  }
+  EXPECT_FALSE(check(&v1::ComputeRates::set_linear_flops, 1e-300).ok());
+  EXPECT_EQ(check(&v1::ComputeRates::set_linear_flops, -5).message(),
+            "registration: rates.linear_flops is -5; 0 or 1 to 1e+18 is wanted");
 }
 
 TEST(RegistrationTest, TakesAPackedPassUpToItsLimits) {
@@ -196,6 +230,25 @@ TEST(ClusterStateTest, OneNameMeansOneModel) {
   cluster.RemoveWorker("w0");
   EXPECT_TRUE(cluster.AddWorker(WorkerOf(other)).ok()) << "once the old model is gone";
   EXPECT_TRUE(cluster.WasServed("tiny"));
+}
+
+TEST(ClusterStateTest, AWorkerThatDoesNotStateTheShapeServesTheSameModel) {
+  ClusterState cluster;
+  v1::WorkerRegistration stated = MakeWorker("new"), old = MakeWorker("old");
+  for (v1::WorkerRegistration* const one : {&stated, &old}) {
+    one->mutable_model()->clear_hidden_size();
+    one->mutable_model()->clear_num_q_heads();
+    one->mutable_model()->clear_intermediate_size();
+  }
+  stated.mutable_model()->set_hidden_size(4096);
+  stated.mutable_model()->set_num_q_heads(32);
+  stated.mutable_model()->set_intermediate_size(14336);
+  EXPECT_TRUE(cluster.AddWorker(WorkerOf(old)).ok());
+  EXPECT_TRUE(cluster.AddWorker(WorkerOf(stated)).ok());
+  // What is stated must be the same.
+  stated.set_worker_id("other");
+  stated.mutable_model()->set_hidden_size(2048);
+  EXPECT_EQ(ReasonOf(cluster.AddWorker(WorkerOf(stated))), v1::ERROR_REASON_MODEL_MISMATCH);
 }
 
 TEST(ClusterStateTest, HandsOutTheLongestIdleWorkerFirstAndNoDrainingOne) {

@@ -207,7 +207,7 @@ TEST(ValidationTest, AnUnknownPolicyIsRefusedWithTheKnown) {
   EXPECT_TRUE(absl::StrContains(status.message(), "a_shape, dense"));
 }
 
-TEST(ValidationTest, ContentHashIgnoresTheIdAndNothingElse) {
+TEST(ValidationTest, ContentHashIgnoresTheIdAndTheWishForAnExplanation) {
   v1::PrefillRequest request = MakeRequest("a", 9);
   for (int i = 0; i < 10; ++i)
     (*request.mutable_policy()->mutable_parameters())[absl::StrCat("parameter", i)] = i;
@@ -216,6 +216,7 @@ TEST(ValidationTest, ContentHashIgnoresTheIdAndNothingElse) {
   v1::PrefillRequest renamed;
   ASSERT_TRUE(renamed.ParseFromString(request.SerializeAsString()));
   renamed.set_request_id("b");
+  renamed.set_explain(true);
   EXPECT_EQ(PrepareRequest(renamed, {}).value().content_hash, hash);
   v1::PrefillRequest changed = request;
   changed.set_token_ids(8, 9);

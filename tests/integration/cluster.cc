@@ -64,6 +64,7 @@ void Cluster::StartWorker(int index) {
       absl::StrCat("--model=", options_.model_directory),
       "--model_name=tiny",
       "--threads=1",
+      absl::StrCat("--measure_rates=", options_.measure_rates ? "true" : "false"),
       absl::StrCat("--compute=", options_.compute)};
   arguments.insert(arguments.end(), options_.worker_flags.begin(), options_.worker_flags.end());
   workers_[static_cast<size_t>(index)] =

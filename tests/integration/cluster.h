@@ -24,6 +24,8 @@ struct ClusterOptions {
   std::string model_directory;
   // f32 makes results comparable over different plans.
   std::string compute = "f32";
+  // Without rates plans go by length alone, whatever the machine.
+  bool measure_rates = false;
   std::vector<std::string> coordinator_flags;
   std::vector<std::string> worker_flags;
   std::vector<std::string> decode_flags;

@@ -73,6 +73,33 @@ TEST_F(ServiceTest, PrefillsOnTwoWorkersStreamsTheCacheAndGenerates) {
   EXPECT_FALSE(cluster.Generate(*completed, 1).ok()) << "a released cache must be gone";
 }
 
+TEST(PlanByCostTest, WorkersStateTheirRatesAndAnExplanationShowsWhatWasMadeOfThem) {
+  ClusterOptions options;
+  options.model_directory = TinyModelDirectory();
+  options.measure_rates = true;
+  Cluster cluster(options);
+  v1::PrefillRequest request = MakeRequest(RandomTokens(3, 3000));
+  request.set_explain(true);
+  v1::PlanExplanation explanation;
+
+  const auto completed = cluster.Prefill(request, [&](const v1::PrefillResponse& event) {
+    if (event.has_accepted()) explanation = event.accepted().explanation();
+  });
+
+  ASSERT_TRUE(completed.ok()) << completed.status() << cluster.Logs();
+  EXPECT_GT(completed->plan().cost().linear_s(), 0);
+  EXPECT_GT(completed->plan().cost().attention_s(), 0);
+  EXPECT_GT(completed->plan().cost().egress_s(), 0);
+  // Within what any machine is off by.
+  EXPECT_LT(completed->plan().cost().total_s(), 60);
+  ASSERT_EQ(explanation.candidates_size(), 1 + 3) << cluster.Logs();
+  for (const v1::PlanCandidate& candidate : explanation.candidates()) {
+    EXPECT_TRUE(candidate.has_cost());
+    EXPECT_EQ(candidate.cost().exchange_s() > 0, candidate.world_size() > 1);
+  }
+  ASSERT_TRUE(cluster.Release(*completed).ok());
+}
+
 TEST_F(ServiceTest, SamePlanTwiceGivesEqualDigestsAndAnyPlanTheSameTokens) {
   Cluster& cluster = SharedCluster();
   std::set<std::string> digests;

@@ -67,6 +67,26 @@ v1::PrefillResponse Failed(const v1::PrefillRequest& request, const absl::Status
   return response;
 }
 
+v1::PlanExplanation Explanation() {
+  v1::PlanExplanation explanation;
+  explanation.set_summary("2 workers, zigzag, ring: 1.5 s predicted; the least time");
+  explanation.set_density(0.5);
+  v1::PlanCandidate* candidate = explanation.add_candidates();
+  candidate->set_world_size(2);
+  candidate->set_partition(v1::PARTITION_ZIGZAG);
+  candidate->set_strategy(v1::STRATEGY_RING);
+  candidate->mutable_cost()->set_linear_s(0.75);
+  candidate->mutable_cost()->set_exchange_s(0.25);
+  candidate->mutable_cost()->set_exchange_hidden_s(0.125);
+  candidate->mutable_cost()->set_total_s(1.5);
+  candidate->set_chosen(true);
+  candidate->set_note("the least time");
+  candidate = explanation.add_candidates();
+  candidate->set_world_size(1);
+  candidate->set_note("too few workers");
+  return explanation;
+}
+
 // Prompts that start with 404 fail; one that starts with 555 runs until it is cancelled.
 class FakePrefill final : public v1::PrefillService::Service {
  public:
@@ -84,6 +104,7 @@ class FakePrefill final : public v1::PrefillService::Service {
     v1::PrefillResponse event;
     event.mutable_accepted()->set_request_id(request->request_id());
     event.mutable_accepted()->set_queue_position(3);
+    if (request->explain()) *event.mutable_accepted()->mutable_explanation() = Explanation();
     writer->Write(event);
     event.mutable_progress()->set_layers_done(1);
     event.mutable_progress()->set_num_layers(2);
@@ -271,6 +292,28 @@ TEST_F(CliServiceTest, SubmitShowsProgressAndTheResult) {
   EXPECT_EQ(sent.strategy(), v1::STRATEGY_ALLGATHER);
   EXPECT_EQ(sent.block_tokens(), 64u);
   EXPECT_EQ(sent.top_logprobs(), 3u);
+}
+
+TEST_F(CliServiceTest, SubmitExplainsThePlan) {
+  const Outcome plain = Run({"submit", "--token_ids=1"});
+  EXPECT_FALSE(prefill_.last.explain());
+  const Outcome outcome = Run({"submit", "--token_ids=1", "--explain"});
+
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
+  EXPECT_TRUE(prefill_.last.explain());
+  EXPECT_THAT(
+      outcome.out,
+      AllOf(HasSubstr("plan     2 workers, zigzag, ring: 1.5 s predicted; the least time\n"),
+            HasSubstr("density  0.5000 expected\n"),
+            HasSubstr("*  2        zigzag     ring      0.75    0          0.25 (0.125)  0 (0)   0      "
+                      "1.5      the least time\n"),
+            HasSubstr("   1        -          -         -")));
+  EXPECT_THAT(plain.out, ::testing::Not(HasSubstr("WORKERS")));
+  const Outcome json = Run({"submit", "--token_ids=1", "--explain", "--json"});
+  const Json& explanation = json.events.front()["explanation"];
+  EXPECT_EQ(explanation["candidates"][0]["cost"]["exchange_hidden_s"], 0.125);
+  EXPECT_EQ(explanation["candidates"][0]["chosen"], true);
+  EXPECT_FALSE(explanation["candidates"][1].contains("cost"));
 }
 
 TEST_F(CliServiceTest, SubmitGeneratesAndReleases) {

@@ -62,8 +62,12 @@ class FakeService(prefill_pb2_grpc.PrefillServiceServicer, decode_pb2_grpc.Decod
         if self.refusals:
             code, reason, kwargs = self.refusals.pop(0)
             abort(context, code, reason, f"refused: {reason}", **kwargs)
+        explanation = types_pb2.PlanExplanation(summary="2 workers", density=0.5, candidates=[
+            types_pb2.PlanCandidate(world_size=2, partition=types_pb2.PARTITION_ZIGZAG, strategy=types_pb2.STRATEGY_RING,
+                                    cost=types_pb2.PlanCost(linear_s=0.75, total_s=1.5), chosen=True, note="the least time"),
+            types_pb2.PlanCandidate(world_size=1, note="no room")])
         yield prefill_pb2.PrefillResponse(accepted=prefill_pb2.PrefillAccepted(
-            request_id=request.request_id, queue_position=3))
+            request_id=request.request_id, queue_position=3, explanation=explanation if request.explain else None))
         yield prefill_pb2.PrefillResponse(progress=prefill_pb2.PrefillProgress(
             request_id=request.request_id, layers_done=1, num_layers=30, bytes_acked=5, bytes_total=10))
         if self.hang:
@@ -152,6 +156,20 @@ class ClientTest(unittest.TestCase):
         self.assertEqual((sent.WhichOneof("destination"), sent.decode_pool), ("decode_pool", "p"))
         self.assertEqual((sent.kv_dtype, sent.partition, sent.strategy),
                          (types_pb2.KV_DTYPE_F32, types_pb2.PARTITION_STRIPED, types_pb2.STRATEGY_ALLGATHER))
+
+    def test_the_explanation_of_a_plan_comes_with_the_first_progress(self):
+        seen = []
+
+        self.client.prefill([1], options=PrefillOptions(explain=True), on_progress=seen.append)
+        self.client.prefill([1], on_progress=seen.append)
+
+        explained = seen[0].explanation
+        self.assertEqual((explained.summary, explained.density), ("2 workers", 0.5))
+        taken, other = explained.candidates
+        self.assertEqual((taken.world_size, taken.partition, taken.strategy, taken.chosen), (2, "zigzag", "ring", True))
+        self.assertEqual((taken.cost_s["linear"], taken.cost_s["total"], other.cost_s), (0.75, 1.5, None))
+        self.assertIn("total 1.5 s: the least time", str(explained))
+        self.assertEqual([progress.explanation for progress in seen[1:]], [None] * 3)
 
     def test_an_unset_option_leaves_its_field_unset(self):
         self.client.prefill([1])

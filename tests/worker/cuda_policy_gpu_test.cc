@@ -16,7 +16,6 @@
 #include "worker/cuda/cuda_policy_pass.h"
 #include "worker/cuda/cuda_prefill.h"
 #include "worker/cuda/cuda_sequences.h"
-#include "worker/cuda/cuda_work.h"
 
 namespace headwater {
 namespace {

@@ -36,7 +36,8 @@ TEST(WorkerOptionsTest, TakesWhatIsGiven) {
   WorkerOptions options;
   const absl::Status status =
       Parse({"--model=m", "--model_name=smol", "--threads=3", "--memory_budget=2GiB", "--compute=bf16",
-             "--kv_stall_timeout=1500ms", "--worker_id=w7", "--metrics=", "--log_format=json"},
+             "--kv_stall_timeout=1500ms", "--worker_id=w7", "--metrics=", "--log_format=json",
+             "--measure_rates=false", "--link_gbytes_per_s=2.5", "--egress_gbytes_per_s=1e-3"},
             &options);
 
   ASSERT_TRUE(status.ok()) << status;
@@ -46,6 +47,9 @@ TEST(WorkerOptionsTest, TakesWhatIsGiven) {
   EXPECT_EQ(options.kv_stall_timeout, absl::Milliseconds(1500));
   EXPECT_EQ(options.worker_id, "w7");
   EXPECT_EQ(options.metrics, "");
+  EXPECT_FALSE(options.measure_rates);
+  EXPECT_EQ(options.link_gbytes_per_s, 2.5);
+  EXPECT_EQ(options.egress_gbytes_per_s, 1e-3);
 }
 
 TEST(WorkerOptionsTest, AGpuTakesFp8LinearLayers) {
@@ -78,6 +82,8 @@ TEST(WorkerOptionsTest, NamesTheFlagAndTheValueThatIsWrong) {
       {{"--model=m", "--device=cuda:x"}, {"device", "cuda:x", "cpu or cuda:N"}},
       {{"--model=m", "--device=cuda:0", "--linear=int8"}, {"linear", "int8"}},
       {{"--model=m", "--linear=fp8"}, {"--linear=fp8", "--device=cpu"}},
+      {{"--model=m", "--link_gbytes_per_s=-1"}, {"link_gbytes_per_s", "-1", "0 to 1e+06"}},
+      {{"--model=m", "--egress_gbytes_per_s=nan"}, {"egress_gbytes_per_s", "nan"}},
       {{"--model=m", "extra"}, {"extra"}},
   };
   for (const auto& row : rows) {
@@ -93,10 +99,26 @@ TEST(WorkerOptionsTest, HelpNamesEveryFlag) {
   std::string help;
   ASSERT_TRUE(ParseWorkerOptions(std::vector<std::string>{"--help"}, &options, &help).ok());
 
-  for (const char* flag :
-       {"model", "coordinator", "listen", "advertise", "metrics", "device", "compute", "linear", "threads",
-        "memory_budget", "kv_channels", "egress_buffers", "checkpoint_layers", "collective_timeout",
-        "kv_stall_timeout", "drain_timeout", "log_format"}) {
+  for (const char* flag : {"model",
+                           "coordinator",
+                           "listen",
+                           "advertise",
+                           "metrics",
+                           "device",
+                           "compute",
+                           "linear",
+                           "threads",
+                           "memory_budget",
+                           "kv_channels",
+                           "egress_buffers",
+                           "checkpoint_layers",
+                           "collective_timeout",
+                           "kv_stall_timeout",
+                           "drain_timeout",
+                           "log_format",
+                           "measure_rates",
+                           "link_gbytes_per_s",
+                           "egress_gbytes_per_s"}) {
     EXPECT_THAT(help, HasSubstr(flag));
   }
 }

@@ -12,6 +12,7 @@
 #include "base/rpc/grpc_status.h"
 #include "tools/cli/exit_code.h"
 #include "tools/cli/progress.h"
+#include "tools/cli/render_plan.h"
 
 namespace headwater {
 namespace {
@@ -30,22 +31,6 @@ std::string EnumWord(const std::string& name, absl::string_view prefix) {
 }
 
 std::string DtypeWord(v1::KvDtype dtype) { return EnumWord(v1::KvDtype_Name(dtype), "KV_DTYPE_"); }
-std::string PartitionWord(v1::Partition partition) {
-  return EnumWord(v1::Partition_Name(partition), "PARTITION_");
-}
-
-std::string StrategyWord(v1::Strategy strategy) { return EnumWord(v1::Strategy_Name(strategy), "STRATEGY_"); }
-
-Json PlanToJson(const v1::PrefillPlan& plan) {
-  Json json;
-  json["world_size"] = plan.world_size();
-  json["partition"] = PartitionWord(plan.partition());
-  json["strategy"] = StrategyWord(plan.strategy());
-  json["block_tokens"] = plan.block_tokens();
-  json["bytes_per_rank"] = plan.bytes_per_rank();
-  json["worker_ids"] = std::vector<std::string>(plan.worker_ids().begin(), plan.worker_ids().end());
-  return json;
-}
 
 std::vector<std::pair<const char*, const google::protobuf::Duration*>> Stages(const v1::StageTimes& stages) {
   return {{"queue", &stages.queue()},
@@ -138,6 +123,7 @@ Json ProgressToJson(const v1::PrefillProgress& progress) {
   json["bytes_total"] = progress.bytes_total();
   if (progress.has_eta()) json["eta"] = ToSeconds(progress.eta());
   if (progress.has_plan()) json["plan"] = PlanToJson(progress.plan());
+  if (progress.has_explanation()) json["explanation"] = ExplanationToJson(progress.explanation());
   return json;
 }
 
@@ -206,6 +192,9 @@ Json EventToJson(const v1::PrefillResponse& response) {
       json["request_id"] = response.accepted().request_id();
       json["queue_position"] = response.accepted().queue_position();
       if (response.accepted().has_plan()) json["plan"] = PlanToJson(response.accepted().plan());
+      if (response.accepted().has_explanation()) {
+        json["explanation"] = ExplanationToJson(response.accepted().explanation());
+      }
       return json;
     case v1::PrefillResponse::kProgress:
       return ProgressToJson(response.progress());
@@ -333,6 +322,9 @@ std::string RenderCompleted(const v1::PrefillCompleted& completed, absl::Duratio
                                   ? absl::StrCat("; the last from layer ", completed.resume_layer())
                                   : "",
                               ")")}};
+  if (plan.has_cost()) {
+    rows.emplace_back("predicted", absl::StrFormat("%.3g s from its start", plan.cost().total_s()));
+  }
   if (plan.world_size() > 1) {
     rows.emplace_back("exchange",
                       absl::StrCat(RenderBytes(completed.exchange_bytes()), " of K/V, ",

@@ -12,6 +12,7 @@
 #include "tools/cli/exit_code.h"
 #include "tools/cli/prefill_call.h"
 #include "tools/cli/progress.h"
+#include "tools/cli/render_plan.h"
 #include "tools/cli/request_flags.h"
 #include "tools/cli/token_ids.h"
 
@@ -29,6 +30,7 @@ struct SubmitFlags {
   std::string stop_token_ids;
   int64_t generate = 0;
   bool release = false;
+  bool explain = false;
 };
 
 void Declare(SubmitFlags* submit, FlagSet* flags) {
@@ -42,6 +44,9 @@ void Declare(SubmitFlags* submit, FlagSet* flags) {
   flags->Int("generate", &submit->generate, 0, kMaxNewTokens,
              "tokens to generate afterwards, the prefill's own included");
   flags->String("stop_token_ids", &submit->stop_token_ids, "ids that end the generation");
+  flags->Bool(
+      "explain", &submit->explain,
+      "print every plan that came into question, what each was predicted to take, and why one was taken");
   flags->Bool("release", &submit->release, "free the cache at the end");
   DeclareCommon(&submit->common, flags);
 }
@@ -63,6 +68,7 @@ absl::Status Complete(const FlagSet& flags, std::istream& standard_in, SubmitFla
   }
   submit->request.mutable_token_ids()->Assign(ids->begin(), ids->end());
   // Named here, so that Ctrl-C can cancel it even before it is accepted.
+  submit->request.set_explain(submit->explain);
   submit->request.set_request_id(submit->request_id.empty() ? RandomId() : submit->request_id);
   if (!submit->stop_token_ids.empty()) {
     const auto stops = ParseTokenIds(submit->stop_token_ids);
@@ -105,7 +111,10 @@ class SubmitRun {
 
   void Show(const v1::PrefillResponse& event) {
     if (flags_.common.json) console_.out << DumpJson(EventToJson(event)) << std::endl;
-    if (event.has_progress()) progress_.Update(event.progress());
+    if (event.has_progress()) {
+      Explain(event.progress().has_explanation(), event.progress().explanation());
+      progress_.Update(event.progress());
+    }
     if (event.has_accepted()) {
       progress_.Note(absl::StrCat(
           "request ", Printable(event.accepted().request_id()), ": ", flags_.request.token_ids_size(),
@@ -113,7 +122,12 @@ class SubmitRun {
           event.accepted().queue_position() == 0
               ? ""
               : absl::StrCat(", position ", event.accepted().queue_position(), " in the queue")));
+      Explain(event.accepted().has_explanation(), event.accepted().explanation());
     }
+  }
+
+  void Explain(bool explained, const v1::PlanExplanation& explanation) {
+    if (explained && !flags_.common.json) console_.out << RenderExplanation(explanation) << std::endl;
   }
 
   absl::Status GenerateAndRelease() {

@@ -8,7 +8,6 @@
 #include "base/status_macros.h"
 #include "model/kernel_status.h"
 #include "worker/cuda/cuda_pass.h"
-#include "worker/cuda/cuda_work.h"
 
 namespace headwater {
 namespace {

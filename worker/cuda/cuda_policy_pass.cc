@@ -13,7 +13,6 @@
 #include "kernels/cuda/block_stats.h"
 #include "kernels/cuda/policies/headwater.h"
 #include "model/kernel_status.h"
-#include "worker/cuda/cuda_work.h"
 #include "worker/recall_samples.h"
 
 namespace headwater {

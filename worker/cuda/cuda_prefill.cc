@@ -11,7 +11,7 @@
 #include "base/status_macros.h"
 #include "worker/agreement.h"
 #include "worker/cuda/cuda_pass.h"
-#include "worker/cuda/cuda_work.h"
+#include "worker/cuda/cuda_time_budget.h"
 #include "worker/exchange.h"
 #include "worker/ring_attention.h"
 

@@ -1,4 +1,4 @@
-#include "worker/cuda/cuda_work.h"
+#include "worker/cuda/cuda_time_budget.h"
 
 #include <algorithm>
 #include <numeric>
@@ -26,17 +26,6 @@ double LeastDensity(const kernels::HeadwaterParameters& parameters, int64_t num_
 }
 
 }  // namespace
-
-LayerWork WorkOf(const ModelConfig& config, int64_t num_tokens) {
-  const auto tokens = static_cast<double>(num_tokens);
-  const double q_width = static_cast<double>(config.num_q_heads) * config.head_dim;
-  const double kv_width = static_cast<double>(config.num_kv_heads) * config.head_dim;
-  LayerWork work;
-  work.linear =
-      2 * tokens * config.hidden_size * (2 * q_width + 2 * kv_width + 3.0 * config.intermediate_size);
-  work.dense_attention = 2 * q_width * tokens * tokens;
-  return work;
-}
 
 absl::Status CheckTimeBudget(const PrefillJob& job, const ModelConfig& config, const ComputeSpeed& speed,
                              bool dense) {

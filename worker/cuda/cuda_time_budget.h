@@ -1,8 +1,6 @@
-// What a prompt costs a GPU, and whether its time budget has room for that. Pure.
-#ifndef HW_WORKER_CUDA_CUDA_WORK_H_
-#define HW_WORKER_CUDA_CUDA_WORK_H_
-
-#include <cstdint>
+// Whether a prompt's time budget has room for what it costs. Pure.
+#ifndef HW_WORKER_CUDA_CUDA_TIME_BUDGET_H_
+#define HW_WORKER_CUDA_CUDA_TIME_BUDGET_H_
 
 #include "absl/status/status.h"
 
@@ -12,9 +10,6 @@
 
 namespace headwater {
 
-// Work of one layer of a prompt.
-LayerWork WorkOf(const ModelConfig& config, int64_t num_tokens);
-
 // FAILED_PRECONDITION, TIME_BUDGET_TOO_SHORT, with the time predicted: the job's time budget is under what
 // its least attention would take over job.world_size() devices of that speed. dense: the whole prompt is.
 absl::Status CheckTimeBudget(const PrefillJob& job, const ModelConfig& config, const ComputeSpeed& speed,
@@ -22,4 +17,4 @@ absl::Status CheckTimeBudget(const PrefillJob& job, const ModelConfig& config, c
 
 }  // namespace headwater
 
-#endif  // HW_WORKER_CUDA_CUDA_WORK_H_
+#endif  // HW_WORKER_CUDA_CUDA_TIME_BUDGET_H_

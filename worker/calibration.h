@@ -1,0 +1,48 @@
+// How fast this worker is, measured at its start, for the planner's cost model.
+#ifndef HW_WORKER_CALIBRATION_H_
+#define HW_WORKER_CALIBRATION_H_
+
+#include <cstdint>
+
+#include "absl/status/statusor.h"
+
+#include "headwater/v1/worker.pb.h"
+#include "kernels/dtype.h"
+#include "model/config.h"
+#include "model/model.h"
+#include "worker/quality.h"
+
+namespace headwater {
+
+class PrefillBackend;
+
+// Of a model on this machine's cores: its first layer, and attention, over more and more tokens until a call
+// takes 60 ms; at most a chunk, or 2,048, of them. Takes half a second or less, more only where 64 tokens of
+// a layer do. Errors of the model and of the kernel.
+absl::StatusOr<ComputeSpeed> MeasureModel(const Model& model);
+
+// Of a backend's whole loop: the second of two dense prompts of `num_tokens`, nothing sent.
+// FAILED_PRECONDITION: its memory does not hold one; else Run()'s errors.
+absl::StatusOr<ComputeSpeed> MeasureRun(PrefillBackend* backend, int64_t num_tokens);
+
+// What cannot be measured alone.
+struct LinkRates {
+  double link_bytes_per_s = 0;
+  double egress_bytes_per_s = 0;
+  double exchange_step_s = 0;
+  double group_start_s = 0;
+};
+
+// Of a device kind, "cpu" or "cuda", where the flags say nothing else. CPU: Gloo over TCP (1 GB/s) and a KV
+// stream of two cores (0.75 GB/s, bench/results/kv.jsonl). GPU: NCCL of one host (100 GB/s: less than NVLink,
+// more than PCIe) and eight channels (4.6 GB/s, README: a million tokens' cache in 28.8 s). Latencies are
+// assumed, not measured.
+LinkRates DefaultLinkRates(bool gpu);
+
+// What registers.
+v1::ComputeRates MakeComputeRates(const ComputeSpeed& speed, const LinkRates& links,
+                                  const ModelConfig& config, kernels::DType exchanged);
+
+}  // namespace headwater
+
+#endif  // HW_WORKER_CALIBRATION_H_
