@@ -249,8 +249,7 @@ absl::StatusOr<PrefillJob> CheckAssignment(const v1::PrefillAssignment& assignme
   job.strategy = plan.strategy() == v1::STRATEGY_UNSPECIFIED ? v1::STRATEGY_RING : plan.strategy();
   job.geometry = std::make_shared<const KvGeometry>(*std::move(geometry));
   job.top_logprobs = static_cast<int>(assignment.top_logprobs());
-  int64_t most = 0;
-  for (const RankTokens& tokens : job.partition) most = std::max(most, NumTokens(tokens));
+  const int64_t most = MostTokens(job.partition);
   HW_ASSIGN_OR_RETURN(
       job.plan, context.backend->Plan(
                     *job.policy, WireType(assignment.layout().dtype()), NumTokens(job.local()), most,

@@ -1,7 +1,7 @@
 #include "worker/checkpoint.h"
 
 #include <algorithm>
-#include <cstring>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -13,6 +13,12 @@
 #include "worker/ring_attention.h"
 
 namespace headwater {
+namespace {
+
+// Of rows that come from another rank, at once.
+constexpr uint64_t kBounceBytes = uint64_t{64} << 20;
+
+}  // namespace
 
 void CheckpointStore::Begin(const std::string& request_id, uint32_t epoch, int rank,
                             std::vector<RankTokens> partition, int64_t hidden_size) {
@@ -120,23 +126,25 @@ absl::Status CheckProvides(const PrefillJob& job, const CheckpointStore& store) 
 }
 
 absl::Status LoadCheckpoint(const PrefillJob& job, int64_t hidden_size, const CheckpointStore& store,
-                            Collectives* group, JobControl* control, float* hidden) {
+                            Collectives* group, JobControl* control, const PutRows& put) {
   const ResumePoint& resume = *job.resume;
   const int world = job.world_size();
-  for (const CheckpointMove& move : PlanMoves(resume, job.partition)) {
+  const auto row_bytes = static_cast<uint64_t>(hidden_size) * sizeof(float);
+  const auto most_rows = static_cast<int64_t>(std::max<uint64_t>(1, kBounceBytes / row_bytes));
+  std::vector<float> bounce;
+  const auto move_some = [&](const CheckpointMove& move, int64_t done, int64_t count) -> absl::Status {
     HW_RETURN_IF_ERROR(control->Step());
-    const uint64_t bytes = static_cast<uint64_t>(move.count * hidden_size) * sizeof(float);
     const bool sends = move.from == job.rank, receives = move.to == job.rank;
     const float* from = nullptr;
-    float* const to = hidden + move.to_row * hidden_size;
     if (sends) {
       from = store.Find(job.request_id, resume.epoch, resume.layer, move.owner);
       HW_CHECK(from != nullptr);
-      from += move.from_row * hidden_size;
+      from += (move.from_row + done) * hidden_size;
     }
-    if (sends && receives) std::memcpy(to, from, bytes);
-    if (world == 1) continue;
+    if (sends && receives) HW_RETURN_IF_ERROR(put(move.to_row + done, from, count));
+    if (world == 1) return absl::OkStatus();
     // Every rank makes every call: operations pair by their order.
+    const uint64_t bytes = static_cast<uint64_t>(count) * row_bytes;
     int peer = (job.rank + 1) % world;
     absl::Span<const char> send;
     absl::Span<char> receive;
@@ -145,13 +153,34 @@ absl::Status LoadCheckpoint(const PrefillJob& job, int64_t hidden_size, const Ch
       send = absl::MakeSpan(reinterpret_cast<const char*>(from), bytes);
     } else if (receives && !sends) {
       peer = move.from;
-      receive = absl::MakeSpan(reinterpret_cast<char*>(to), bytes);
+      bounce.resize(static_cast<size_t>(count * hidden_size));
+      receive = absl::MakeSpan(reinterpret_cast<char*>(bounce.data()), bytes);
     }
-    const std::unique_ptr<PendingExchange> exchange = group->StartExchange(peer, send, peer, receive);
-    const JobControl::Waiting waiting(control);
-    if (const absl::Status status = exchange->Wait(); !status.ok()) return CollectiveError(status, *control);
+    {
+      const std::unique_ptr<PendingExchange> exchange = group->StartExchange(peer, send, peer, receive);
+      const JobControl::Waiting waiting(control);
+      if (const absl::Status status = exchange->Wait(); !status.ok())
+        return CollectiveError(status, *control);
+    }
+    return receive.empty() ? absl::OkStatus() : put(move.to_row + done, bounce.data(), count);
+  };
+  for (const CheckpointMove& move : PlanMoves(resume, job.partition)) {
+    for (int64_t done = 0; done < move.count; done += most_rows) {
+      HW_RETURN_IF_ERROR(move_some(move, done, std::min(most_rows, move.count - done)));
+    }
   }
   return absl::OkStatus();
+}
+
+void ReportCheckpoint(const std::vector<uint32_t>& taken, const KvSender& sender, PrefillProgress* progress) {
+  for (size_t back = 1; back <= std::min<size_t>(2, taken.size()); ++back) {
+    const uint32_t layer = taken[taken.size() - back];
+    if (progress->checkpoint.has_value() && layer <= progress->checkpoint->layer) return;
+    const std::optional<KvShare> share = sender.AckedBelow(layer);
+    if (!share.has_value()) continue;
+    progress->checkpoint = {layer, *share};
+    return;
+  }
 }
 
 }  // namespace headwater

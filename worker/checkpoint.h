@@ -5,6 +5,7 @@
 #define HW_WORKER_CHECKPOINT_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -13,6 +14,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 
+#include "kvtransfer/sender.h"
 #include "worker/arena.h"
 #include "worker/collectives.h"
 #include "worker/job_control.h"
@@ -21,6 +23,7 @@
 namespace headwater {
 
 struct PrefillJob;
+struct PrefillProgress;
 
 // Where an epoch goes on, checked (see worker/assignment.h).
 struct ResumePoint {
@@ -96,11 +99,18 @@ std::vector<CheckpointMove> PlanMoves(const ResumePoint& resume, const std::vect
 // provide.
 absl::Status CheckProvides(const PrefillJob& job, const CheckpointStore& store);
 
-// Fills `hidden`, [local tokens, hidden_size], from the checkpoints of all ranks, of which each must provide
-// its part (CheckProvides()). All ranks of the group (null: one rank) call it. Errors of the collectives, and
-// of the job control.
+// Takes `count` rows of this rank's tokens, from its row `row` on; `rows` stay for the call alone.
+using PutRows = std::function<absl::Status(int64_t row, const float* rows, int64_t count)>;
+
+// Puts all rows of this rank, [local tokens, hidden_size], from the checkpoints of all ranks, of which each
+// must provide its part (CheckProvides()). All ranks of the group (null: one rank) call it. Errors of the
+// collectives, of the job control and of `put`. Host memory: 64 MiB at most.
 absl::Status LoadCheckpoint(const PrefillJob& job, int64_t hidden_size, const CheckpointStore& store,
-                            Collectives* group, JobControl* control, float* hidden);
+                            Collectives* group, JobControl* control, const PutRows& put);
+
+// Of the checkpoints taken, by layer, ascending, the store holds the newest two: the newer one below which
+// all KV is acknowledged goes to progress->checkpoint, unless that has it.
+void ReportCheckpoint(const std::vector<uint32_t>& taken, const KvSender& sender, PrefillProgress* progress);
 
 }  // namespace headwater
 

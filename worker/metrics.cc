@@ -48,6 +48,9 @@ WorkerMetrics::WorkerMetrics(Metrics* metrics)
       resume_exchange(Collective(metrics, "resume")),
       checkpoint_bytes(metrics->Gauge("headwater_worker_checkpoint_bytes",
                                       "Host memory that checkpoints of a group's prompt take.")),
+      checkpoints_left_out(
+          metrics->Counter("headwater_worker_prompts_without_checkpoints_total",
+                           "Prompts of a group whose checkpoints found no room in host memory.")),
       collective_aborts(metrics->Counter("headwater_collective_aborts_total",
                                          "Groups given up because of an abort, a lost or a late peer.")),
       exchange_saved(metrics->Counter("headwater_exchange_bytes_saved_total",

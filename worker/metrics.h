@@ -45,8 +45,9 @@ class WorkerMetrics {
   prometheus::Histogram& ring_exchange;
   prometheus::Histogram& checkpoint_exchange;
   prometheus::Histogram& resume_exchange;
-  prometheus::Gauge& checkpoint_bytes;     // headwater_worker_checkpoint_bytes
-  prometheus::Counter& collective_aborts;  // headwater_collective_aborts_total
+  prometheus::Gauge& checkpoint_bytes;        // headwater_worker_checkpoint_bytes
+  prometheus::Counter& checkpoints_left_out;  // headwater_worker_prompts_without_checkpoints_total
+  prometheus::Counter& collective_aborts;     // headwater_collective_aborts_total
   prometheus::Counter& exchange_saved;
   prometheus::Counter&
       search_overflows;  // headwater_worker_search_overflow_tiles_total: dense for want of room

@@ -83,4 +83,10 @@ int64_t NumTokens(const RankTokens& tokens) {
   return sum;
 }
 
+int64_t MostTokens(const std::vector<RankTokens>& partition) {
+  int64_t most = 0;
+  for (const RankTokens& tokens : partition) most = std::max(most, NumTokens(tokens));
+  return most;
+}
+
 }  // namespace headwater

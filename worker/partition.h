@@ -31,6 +31,8 @@ absl::StatusOr<std::vector<RankTokens>> PartitionTokens(int64_t num_tokens, int 
                                                         v1::Partition partition, int64_t block_tokens);
 
 int64_t NumTokens(const RankTokens& tokens);
+// Of the rank that has most.
+int64_t MostTokens(const std::vector<RankTokens>& partition);
 
 }  // namespace headwater
 

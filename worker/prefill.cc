@@ -136,7 +136,11 @@ class PrefillLoop {
   absl::Status Resume() {
     const absl::Time start = clock_->Now();
     HW_RETURN_IF_ERROR(LoadCheckpoint(job_, config_.hidden_size, *context_.checkpoints, context_.collectives,
-                                      context_.control, hidden_));
+                                      context_.control, [&](int64_t row, const float* rows, int64_t count) {
+                                        std::copy_n(rows, count * config_.hidden_size,
+                                                    hidden_ + row * config_.hidden_size);
+                                        return absl::OkStatus();
+                                      }));
     context_.checkpoints->Clear();
     if (context_.metrics != nullptr) {
       context_.metrics->resume_exchange.Observe(absl::ToDoubleSeconds(clock_->Now() - start));
@@ -182,15 +186,7 @@ class PrefillLoop {
         context_.metrics->checkpoint_bytes.Set(static_cast<double>(context_.checkpoints->bytes()));
       }
     }
-    // The store holds the newest two.
-    for (size_t back = 1; back <= std::min<size_t>(2, taken_.size()); ++back) {
-      const uint32_t taken = taken_[taken_.size() - back];
-      if (result_.progress.checkpoint.has_value() && taken <= result_.progress.checkpoint->layer) break;
-      const std::optional<KvShare> share = context_.sender->AckedBelow(taken);
-      if (!share.has_value()) continue;
-      result_.progress.checkpoint = {taken, *share};
-      break;
-    }
+    ReportCheckpoint(taken_, *context_.sender, &result_.progress);
     return absl::OkStatus();
   }
 

@@ -71,6 +71,9 @@ class CudaGroupTest : public ::testing::Test {
         context.collectives = collectives[rank].get();
         context.devices = devices[rank].get();
         if (rank < speeds_.size()) context.speed = &speeds_[rank];
+        if (rank < run.checkpoints.size()) context.checkpoints = run.checkpoints[rank];
+        context.checkpoint_layers = run.checkpoint_layers;
+        context.least_checkpoint_tokens = 0;
         auto result = std::move(RunCudaPrefill({&prompt, 1}, context)[0]);
         if (result.ok()) {
           group->results[rank] = *std::move(result);

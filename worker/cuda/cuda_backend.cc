@@ -14,6 +14,7 @@
 #include "base/status_macros.h"
 #include "model/cuda/cuda_model.h"
 #include "worker/calibration.h"
+#include "worker/cuda/cuda_checkpoints.h"
 #include "worker/cuda/cuda_egress.h"
 #include "worker/cuda/cuda_prefill.h"
 #include "worker/cuda/cuda_sequences.h"
@@ -77,11 +78,12 @@ std::vector<std::string> ServedPolicies(const ModelConfig& config, const PolicyT
 class Backend final : public PrefillBackend {
  public:
   Backend(std::unique_ptr<CudaModel> model, std::unique_ptr<CudaEgressMemory> egress, uint64_t budget_bytes,
-          PolicyOptions policies, uint32_t max_gpus)
+          PolicyOptions policies, uint32_t max_gpus, int checkpoint_layers)
       : model_(std::move(model)),
         egress_(std::move(egress)),
         budget_bytes_(budget_bytes),
         max_gpus_(max_gpus),
+        checkpoint_layers_(checkpoint_layers),
         options_(std::move(policies)),
         policy_limits_(LimitsOfPolicies()),
         limits_(LimitsFor(*model_, budget_bytes, policy_limits_, options_.default_policy)) {}
@@ -129,19 +131,27 @@ class Backend final : public PrefillBackend {
     const uint64_t others =
         PlanCudaPrefill(model_->config(), model_->chunk_tokens(), 2 * kMany, 1, {}, kMany).total_bytes();
     model.set_group_bytes_per_prompt_token((others - many) / kMany + 1);
+    if (checkpoint_layers_ > 0) model.set_group_bytes_per_token(2 * HiddenRowBytes());
     return model;
   }
 
   absl::StatusOr<MemoryPlan> Plan(const kernels::PatternPolicy& policy, kernels::DType /*wire*/,
-                                  int64_t local_tokens, int64_t /*max_rank_tokens*/, int64_t num_tokens,
-                                  int world_size, int64_t /*held_tokens*/,
-                                  v1::Strategy strategy) const override {
+                                  int64_t local_tokens, int64_t max_rank_tokens, int64_t num_tokens,
+                                  int world_size, int64_t held_tokens, v1::Strategy strategy) const override {
     if (world_size > 1) {
       HW_RETURN_IF_ERROR(CheckShared(policy, num_tokens, world_size, strategy));
     }
     MemoryPlan plan;
     HW_ASSIGN_OR_RETURN(plan.device, BytesOf(policy.parameters(), num_tokens, local_tokens));
+    const bool checkpoints = world_size > 1 && checkpoint_layers_ > 0;
+    if (checkpoints) {
+      plan.device += CheckpointDeviceBytes(local_tokens, max_rank_tokens, model_->config().hidden_size,
+                                           checkpoint_layers_);
+    }
     HW_RETURN_IF_ERROR(CheckMemoryPlan(plan, budget_bytes_, resident_bytes()));
+    // Host memory.
+    const int64_t kept = checkpoints ? 2 * (local_tokens + max_rank_tokens) : 0;
+    plan.checkpoint = static_cast<uint64_t>(std::max(kept, held_tokens)) * HiddenRowBytes();
     plan.tokens = static_cast<uint64_t>(num_tokens) * kBytesPerPromptToken;
     return plan;
   }
@@ -169,6 +179,8 @@ class Backend final : public PrefillBackend {
   absl::StatusOr<PrefillResult> Run(const PrefillJob& job, const PrefillContext& context) override {
     const CudaPrefillPrompt prompt{&job, context.sender, context.control, context.progress, {}};
     CudaPrefillContext pass = PassContext(context.metrics);
+    pass.checkpoints = context.checkpoints;
+    pass.checkpoint_layers = context.checkpoint_layers;
     if (job.world_size() == 1) return std::move(RunPass({&prompt, 1}, pass)[0]);
     absl::StatusOr<std::unique_ptr<DeviceGroup>> devices = Join(*context.group, context.control);
     if (!devices.ok()) {
@@ -271,6 +283,9 @@ class Backend final : public PrefillBackend {
     return limits;
   }
 
+  uint64_t HiddenRowBytes() const {
+    return static_cast<uint64_t>(model_->config().hidden_size) * sizeof(float);
+  }
   uint64_t resident_bytes() const { return model_->weight_bytes() + model_->scratch_bytes(); }
   uint64_t DenseBytes(int64_t num_tokens) const {
     return PlanCudaPrefill(model_->config(), model_->chunk_tokens(), num_tokens).total_bytes();
@@ -289,6 +304,7 @@ class Backend final : public PrefillBackend {
   const std::unique_ptr<CudaEgressMemory> egress_;
   const uint64_t budget_bytes_;
   const uint32_t max_gpus_;
+  const int checkpoint_layers_;
   const PolicyOptions options_;
   const std::vector<v1::PolicyLimit> policy_limits_;
   const PackLimits limits_;
@@ -333,7 +349,8 @@ absl::StatusOr<std::unique_ptr<PrefillBackend>> CudaBackend::Load(const WorkerOp
   policies.served = ServedPolicies(config, policies.tables);
   HW_RETURN_IF_ERROR(CheckDefaultPolicy(policies.default_policy, policies.served));
   return std::make_unique<Backend>(*std::move(loaded), std::move(egress), budget, std::move(policies),
-                                   static_cast<uint32_t>(options.max_gpus));
+                                   static_cast<uint32_t>(options.max_gpus),
+                                   static_cast<int>(options.checkpoint_layers));
 }
 
 }  // namespace headwater

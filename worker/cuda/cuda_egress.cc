@@ -75,7 +75,7 @@ class Egress final : public CudaEgress {
   void Send(int32_t layer, const void* k, const void* v, cudaEvent_t ready) override {
     const absl::MutexLock lock(&mutex_);
     waiting_.push_back({layer, k, v, ready});
-    ++sent_layers_;
+    sent_below_ = layer + 1;
     changed_.SignalAll();
   }
 
@@ -89,7 +89,12 @@ class Egress final : public CudaEgress {
 
   absl::Status Finish(const Step& step) override {
     return WaitUntil(step,
-                     [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return handed_layers_ >= sent_layers_; });
+                     [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return handed_below_ >= sent_below_; });
+  }
+
+  int32_t handed_below() const override {
+    const absl::MutexLock lock(&mutex_);
+    return handed_below_;
   }
 
   void Drop(size_t i) override { End(i, absl::CancelledError("dropped")); }
@@ -150,7 +155,7 @@ class Egress final : public CudaEgress {
       }
       status = SendLayer(layer);
       const absl::MutexLock lock(&mutex_);
-      if (status.ok()) ++handed_layers_;
+      if (status.ok()) handed_below_ = layer.layer + 1;
       changed_.SignalAll();
     }
     const absl::MutexLock lock(&mutex_);
@@ -276,9 +281,9 @@ class Egress final : public CudaEgress {
   mutable absl::Mutex mutex_;
   absl::CondVar changed_;
   std::deque<Layer> waiting_ ABSL_GUARDED_BY(mutex_);
-  int32_t sent_layers_ ABSL_GUARDED_BY(mutex_) = 0;
+  int32_t sent_below_ ABSL_GUARDED_BY(mutex_) = 0;
   int32_t copied_layers_ ABSL_GUARDED_BY(mutex_) = 0;
-  int32_t handed_layers_ ABSL_GUARDED_BY(mutex_) = 0;
+  int32_t handed_below_ ABSL_GUARDED_BY(mutex_) = 0;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status status_ ABSL_GUARDED_BY(mutex_);
   std::vector<absl::Status> ended_ ABSL_GUARDED_BY(mutex_);  // of each item

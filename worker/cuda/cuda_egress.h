@@ -74,6 +74,9 @@ class CudaEgress {
   // Waits until the senders have been given every block of the layers sent. Errors as WaitCopied().
   virtual absl::Status Finish(const Step& step) = 0;
 
+  // The senders have been given every block of the layers below.
+  virtual int32_t handed_below() const = 0;
+
   // Nothing more of item i is copied or handed on.
   virtual void Drop(size_t i) = 0;
   // Why item i ended early: its sender's error; INTERNAL, NON_FINITE: a value that f16 cannot hold. Any

@@ -76,10 +76,16 @@ absl::Status CudaKvExchange::Finish(absl::Span<const SharedArray> arrays, cudaSt
 absl::Status CudaKvExchange::Swap(absl::Span<const DeviceParts> send, absl::Span<const DeviceParts> receive,
                                   absl::string_view what, cudaStream_t stream) {
   HW_RETURN_IF_ERROR(ready_.Record(stream));
-  HW_RETURN_IF_ERROR(FromCuda(cudaStreamWaitEvent(stream_, ready_.get(), 0), what));
-  HW_RETURN_IF_ERROR(group_->Exchange(send, receive, what, stream_));
+  HW_RETURN_IF_ERROR(SwapAside(send, receive, what, ready_.get()));
   HW_RETURN_IF_ERROR(done_.Record(stream_));
   return FromCuda(cudaStreamWaitEvent(stream, done_.get(), 0), what);
+}
+
+absl::Status CudaKvExchange::SwapAside(absl::Span<const DeviceParts> send,
+                                       absl::Span<const DeviceParts> receive, absl::string_view what,
+                                       cudaEvent_t ready) {
+  HW_RETURN_IF_ERROR(FromCuda(cudaStreamWaitEvent(stream_, ready, 0), what));
+  return group_->Exchange(send, receive, what, stream_);
 }
 
 int CudaKvExchange::Steps() const { return ring_ ? static_cast<int>(chunks_.size()) - 1 : 1; }

@@ -59,6 +59,12 @@ class CudaKvExchange {
   absl::Status Swap(absl::Span<const DeviceParts> send, absl::Span<const DeviceParts> receive,
                     absl::string_view what, cudaStream_t stream);
 
+  // Likewise, of what is there once `ready`, which has been recorded, has happened; nothing waits for it but
+  // what is enqueued on stream().
+  absl::Status SwapAside(absl::Span<const DeviceParts> send, absl::Span<const DeviceParts> receive,
+                         absl::string_view what, cudaEvent_t ready);
+  cudaStream_t stream() const { return stream_; }
+
   // Of one layer's arrays, from other ranks.
   uint64_t ReceivedBytes(absl::Span<const SharedArray> arrays) const;
 

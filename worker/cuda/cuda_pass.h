@@ -17,6 +17,7 @@
 #include "base/status_macros.h"
 #include "kernels/cuda/attention.h"
 #include "model/cuda/device_buffer.h"
+#include "worker/cuda/cuda_checkpoints.h"
 #include "worker/cuda/cuda_group.h"
 #include "worker/cuda/cuda_layer_log.h"
 #include "worker/cuda/cuda_pattern.h"
@@ -47,6 +48,15 @@ class CudaPass {
 
   absl::Status Prepare();
   absl::Status BeginExchange();
+  bool TakesCheckpoints() const { return shared() && checkpoint_layers_ > 0; }
+  // 0: none are taken. What this rank has room for.
+  int WantedCheckpointLayers() const;
+  absl::Status BeginCheckpoints(char* memory);
+  // Finds the newest checkpoint that an epoch can go on from.
+  absl::Status FinishCheckpoints();
+  absl::Status Embed();
+  // Goes on from the job's resume point.
+  absl::Status Resume();
   // That all ranks use.
   absl::StatusOr<ComputeSpeed> Speed() const;
   absl::Status BeginPattern(const CudaPrefillPlan& plan, char* memory);
@@ -154,11 +164,15 @@ class CudaPass {
   ComputeSpeed speed_;  // as it was before the pass
   double density_ = 1;  // of the last layer that has run
   bool overflow_logged_ = false;
-  int32_t layers_done_ = 0;
-  int32_t checked_ = 0;
+  const int32_t first_layer_;
+  int32_t layers_done_ = first_layer_;
+  int32_t checked_ = first_layer_;
   std::unique_ptr<CudaEgress> egress_;
   std::optional<CudaKvExchange> exchange_;  // of a shared prompt
   std::optional<CudaPolicyGroup> policy_group_;
+  int32_t checkpoint_layers_ = 0;  // that all ranks take
+  std::unique_ptr<DeviceToHostCopier> copier_;
+  std::optional<CudaCheckpoints> checkpoints_;
   uint64_t layer_exchange_bytes_ = 0, layer_allgather_bytes_ = 0;
 };
 

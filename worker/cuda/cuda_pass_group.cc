@@ -4,22 +4,89 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 
+#include "base/log.h"
 #include "base/status_macros.h"
 #include "worker/agreement.h"
+#include "worker/checkpoint.h"
 #include "worker/cuda/cuda_pass.h"
 #include "worker/exchange.h"
+#include "worker/memory_budget.h"
 
 namespace headwater {
 
 absl::Status CudaPass::Agree() {
   if (!shared()) return absl::OkStatus();
-  int32_t checkpoint_layers = 0;
+  checkpoint_layers_ = WantedCheckpointLayers();
   const std::string computes =
       absl::StrCat(model_->fingerprint(), " bf16, linear layers in ", NameOf(model_->linear()), ", ",
                    model_->chunk_tokens(), " tokens", context_.measure_recall ? ", measured" : "");
   return AgreeOnPlan(*sequences_[0].prompt->job, computes, context_.collectives,
-                     sequences_[0].prompt->control, &checkpoint_layers);
+                     sequences_[0].prompt->control, &checkpoint_layers_);
+}
+
+int CudaPass::WantedCheckpointLayers() const {
+  const PrefillJob& job = *sequences_[0].prompt->job;
+  if (context_.checkpoints == nullptr || context_.checkpoint_layers == 0) return 0;
+  if (num_tokens_ < context_.least_checkpoint_tokens) return 0;
+  const uint64_t needed = CheckpointHostBytes(job.partition, config_.hidden_size);
+  const absl::StatusOr<uint64_t> available = AvailableMemoryBytes();
+  if (available.ok() && needed <= *available / 2) return context_.checkpoint_layers;
+  if (context_.metrics != nullptr) context_.metrics->checkpoints_left_out.Increment();
+  HW_LOG(WARNING).Field("request_id", job.request_id)
+      << "no checkpoints of this prompt: they take " << needed << " bytes of host memory, and half of "
+      << (available.ok() ? *available : 0) << " are there for them";
+  return 0;
+}
+
+absl::Status CudaPass::BeginCheckpoints(char* memory) {
+  const PrefillJob& job = *sequences_[0].prompt->job;
+  HW_ASSIGN_OR_RETURN(copier_, DeviceToHostCopier::Start());
+  CudaCheckpointOptions options;
+  options.partition = &job.partition;
+  options.rank = job.rank;
+  options.hidden_size = config_.hidden_size;
+  options.first_layer = first_layer_;
+  options.num_layers = config_.num_layers;
+  options.checkpoint_layers = checkpoint_layers_;
+  options.store = context_.checkpoints;
+  options.exchange = &*exchange_;
+  options.copier = copier_.get();
+  options.metrics = context_.metrics;
+  options.memory = memory;
+  options.step = [this] { return Step(); };
+  checkpoints_.emplace(options);
+  return checkpoints_->Init();
+}
+
+absl::Status CudaPass::FinishCheckpoints() {
+  if (!checkpoints_) return absl::OkStatus();
+  HW_ASSIGN_OR_RETURN(std::vector<uint32_t> taken, checkpoints_->Taken());
+  // Blocks that the sender has not been given would be missed.
+  const auto handed = static_cast<uint32_t>(egress_->handed_below());
+  while (!taken.empty() && taken.back() > handed) taken.pop_back();
+  ReportCheckpoint(taken, *sequences_[0].prompt->sender, &sequences_[0].result.progress);
+  return absl::OkStatus();
+}
+
+absl::Status CudaPass::Resume() {
+  const absl::Time start = absl::Now();
+  const CudaPrefillPrompt& prompt = *sequences_[0].prompt;
+  HW_RETURN_IF_ERROR(LoadCheckpoint(
+      *prompt.job, config_.hidden_size, *context_.checkpoints, context_.collectives, prompt.control,
+      [&](int64_t row, const float* rows, int64_t count) {
+        return FromCuda(cudaMemcpyAsync(Hidden(row), rows,
+                                        static_cast<size_t>(count * config_.hidden_size) * sizeof(float),
+                                        cudaMemcpyHostToDevice, stream_),
+                        "a checkpoint");
+      }));
+  HW_RETURN_IF_ERROR(pacer_.Drain());
+  context_.checkpoints->Clear();
+  if (context_.metrics != nullptr) {
+    context_.metrics->resume_exchange.Observe(absl::ToDoubleSeconds(absl::Now() - start));
+  }
+  return absl::OkStatus();
 }
 
 absl::Status CudaPass::BeginExchange() {

@@ -44,7 +44,8 @@ uint64_t CudaPolicyPlan::total_bytes() const {
 uint64_t CudaPrefillPlan::total_bytes() const {
   uint64_t total =
       static_cast<uint64_t>(num_kv) * AlignedCudaPart(kv) + pattern.total_bytes() + policy.total_bytes();
-  for (const uint64_t part : {tokens, positions, cu_seqlens, hidden, q, logits, bad_rows, workspace}) {
+  for (const uint64_t part :
+       {tokens, positions, cu_seqlens, hidden, q, logits, bad_rows, workspace, checkpoints}) {
     total += AlignedCudaPart(part);
   }
   return total;

@@ -73,6 +73,7 @@ struct CudaPrefillPlan {
   uint64_t workspace = 0;  // attention's
   CudaPatternPlan pattern;
   CudaPolicyPlan policy;
+  uint64_t checkpoints = 0;  // CheckpointDeviceBytes()
 
   // Each part rounded up to 256 bytes.
   uint64_t total_bytes() const;
@@ -80,7 +81,7 @@ struct CudaPrefillPlan {
 inline constexpr int64_t kAllTokens = -1;
 
 // num_prompts: over 1, packed in one pass; they go dense and need nothing for lists. num_rows: tokens of this
-// rank.
+// rank. Without checkpoints.
 CudaPrefillPlan PlanCudaPrefill(const ModelConfig& config, int64_t chunk_tokens, int64_t num_tokens,
                                 int64_t num_prompts = 1, const CudaPolicyPlan& policy = {},
                                 int64_t num_rows = kAllTokens);

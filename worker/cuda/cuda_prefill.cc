@@ -32,7 +32,8 @@ CudaPass::CudaPass(absl::Span<const CudaPrefillPrompt> prompts, const CudaPrefil
       q_width_(int64_t{config_.num_q_heads} * config_.head_dim),
       kv_width_(int64_t{config_.num_kv_heads} * config_.head_dim),
       start_(absl::Now()),
-      pacer_([this] { return Step(); }, context.devices != nullptr) {
+      pacer_([this] { return Step(); }, context.devices != nullptr),
+      first_layer_(prompts[0].job->resume.has_value() ? prompts[0].job->resume->layer : 0) {
   sequences_ = MakeSequences(prompts, &num_tokens_);
   tokens_ = shared() ? prompts[0].job->local() : RankTokens{{0, num_tokens_}};
   num_rows_ = NumTokens(tokens_);
@@ -41,6 +42,7 @@ CudaPass::CudaPass(absl::Span<const CudaPrefillPrompt> prompts, const CudaPrefil
 
 CudaPass::~CudaPass() {
   egress_.reset();
+  copier_.reset();
   exchange_.reset();
   if (stream_ != nullptr) {
     (void)cudaStreamSynchronize(stream_);
@@ -73,12 +75,15 @@ absl::Status CudaPass::RunLayers() {
   HW_RETURN_IF_ERROR(Prepare());
   // Memory is made while no rank waits for another on its device: that might wait for it in turn.
   HW_RETURN_IF_ERROR(WaitForPeers(context_.collectives, sequences_[0].prompt->control));
-  HW_RETURN_IF_ERROR(ForTokens([&](const CudaChunk& chunk) {
-    return model_->Embed(ids_ + chunk.tokens.begin, chunk.tokens.size(), Hidden(chunk.row), stream_);
-  }));
-  for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
+  HW_RETURN_IF_ERROR(first_layer_ > 0 ? Resume() : Embed());
+  if (checkpoints_) {
+    const PrefillJob& job = *sequences_[0].prompt->job;
+    context_.checkpoints->Begin(job.request_id, job.epoch, job.rank, job.partition, config_.hidden_size);
+  }
+  for (int32_t layer = first_layer_; layer < config_.num_layers; ++layer) {
     HW_RETURN_IF_ERROR(RunLayer(layer));
     ++layers_done_;
+    HW_RETURN_IF_ERROR(FinishCheckpoints());
     for (CudaSequence& sequence : sequences_) {
       sequence.result.progress.layers_done = static_cast<uint32_t>(layers_done_);
       if (sequence.status.ok() && sequence.prompt->progress)
@@ -90,6 +95,12 @@ absl::Status CudaPass::RunLayers() {
   HW_RETURN_IF_ERROR(egress_->Finish([this] { return Step(); }));
   HW_RETURN_IF_ERROR(Step());
   return WaitForPeers(context_.collectives, sequences_[0].prompt->control);
+}
+
+absl::Status CudaPass::Embed() {
+  return ForTokens([&](const CudaChunk& chunk) {
+    return model_->Embed(ids_ + chunk.tokens.begin, chunk.tokens.size(), Hidden(chunk.row), stream_);
+  });
 }
 
 absl::Status CudaPass::Step() {
@@ -118,8 +129,12 @@ absl::Status CudaPass::Prepare() {
     policy_group_.emplace(num_tokens_);
     policy = PlanCudaPolicy(*policy_, config_, num_tokens_);
   }
-  const CudaPrefillPlan plan = PlanCudaPrefill(config_, model_->chunk_tokens(), num_tokens_,
-                                               static_cast<int64_t>(sequences_.size()), policy, num_rows_);
+  CudaPrefillPlan plan = PlanCudaPrefill(config_, model_->chunk_tokens(), num_tokens_,
+                                         static_cast<int64_t>(sequences_.size()), policy, num_rows_);
+  if (TakesCheckpoints()) {
+    plan.checkpoints =
+        CheckpointDeviceBytes(num_rows_, MostTokens(job.partition), config_.hidden_size, checkpoint_layers_);
+  }
   HW_ASSIGN_OR_RETURN(memory_, DeviceBuffer::Allocate(plan.total_bytes(), "the prompt"));
   char* at = memory_.data();
   const auto take = [&](uint64_t bytes) { return std::exchange(at, at + AlignedCudaPart(bytes)); };
@@ -136,6 +151,8 @@ absl::Status CudaPass::Prepare() {
   HW_RETURN_IF_ERROR(FromCuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream"));
   HW_RETURN_IF_ERROR(pacer_.Init(stream_));
   HW_RETURN_IF_ERROR(BeginPattern(plan, at));
+  at += plan.pattern.total_bytes() + plan.policy.total_bytes();
+  if (TakesCheckpoints()) HW_RETURN_IF_ERROR(BeginCheckpoints(at));
   const int64_t searches = CeilDiv(num_rows_, kLeastQueries) + static_cast<int64_t>(tokens_.size());
   HW_RETURN_IF_ERROR(log_.Init(config_.num_layers, std::max<int64_t>(1, RowChunks(num_rows_)),
                                pattern_ ? searches : 0, shared()));
@@ -189,12 +206,13 @@ absl::Status CudaPass::Upload() {
 
 absl::Status CudaPass::RunLayer(int32_t layer) {
   absl::Duration stalled;
-  if (layer >= kCudaKvBuffers) {
+  if (layer >= first_layer_ + kCudaKvBuffers) {
     HW_RETURN_IF_ERROR(egress_->WaitCopied(
         layer - kCudaKvBuffers, [this] { return Step(); }, &stalled));
   }
   HW_RETURN_IF_ERROR(CheckFinishedLayers());
   for (CudaSequence& sequence : sequences_) sequence.result.egress_stall += stalled;
+  if (checkpoints_) HW_RETURN_IF_ERROR(checkpoints_->StartLayer(layer, hidden_, stream_));
   const CudaLayerLog::Events& events = log_.events(layer);
   char* const k = kv_[layer % kCudaKvBuffers];
   char* const v = k + num_tokens_ * kv_width_ * 2;
@@ -217,6 +235,7 @@ absl::Status CudaPass::RunLayer(int32_t layer) {
     HW_RETURN_IF_ERROR(Attend(layer, k, v));
   }
   HW_RETURN_IF_ERROR(events.attended.Record(stream_));
+  if (checkpoints_) HW_RETURN_IF_ERROR(checkpoints_->SendSlice());
   HW_RETURN_IF_ERROR(FinishRows(layer, attention));
   HW_RETURN_IF_ERROR(events.end.Record(stream_));
   if (context_.metrics != nullptr)

@@ -33,6 +33,10 @@ struct CudaPrefillContext {
   // fails.
   Collectives* collectives = nullptr;
   DeviceGroup* devices = nullptr;
+  // As PrefillContext's.
+  CheckpointStore* checkpoints = nullptr;
+  int checkpoint_layers = 0;
+  int64_t least_checkpoint_tokens = 32768;  // a shorter prompt is soon computed again
 };
 
 // One prompt of a pass.
@@ -56,13 +60,13 @@ bool MayPackCuda(const PrefillJob& job);
 // Policies other than dense and probe attend to the whole prompt in one call, which may take seconds for a
 // million tokens: a cancelled pass waits for it.
 //
-// Ranks of a group compute the same bits as one rank does: each has the K and V of all (cuda_group.h).
+// Ranks of a group compute the same bits as one rank does: each has the K and V of all (cuda_group.h). They
+// take checkpoints, and go on from them, as RunPrefill() does.
 //
-// Errors as RunPrefill(); UNIMPLEMENTED: a policy that MakeCudaPolicy() does not make; in a group, one other
-// than dense and probe, or KV blocks that are no multiple of 128 tokens; KV
-// blocks larger than an egress buffer; RESOURCE_EXHAUSTED: the plan does not fit the device's free memory,
-// with both numbers; INVALID_ARGUMENT: prompts that cannot share a pass; FAILED_PRECONDITION,
-// TIME_BUDGET_TOO_SHORT.
+// Errors as RunPrefill(); UNIMPLEMENTED: a policy that MakeCudaPolicy() does not make; in a group, one that
+// takes whole prompts alone, or KV blocks that are no multiple of 128 tokens; KV blocks larger than an egress
+// buffer; RESOURCE_EXHAUSTED: the plan does not fit the device's free memory, with both numbers;
+// INVALID_ARGUMENT: prompts that cannot share a pass; FAILED_PRECONDITION, TIME_BUDGET_TOO_SHORT.
 std::vector<absl::StatusOr<PrefillResult>> RunCudaPrefill(absl::Span<const CudaPrefillPrompt> prompts,
                                                           const CudaPrefillContext& context);
 

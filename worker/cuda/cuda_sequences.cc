@@ -67,7 +67,7 @@ absl::StatusOr<std::unique_ptr<kernels::CudaPolicy>> MakePolicyFor(
 }
 
 bool MayPackCuda(const PrefillJob& job) {
-  return CheckJob(job, 1).ok() && IsDense(job) && !job.quality.any();
+  return CheckJob(job, 1).ok() && IsDense(job) && !job.quality.any() && !job.resume.has_value();
 }
 
 absl::Status CheckPass(absl::Span<const CudaPrefillPrompt> prompts, int world_size) {
