@@ -24,6 +24,7 @@
 #include "model/kernel_status.h"
 #include "model/presets.h"
 #include "worker/backend.h"
+#include "worker/cuda/cuda_checkpoints.h"
 #include "worker/cuda/cuda_egress.h"
 #include "worker/cuda/cuda_prefill.h"
 #include "worker/cuda/cuda_sequences.h"
@@ -157,12 +158,16 @@ struct Rank {
   // Of several ranks.
   std::unique_ptr<Collectives> collectives;
   std::unique_ptr<DeviceGroup> devices;
+  std::unique_ptr<CheckpointStore> checkpoints;
 };
 
 class GpuDevice final : public PrefillDevice {
  public:
-  GpuDevice(std::vector<Rank> ranks, std::string name, bool measure_recall)
-      : ranks_(std::move(ranks)), name_(std::move(name)), measure_recall_(measure_recall) {}
+  GpuDevice(std::vector<Rank> ranks, std::string name, bool measure_recall, int checkpoint_layers)
+      : ranks_(std::move(ranks)),
+        name_(std::move(name)),
+        measure_recall_(measure_recall),
+        checkpoint_layers_(checkpoint_layers) {}
 
   const ModelConfig& config() const override { return model().config(); }
   std::string name() const override { return name_; }
@@ -175,10 +180,17 @@ class GpuDevice final : public PrefillDevice {
     HW_ASSIGN_OR_RETURN(const auto policy, MakePolicyFor(config(), job->policy->parameters(), tokens));
     CudaPolicyPlan plan;
     if (policy != nullptr) plan = PlanCudaPolicy(*policy, config(), tokens);
-    int64_t most = 0;
-    for (const RankTokens& rank : job->partition) most = std::max(most, NumTokens(rank));
-    return PlanCudaPrefill(config(), model().chunk_tokens(), tokens, 1, plan, most).total_bytes() +
-           model().weight_bytes() + model().scratch_bytes();
+    const int64_t most = MostTokens(job->partition);
+    CudaPrefillPlan pass = PlanCudaPrefill(config(), model().chunk_tokens(), tokens, 1, plan, most);
+    if (checkpoint_layers_ > 0) {
+      pass.checkpoints = CheckpointDeviceBytes(most, most, config().hidden_size, checkpoint_layers_);
+    }
+    return pass.total_bytes() + model().weight_bytes() + model().scratch_bytes();
+  }
+  uint64_t PlannedHostBytes(const PrefillJob& job) const override {
+    uint64_t bytes = CudaEgressMemory::kSlots * CudaEgressMemory::kSlotBytes;
+    if (checkpoint_layers_ > 0) bytes += CheckpointHostBytes(job.partition, config().hidden_size);
+    return bytes * ranks_.size();
   }
   // The loop allocates what the plan says and gives it back at its end.
   absl::Status Reserve(const PrefillJob& /*job*/) override { return absl::OkStatus(); }
@@ -250,6 +262,8 @@ class GpuDevice final : public PrefillDevice {
     CudaPrefillContext context{rank.model.get(), rank.egress.get(), nullptr, measure_recall_, nullptr};
     context.collectives = rank.collectives.get();
     context.devices = rank.devices.get();
+    context.checkpoints = rank.checkpoints.get();
+    context.checkpoint_layers = checkpoint_layers_;
     if (ranks_.size() == 1) context.speed = &speed_;
     return std::move(RunCudaPrefill({&prompt, 1}, context)[0]);
   }
@@ -257,6 +271,7 @@ class GpuDevice final : public PrefillDevice {
   std::vector<Rank> ranks_;
   const std::string name_;
   const bool measure_recall_;
+  const int checkpoint_layers_;
   ComputeSpeed speed_;  // of the runs so far, as a worker keeps it
 };
 
@@ -278,6 +293,7 @@ absl::StatusOr<Rank> OpenRank(const PrefillBenchOptions& options, int device) {
   }
   HW_ASSIGN_OR_RETURN(rank.egress, CudaEgressMemory::Allocate());
   rank.watch = std::make_unique<MemoryWatch>(device);
+  rank.checkpoints = std::make_unique<CheckpointStore>();
   return rank;
 }
 
@@ -332,7 +348,8 @@ absl::StatusOr<std::unique_ptr<PrefillDevice>> OpenGpu(const PrefillBenchOptions
   }
   if (ranks.size() > 1) HW_RETURN_IF_ERROR(FormGroup(options.gpu, &ranks));
   HW_RETURN_IF_ERROR(FromCuda(cudaSetDevice(options.gpu), flag));
-  return std::make_unique<GpuDevice>(std::move(ranks), properties.name, options.measure_recall);
+  return std::make_unique<GpuDevice>(std::move(ranks), properties.name, options.measure_recall,
+                                     static_cast<int>(options.checkpoint_layers));
 }
 
 }  // namespace headwater

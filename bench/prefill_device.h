@@ -34,6 +34,8 @@ class PrefillDevice {
 
   // Bytes that the job takes on the rank that takes most, those of the model included; sets the job's plan.
   virtual absl::StatusOr<uint64_t> Plan(PrefillJob* job) const = 0;
+  // Of the host, on all ranks together: what waits for the KV stream, and checkpoints.
+  virtual uint64_t PlannedHostBytes(const PrefillJob& /*job*/) const { return 0; }
   // Makes room for the job; RunPrefill() and RunCudaPrefill() have the errors of Run().
   virtual absl::Status Reserve(const PrefillJob& job) = 0;
   // One sender and one result a rank; the error is of the rank that failed first.
@@ -47,6 +49,9 @@ class PrefillDevice {
   // Most bytes in use since the last call; a CPU's: of the process so far.
   virtual absl::StatusOr<uint64_t> TakePeakBytes() = 0;
 };
+
+// Deals the job's tokens out to the device's ranks, as the options say.
+absl::Status DealOut(const PrefillBenchOptions& options, const PrefillDevice& device, PrefillJob* job);
 
 // Each loads the model that the options name, or makes it. Errors name the flag that they come from.
 absl::StatusOr<std::unique_ptr<PrefillDevice>> OpenCpu(const PrefillBenchOptions& options);

@@ -8,7 +8,6 @@
 #include <thread>
 #include <vector>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include <unistd.h>
@@ -33,7 +32,10 @@ namespace {
 
 constexpr char kName[] = "bench";
 
-// Stands for a decode node: checks every block and drops it.
+// Of all that lies in --kv_dir at once, which is one cache.
+constexpr uint64_t kMostKept = uint64_t{1} << 40;
+
+// Stands for a decode node: checks every block, and drops or keeps it.
 struct Receiver {
   std::unique_ptr<KvStore> store;
   Metrics metrics{kName};
@@ -41,11 +43,13 @@ struct Receiver {
   RunningServer server;
 };
 
-absl::StatusOr<std::unique_ptr<Receiver>> StartReceiver() {
+// kv_dir: where blocks are kept; empty: they are not.
+absl::StatusOr<std::unique_ptr<Receiver>> StartReceiver(const std::string& kv_dir) {
   auto receiver = std::make_unique<Receiver>();
   KvStoreOptions options;
-  options.sink = KvSink::kVerify;
-  options.budget_bytes = 1 << 30;
+  options.sink = kv_dir.empty() ? KvSink::kVerify : KvSink::kMemory;
+  options.directory = kv_dir;
+  options.budget_bytes = kv_dir.empty() ? uint64_t{1} << 30 : kMostKept;
   HW_ASSIGN_OR_RETURN(receiver->store, KvStore::Open(options));
   receiver->service = MakeKvReceiver(receiver->store.get(), &receiver->metrics);
   HW_ASSIGN_OR_RETURN(receiver->server, StartServer("127.0.0.1:0", {receiver->service.get()}));
@@ -101,8 +105,8 @@ class Bench {
     HW_RETURN_IF_ERROR(CheckFits(prompts));
     HW_ASSIGN_OR_RETURN(tables_, ReadPolicyTables(options_.share_clusters, options_.headwater_calibration,
                                                   device_->config()));
-    if (options_.sink == "verify") {
-      HW_ASSIGN_OR_RETURN(receiver_, StartReceiver());
+    if (options_.sink != "none") {
+      HW_ASSIGN_OR_RETURN(receiver_, StartReceiver(options_.kv_dir));
     }
     HW_ASSIGN_OR_RETURN(linear_rate_, device_->MeasureLinear());
     for (const BenchPrompt& prompt : prompts) HW_RETURN_IF_ERROR(Named(prompt, RunPrompt(prompt)));
@@ -197,17 +201,10 @@ class Bench {
     HW_ASSIGN_OR_RETURN(PrefillJob job, MakeBenchJob(device_->config(), prompt.tokens, device_->kv_dtype(),
                                                      options_.policy, tables_, options_.quality));
     if (!prompt.name.empty()) job.request_id = prompt.name;  // by which queries are sampled
-    if (device_->num_ranks() > 1) {
-      job.strategy = options_.strategy == "ring" ? v1::STRATEGY_RING : v1::STRATEGY_ALLGATHER;
-      v1::Partition partition = v1::PARTITION_UNSPECIFIED;
-      (void)v1::Partition_Parse(absl::StrCat("PARTITION_", absl::AsciiStrToUpper(options_.partition)),
-                                &partition);
-      HW_ASSIGN_OR_RETURN(job.partition,
-                          PartitionTokens(static_cast<int64_t>(job.tokens.size()), device_->num_ranks(),
-                                          partition, job.geometry->layout().block_tokens()));
-    }
+    HW_RETURN_IF_ERROR(DealOut(options_, *device_, &job));
     PrefillReport report;
     HW_ASSIGN_OR_RETURN(report.planned_bytes, device_->Plan(&job));
+    report.planned_host_bytes = device_->PlannedHostBytes(job);
     HW_RETURN_IF_ERROR(device_->TakePeakBytes().status());
     std::vector<Sample> samples;
     for (int64_t run = 0; run < options_.warm_up + options_.repeat; ++run) {

@@ -101,6 +101,8 @@ FlagSet Declare(PrefillBenchOptions* o) {
   flags.Choice("partition", &o->partition, {"contiguous", "zigzag", "striped"},
                "which tokens each of several GPUs computes");
   flags.Choice("strategy", &o->strategy, {"allgather", "ring"}, "how several GPUs get each other's K and V");
+  flags.Int("checkpoint_layers", &o->checkpoint_layers, 0, 1024,
+            "several GPUs keep what goes into every so many layers, as workers do; 0: none");
   flags.Choice("linear", &o->linear, {"auto", "bf16", "fp8", "f32"},
                "type of linear layers; auto: bf16, or f32 on a CPU without bf16");
   flags.String("policy", &o->policy.name, "which key blocks attention takes");
@@ -122,9 +124,11 @@ FlagSet Declare(PrefillBenchOptions* o) {
   flags.Bool(
       "measure_recall", &o->measure_recall,
       "measure recall without a quality, too, as a worker does by default: on a GPU, from 32768 tokens on");
-  flags.Choice("sink", &o->sink, {"none", "verify"},
+  flags.Choice("sink", &o->sink, {"none", "verify", "memory"},
                "none: KV blocks are dropped once they are off the device; verify: they go over loopback to a "
-               "receiver that checks each");
+               "receiver that checks each; memory: and keeps them in --kv_dir, whose pages are there before "
+               "a run begins");
+  flags.String("kv_dir", &o->kv_dir, "empty or new directory for --sink=memory; a tmpfs is fine");
   flags.Int("kv_channels", &o->kv_channels, 1, 64, "connections to that receiver");
   flags.Int("chunk_tokens", &o->chunk_tokens, 128, kMostChunk,
             "tokens that a linear layer takes at once on a GPU; a multiple of 128");
@@ -198,7 +202,11 @@ absl::Status Check(const FlagSet& flags, PrefillBenchOptions* o) {
   if (!on_gpu && o->gpus > 1) {
     return absl::InvalidArgumentError(absl::StrCat("--gpus=", o->gpus, " with --device=cpu"));
   }
-  for (const char* const flag : {"partition", "strategy"}) {
+  if ((o->sink == "memory") == o->kv_dir.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("--sink=", o->sink, " and --kv_dir=", o->kv_dir,
+                                                   ": memory, and it alone, has a directory"));
+  }
+  for (const char* const flag : {"partition", "strategy", "checkpoint_layers"}) {
     if (!flags.IsSet(flag) || o->gpus > 1) continue;
     return absl::InvalidArgumentError(
         absl::StrCat("--", flag, ": one device has all tokens; --gpus=2 or more is wanted"));

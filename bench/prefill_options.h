@@ -37,6 +37,8 @@ struct PrefillBenchOptions {
   std::string share_clusters;
   std::string headwater_calibration;
   std::string sink = "none";
+  std::string kv_dir;             // of sink memory
+  int64_t checkpoint_layers = 0;  // of a prompt over several
   int64_t kv_channels = 8;
   int64_t chunk_tokens = 8192;
   int64_t threads = 0;

@@ -76,7 +76,8 @@ struct Outcome {
   int num_layers = 0;
 };
 
-absl::StatusOr<Outcome> Compute(PrefillDevice* device, const std::vector<uint32_t>& tokens) {
+absl::StatusOr<Outcome> Compute(const PrefillBenchOptions& options, PrefillDevice* device,
+                                const std::vector<uint32_t>& tokens) {
   const ModelConfig& config = device->config();
   if (static_cast<int64_t>(tokens.size()) > config.max_position) {
     return absl::InvalidArgumentError(absl::StrCat(
@@ -91,18 +92,22 @@ absl::StatusOr<Outcome> Compute(PrefillDevice* device, const std::vector<uint32_
   HW_ASSIGN_OR_RETURN(PrefillJob job,
                       MakeBenchJob(config, {tokens.begin(), tokens.end()}, device->kv_dtype(), {}));
   job.top_logprobs = config.vocab_size;  // all of them
+  HW_RETURN_IF_ERROR(DealOut(options, *device, &job));
   HW_RETURN_IF_ERROR(device->Plan(&job).status());
   HW_RETURN_IF_ERROR(device->Reserve(job));
   Outcome outcome;
   outcome.kv = std::make_unique<KeepingSender>(*job.geometry);
   outcome.num_layers = config.num_layers;
   JobControl control;
-  KvSender* const sender = outcome.kv.get();
-  HW_ASSIGN_OR_RETURN(const std::vector<PrefillResult> results, device->Run(job, {&sender, 1}, &control));
-  const PrefillResult& result = results[0];
+  // Ranks have blocks of their own.
+  const std::vector<KvSender*> senders(job.partition.size(), outcome.kv.get());
+  HW_ASSIGN_OR_RETURN(const std::vector<PrefillResult> results, device->Run(job, senders, &control));
   outcome.logits.resize(static_cast<size_t>(config.vocab_size));
-  for (const TokenScore& score : result.top) outcome.logits[static_cast<size_t>(score.token)] = score.logit;
-  outcome.top = result.top.front().token;
+  for (const PrefillResult& result : results) {
+    if (result.top.empty()) continue;  // another rank has the last token
+    for (const TokenScore& score : result.top) outcome.logits[static_cast<size_t>(score.token)] = score.logit;
+    outcome.top = result.top.front().token;
+  }
   return outcome;
 }
 
@@ -143,16 +148,21 @@ absl::StatusOr<bool> Run(const ParityOptions& options) {
   PrefillBenchOptions reference = options.device;
   reference.device = "cpu";
   reference.linear = "f32";
+  reference.gpus = 1;
   Outcome wanted, got;
   std::string name;
   {
     HW_ASSIGN_OR_RETURN(const auto cpu, Open(reference));
-    HW_ASSIGN_OR_RETURN(wanted, Compute(cpu.get(), tokens));
+    HW_ASSIGN_OR_RETURN(wanted, Compute(reference, cpu.get(), tokens));
   }
   {
     HW_ASSIGN_OR_RETURN(const auto device, Open(options.device));
     name = absl::StrCat(device->name(), ", ", device->linear());
-    HW_ASSIGN_OR_RETURN(got, Compute(device.get(), tokens));
+    if (options.device.gpus > 1) {
+      absl::StrAppend(&name, ", ", options.device.gpus, " GPUs, ", options.device.partition, ", ",
+                      options.device.strategy);
+    }
+    HW_ASSIGN_OR_RETURN(got, Compute(options.device, device.get(), tokens));
   }
   nlohmann::ordered_json row = {
       {"model", options.device.model_name()}, {"tokens", tokens.size()}, {"device", name}};
@@ -188,6 +198,11 @@ absl::Status Parse(absl::Span<const std::string> arguments, ParityOptions* optio
   flags.String("model", &options->device.model, "checkpoint directory");
   flags.String("tokens", &options->tokens, "file of token ids");
   flags.String("device", &options->device.device, "cuda:N, or cpu");
+  flags.Int("gpus", &options->device.gpus, 1, 64, "GPUs from --device on that share the prompt");
+  flags.Choice("partition", &options->device.partition, {"contiguous", "zigzag", "striped"},
+               "which tokens each of several GPUs computes");
+  flags.Choice("strategy", &options->device.strategy, {"allgather", "ring"},
+               "how several GPUs get each other's K and V");
   flags.Choice("linear", &options->device.linear, {"auto", "bf16", "fp8"},
                "the device's type of linear layers");
   flags.Custom("tolerance", absl::StrCat(options->tolerance), "of K's and V's differences",
@@ -206,7 +221,9 @@ absl::Status Parse(absl::Span<const std::string> arguments, ParityOptions* optio
   }
   if (options->device.model.empty()) return absl::InvalidArgumentError("--model: a directory is required");
   if (options->tokens.empty()) return absl::InvalidArgumentError("--tokens: a file is required");
-  return ParseDevice(options->device.device, &options->device.gpu);
+  HW_RETURN_IF_ERROR(ParseDevice(options->device.device, &options->device.gpu));
+  if (options->device.gpus == 1 || options->device.gpu != PrefillBenchOptions::kCpu) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("--gpus=", options->device.gpus, " with --device=cpu"));
 }
 
 int Main(int argc, char** argv) {

@@ -64,6 +64,9 @@ std::vector<Cell> Cells(const PrefillReport& r) {
       {"peak GiB", absl::StrFormat("%.2f", static_cast<double>(r.peak_bytes) / kGiB)},
       {"planned GiB", absl::StrFormat("%.2f", static_cast<double>(r.planned_bytes) / kGiB)}};
   cells.insert(cells.end(), rest.begin(), rest.end());
+  if (r.planned_host_bytes > 0) {
+    cells.push_back({"host GiB", absl::StrFormat("%.2f", static_cast<double>(r.planned_host_bytes) / kGiB)});
+  }
   if (r.group.has_value()) {
     cells.push_back({"exposed", Percent(r.group->exposed_comm_ratio)});
     cells.push_back({"imbalance", absl::StrFormat("%.3f", r.group->imbalance)});
@@ -183,6 +186,7 @@ Json ToJson(const PrefillReport& r, const PrefillBenchOptions& options) {
   }
   metrics["attention_flop"] = Rounded(r.attention_flop);
   metrics["planned_device_bytes"] = r.planned_bytes;
+  if (r.planned_host_bytes > 0) metrics["planned_host_bytes"] = r.planned_host_bytes;
   metrics["peak_device_bytes"] = r.peak_bytes;
   Json row = {{"bench", "prefill"},
               {"device", r.device},
@@ -215,7 +219,11 @@ std::string TableTitle(const PrefillReport& r, const PrefillBenchOptions& o) {
                   on_gpu ? "most memory of the device in use, CUDA's own and other processes' too, looked at "
                            "every 5 ms"
                          : "most memory of the process, so far",
-                  "; planned: weights, scratch and the prompt\n\n");
+                  "; planned: weights, scratch and the prompt",
+                  r.planned_host_bytes > 0
+                      ? "; host: planned for blocks on their way out and for checkpoints, all GPUs"
+                      : "",
+                  "\n\n");
   return text;
 }
 

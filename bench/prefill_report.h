@@ -41,8 +41,9 @@ struct PrefillReport {
   double attention_flop = 0;  // executed
   std::optional<double> linear_floor_s;
   std::optional<double> attention_floor_s;
-  uint64_t planned_bytes = 0;  // weights, scratch and the prompt
-  uint64_t peak_bytes = 0;     // measured
+  uint64_t planned_bytes = 0;       // weights, scratch and the prompt
+  uint64_t planned_host_bytes = 0;  // of all GPUs: what waits for the KV stream, and checkpoints; 0: none
+  uint64_t peak_bytes = 0;          // measured
   std::optional<v1::AttentionReport> attention;
   // Of several GPUs that share prompts:
   struct Group {

@@ -2,13 +2,14 @@
 """Holds a device's prefill of real checkpoints against the CPU's in f32 and against transformers.
 
     prefill_parity.py prompts MODEL_DIR... --output DIR          writes DIR/MODEL-*.tokens
-    prefill_parity.py run MODEL_DIR... --tokens DIR [--device cuda:0]
+    prefill_parity.py run MODEL_DIR... --tokens DIR [--device cuda:0] [--gpus 2]
 
 prompts takes what a folder has: golden.safetensors' tokens (tests/model/golden); eval/*.jsonl's shortest prompts
 (longctx-36m); else the demo's document and question (needs the PyPI packages tokenizers and jinja2).
 
 run calls prefill_parity for each prompt: relative differences ||a - b|| / ||b|| of K and V at most --tolerance in every
-layer, and, but for golden models, whose weights are random, the same best token. Where torch and transformers are there, the
+layer, and, but for golden models, whose weights are random, the same best token. With --gpus over 1 each prompt is shared by
+so many, in every partition and strategy that they have. Where torch and transformers are there, the
 last token's logits are held against transformers in f32 on the CPU, too, at most --logits_tolerance. Exit status 1: a
 difference is too large.
 """
@@ -97,12 +98,20 @@ class Transformers:
             return self.models[directory](self.torch.tensor([tokens]), logits_to_keep=1).logits[0, -1].tolist()
 
 
-def run_one(arguments, model: Path, tokens: Path, peer: Transformers) -> bool:
+def sharings(gpus: int) -> list:
+    """Flags of every way in which so many GPUs share a prompt."""
+    if gpus == 1:
+        return [[]]
+    return [[f"--gpus={gpus}", f"--partition={partition}", f"--strategy={strategy}"]
+            for partition in ("contiguous", "zigzag", "striped") for strategy in ("allgather", "ring")]
+
+
+def run_one(arguments, model: Path, tokens: Path, sharing: list, peer: Transformers) -> bool:
     is_golden = (model / "golden.safetensors").is_file()
     with tempfile.TemporaryDirectory() as folder:
         command = [str(arguments.program), f"--model={model}", f"--tokens={tokens}", f"--device={arguments.device}",
                    f"--linear={arguments.linear}", f"--tolerance={arguments.tolerance}", f"--logits={folder}/logits",
-                   "--nosame_top" if is_golden else "--same_top"]
+                   "--nosame_top" if is_golden else "--same_top", *sharing]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit_s)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -114,7 +123,7 @@ def run_one(arguments, model: Path, tokens: Path, peer: Transformers) -> bool:
         ok = done.returncode == 0 and row["logits_error"] <= arguments.logits_tolerance
         print(f"{tokens.stem}: {row['tokens']} tokens on {row['device']}: K {max(row['k_errors']):.4g}, V {max(row['v_errors']):.4g}, "
               f"logits {row['logits_error']:.4g}, top {row['top']} (CPU {row['reference_top']}): {'ok' if ok else 'TOO FAR'}", flush=True)
-        if peer.why_not:
+        if peer.why_not or sharing not in ([], sharings(arguments.gpus)[0]):
             return ok
         wanted = peer.logits(model, [int(word) for word in tokens.read_text().split()])
         top = max(range(len(wanted)), key=wanted.__getitem__)
@@ -135,7 +144,8 @@ def run(arguments) -> int:
         files = sorted(arguments.tokens.glob(f"{model.name}-*.tokens"))
         if not files:
             raise ParityError(f"no {model.name}-*.tokens in {arguments.tokens}; 'prompts' writes them")
-        failed += [path.stem for path in files if not run_one(arguments, model, path, peer)]
+        failed += [" ".join([path.stem, *sharing]) for path in files for sharing in sharings(arguments.gpus)
+                   if not run_one(arguments, model, path, sharing, peer)]
     print(f"too far: {', '.join(failed)}" if failed else "all within their tolerances")
     return 1 if failed else 0
 
@@ -159,6 +169,7 @@ def main() -> int:
     making.add_argument("--output", type=Path, required=True)
     running.add_argument("--tokens", type=Path, required=True, help="folder that prompts wrote")
     running.add_argument("--device", default="cuda:0", help="cuda:N, or cpu in bf16")
+    running.add_argument("--gpus", type=int, default=1, help="that share each prompt, from --device on")
     running.add_argument("--linear", choices=["auto", "bf16", "fp8"], default="auto", help="fp8 needs other tolerances")
     running.add_argument("--tolerance", type=float, default=2e-2)
     running.add_argument("--logits_tolerance", type=float, default=3e-2)

@@ -162,7 +162,10 @@ TEST(PrefillBenchOptionsTest, WrongFlagsAreNamed) {
   EXPECT_THAT(ErrorOf({"--strategy=sparse", "--gpus=2"}), HasSubstr("--strategy"));
   EXPECT_THAT(ErrorOf({"--partition=odd", "--gpus=2"}), HasSubstr("--partition"));
   EXPECT_THAT(ErrorOf({"--linear=int4"}), HasSubstr("'int4'"));
-  EXPECT_THAT(ErrorOf({"--sink=disk"}), AllOf(HasSubstr("--sink"), HasSubstr("none, verify")));
+  EXPECT_THAT(ErrorOf({"--sink=disk"}), AllOf(HasSubstr("--sink"), HasSubstr("none, verify, memory")));
+  EXPECT_THAT(ErrorOf({"--sink=memory"}), AllOf(HasSubstr("--sink=memory"), HasSubstr("has a directory")));
+  EXPECT_THAT(ErrorOf({"--sink=verify", "--kv_dir=/tmp/x"}), HasSubstr("--kv_dir=/tmp/x"));
+  EXPECT_THAT(ErrorOf({"--checkpoint_layers=8"}), HasSubstr("--gpus=2 or more"));
   EXPECT_THAT(ErrorOf({"--chunk_tokens=1000"}), AllOf(HasSubstr("1000"), HasSubstr("multiple of 128")));
   EXPECT_THAT(ErrorOf({"--repeat=0"}), AllOf(HasSubstr("--repeat"), HasSubstr("1 to 1000")));
   EXPECT_THAT(ErrorOf({"--attention_tflops=-5"}), HasSubstr("'-5'"));

@@ -116,6 +116,16 @@ TEST(PrefillReportTest, RowHasTheHouseFormat) {
             R"("planned_device_bytes":3221225472,"peak_device_bytes":3758096384},"peers":{}})");
 }
 
+TEST(PrefillReportTest, HostMemoryIsThereWhereSomeIsPlanned) {
+  PrefillReport report = Report();
+  EXPECT_FALSE(ToJson(report, {})["metrics"].contains("planned_host_bytes"));
+  EXPECT_EQ(Columns(report).count("host GiB"), 0u);
+  report.planned_host_bytes = uint64_t{3} << 29;
+  EXPECT_EQ(ToJson(report, {})["metrics"]["planned_host_bytes"], uint64_t{3} << 29);
+  EXPECT_EQ(Columns(report).at("host GiB"), "1.50");
+  EXPECT_NE(TableTitle(report, {}).find("checkpoints, all GPUs"), std::string::npos);
+}
+
 TEST(PrefillReportTest, RowHasTheAttentionReport) {
   PrefillBenchOptions options;
   options.policy = {"headwater", 0, {{"threshold", 0.25}}};

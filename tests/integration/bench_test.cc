@@ -1,4 +1,5 @@
 // `headwater bench prefill` as users start it, on the CPU.
+#include <filesystem>
 #include <string>
 #include <vector>
 
@@ -68,6 +69,21 @@ TEST(BenchTest, ADeviceThatIsNotThereIsNamed) {
   // 1 where there is no driver, 2 where there are fewer GPUs or none was built for.
   EXPECT_THAT(outcome.status, ::testing::AnyOf(1, 2)) << outcome.log;
   EXPECT_THAT(outcome.log, HasSubstr("--device=cuda:99"));
+}
+
+TEST(BenchTest, BlocksAreKeptWhereThatIsAskedFor) {
+  const std::string directory = MakeTempDirectory() + "/kv";
+  const Outcome kept = RunBench({"--device=cpu", "--model=" + TinyDirectory(), "--tokens=300", "--repeat=2",
+                                 "--sink=memory", "--kv_dir=" + directory, "--json"});
+  ASSERT_EQ(kept.status, 0) << kept.log;
+  const auto row = nlohmann::json::parse(kept.log);
+  EXPECT_EQ(row["params"]["sink"], "memory");
+  EXPECT_GE(row["metrics"]["kv_acked_s"], row["metrics"]["ttft_s"]);
+  EXPECT_TRUE(std::filesystem::is_directory(directory));
+  const Outcome nowhere = RunBench(
+      {"--device=cpu", "--model=" + TinyDirectory(), "--tokens=300", "--sink=memory", "--kv_dir=/proc/none"});
+  EXPECT_NE(nowhere.status, 0);
+  EXPECT_THAT(nowhere.log, HasSubstr("/proc/none"));
 }
 
 TEST(BenchTest, RowsAreWrittenAndAppended) {

@@ -1,5 +1,6 @@
 """Tests of prefill_parity and its driver on a golden model, the CPU's bf16 standing for a device's."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -56,6 +57,18 @@ class PrefillParityTest(unittest.TestCase):
         self.assertEqual(done.returncode, 2)
         self.assertIn("token id 256 is not below the vocabulary's 256", done.stderr)
         self.assertEqual(self.parity("--tokens=/nonexistent").returncode, 2)
+        done = self.parity(f"--tokens={self.tokens}", "--gpus=2")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("--gpus=2 with --device=cpu", done.stderr)
+
+    def test_several_gpus_are_tried_in_every_way(self):
+        spec = importlib.util.spec_from_file_location("prefill_parity", DRIVER)
+        driver = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(driver)
+        self.assertEqual(driver.sharings(1), [[]])
+        ways = driver.sharings(2)
+        self.assertEqual(len(set(map(tuple, ways))), 6)
+        self.assertIn(["--gpus=2", "--partition=striped", "--strategy=ring"], ways)
 
     def test_the_driver_tells_near_from_far(self):
         words = [sys.executable, DRIVER, "run", GOLDEN, "--tokens", self.folder, "--device=cpu", "--program", PROGRAM]
