@@ -48,7 +48,8 @@ std::string DescribePlan(const v1::PrefillPlan& plan) {
 }
 
 v1::PlanExplanation ExplainChoice(const PlanSpec& spec, const std::vector<v1::PrefillPlan>& plans,
-                                  size_t chosen, const std::vector<uint32_t>& no_room) {
+                                  size_t chosen, const std::vector<uint32_t>& no_room,
+                                  const std::vector<v1::Strategy>& not_offered) {
   v1::PlanExplanation explanation;
   explanation.set_summary(absl::StrCat(DescribePlan(plans[chosen]), "; ",
                                        WhyTaken(spec, plans[chosen], plans.size() + no_room.size())));
@@ -67,6 +68,20 @@ v1::PlanExplanation ExplainChoice(const PlanSpec& spec, const std::vector<v1::Pr
     v1::PlanCandidate* const candidate = explanation.add_candidates();
     candidate->set_world_size(world_size);
     candidate->set_note("too few workers have the memory for a part");
+  }
+  const v1::PrefillPlan& taken = plans[chosen];
+  for (const v1::Strategy strategy : not_offered) {
+    if (taken.world_size() == 1) break;
+    v1::PlanCandidate* const candidate = explanation.add_candidates();
+    candidate->set_world_size(taken.world_size());
+    candidate->set_partition(taken.partition());
+    candidate->set_strategy(strategy);
+    candidate->set_note("its workers do not offer it");
+    if (!taken.has_cost()) continue;
+    const v1::PlanCost& cost = taken.cost();
+    candidate->set_note(
+        absl::StrFormat("its workers do not offer it; no exchange at all would save %.2g %%",
+                        100 * (cost.exchange_s() - cost.exchange_hidden_s()) / cost.total_s()));
   }
   return explanation;
 }

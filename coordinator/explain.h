@@ -16,9 +16,10 @@ namespace headwater {
 std::string DescribePlan(const v1::PrefillPlan& plan);
 
 // plans: those that fit, of which `chosen` was taken. no_room: numbers of workers that were tried and have
-// too little memory; they come last.
+// too little memory. not_offered: strategies that the workers lack; both come last, these only for a group.
 v1::PlanExplanation ExplainChoice(const PlanSpec& spec, const std::vector<v1::PrefillPlan>& plans,
-                                  size_t chosen, const std::vector<uint32_t>& no_room);
+                                  size_t chosen, const std::vector<uint32_t>& no_room,
+                                  const std::vector<v1::Strategy>& not_offered);
 
 }  // namespace headwater
 

@@ -15,6 +15,9 @@
 namespace headwater {
 namespace {
 
+// All that there are, the one first that workers have who name none.
+constexpr v1::Strategy kStrategies[] = {v1::STRATEGY_RING, v1::STRATEGY_ALLGATHER, v1::STRATEGY_SPARSE};
+
 // Of a rank, as the workers deal them.
 constexpr uint64_t kMaxStripes = 64;
 
@@ -55,7 +58,7 @@ bool Has(const PlanWorker& worker, v1::Strategy strategy) {
 std::vector<v1::Strategy> StrategiesOf(const PlanSpec& spec, const std::vector<PlanWorker>& workers) {
   if (spec.strategy != v1::STRATEGY_UNSPECIFIED) return {spec.strategy};
   std::vector<v1::Strategy> wanted = workers.front().strategies;
-  if (wanted.empty()) wanted = {v1::STRATEGY_RING, v1::STRATEGY_ALLGATHER, v1::STRATEGY_SPARSE};
+  if (wanted.empty()) wanted.assign(std::begin(kStrategies), std::end(kStrategies));
   std::vector<v1::Strategy> common;
   for (const v1::Strategy strategy : wanted) {
     if (std::all_of(workers.begin(), workers.end(),
@@ -64,6 +67,16 @@ std::vector<v1::Strategy> StrategiesOf(const PlanSpec& spec, const std::vector<P
     }
   }
   return common.empty() ? std::vector<v1::Strategy>{wanted.front()} : common;
+}
+
+std::vector<v1::Strategy> NotOffered(const PlanSpec& spec, const std::vector<PlanWorker>& workers) {
+  if (spec.strategy != v1::STRATEGY_UNSPECIFIED) return {};
+  const std::vector<v1::Strategy> offered = StrategiesOf(spec, workers);
+  std::vector<v1::Strategy> others;
+  for (const v1::Strategy strategy : kStrategies) {
+    if (std::find(offered.begin(), offered.end(), strategy) == offered.end()) others.push_back(strategy);
+  }
+  return others;
 }
 
 uint32_t WishedWorldSize(const PlanSpec& spec, uint32_t num_workers) {
@@ -235,7 +248,9 @@ absl::StatusOr<v1::PrefillPlan> MakePlanAmong(const PlanSpec& spec, const std::v
   }
   if (plans.empty()) return TooLarge(spec, largest, workers);
   const size_t chosen = Choose(plans);
-  if (explanation != nullptr) *explanation = ExplainChoice(spec, plans, chosen, no_room);
+  if (explanation != nullptr) {
+    *explanation = ExplainChoice(spec, plans, chosen, no_room, NotOffered(spec, workers));
+  }
   return plans[chosen];
 }
 

@@ -198,5 +198,28 @@ TEST(PlannerCostTest, TheExplanationHoldsEveryCandidateAndOneChoice) {
       << explanation.candidates(5).note();
 }
 
+// Why a group does not exchange sparsely, and that it would hardly gain.
+TEST(PlannerCostTest, TheExplanationNamesWhatIsNotOffered) {
+  auto workers = Workers(2, MakeRates());
+  for (PlanWorker& worker : workers) worker.strategies = {v1::STRATEGY_ALLGATHER, v1::STRATEGY_RING};
+  v1::PlanExplanation explanation;
+  const v1::PrefillPlan plan = Plan(Spec(1 << 20), workers, &explanation);
+  ASSERT_EQ(plan.world_size(), 2u);
+  const v1::PlanCandidate& last = explanation.candidates(explanation.candidates_size() - 1);
+  EXPECT_EQ(last.strategy(), v1::STRATEGY_SPARSE);
+  EXPECT_EQ(last.world_size(), 2u);
+  EXPECT_FALSE(last.chosen());
+  EXPECT_FALSE(last.has_cost());
+  EXPECT_TRUE(absl::StrContains(last.note(), "do not offer it; no exchange at all would save"))
+      << last.note();
+  // One worker exchanges nothing.
+  PlanSpec alone = Spec(1 << 20);
+  alone.world_size = 1;
+  Plan(alone, workers, &explanation);
+  for (const v1::PlanCandidate& candidate : explanation.candidates()) {
+    EXPECT_NE(candidate.strategy(), v1::STRATEGY_SPARSE);
+  }
+}
+
 }  // namespace
 }  // namespace headwater
