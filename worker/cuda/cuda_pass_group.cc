@@ -73,15 +73,15 @@ absl::Status CudaPass::FinishCheckpoints() {
 absl::Status CudaPass::Resume() {
   const absl::Time start = absl::Now();
   const CudaPrefillPrompt& prompt = *sequences_[0].prompt;
+  const auto row_bytes = static_cast<size_t>(config_.hidden_size) * sizeof(float);
   HW_RETURN_IF_ERROR(LoadCheckpoint(
       *prompt.job, config_.hidden_size, *context_.checkpoints, context_.collectives, prompt.control,
       [&](int64_t row, const float* rows, int64_t count) {
-        return FromCuda(cudaMemcpyAsync(Hidden(row), rows,
-                                        static_cast<size_t>(count * config_.hidden_size) * sizeof(float),
-                                        cudaMemcpyHostToDevice, stream_),
-                        "a checkpoint");
+        // The rows may go with the call; no work of the stream has come to this memory yet.
+        return FromCuda(
+            cudaMemcpy(Hidden(row), rows, static_cast<size_t>(count) * row_bytes, cudaMemcpyHostToDevice),
+            "a checkpoint");
       }));
-  HW_RETURN_IF_ERROR(pacer_.Drain());
   context_.checkpoints->Clear();
   if (context_.metrics != nullptr) {
     context_.metrics->resume_exchange.Observe(absl::ToDoubleSeconds(absl::Now() - start));
