@@ -1,9 +1,12 @@
 #include "kernels/cuda/policy.h"
 
 #include <algorithm>
+#include <string>
 #include <utility>
 #include <variant>
 
+#include "kernels/cuda/check.h"
+#include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/policies/a_shape.h"
 #include "kernels/cuda/policies/dense_below.h"
 #include "kernels/cuda/policies/flash.h"
@@ -101,6 +104,11 @@ bool CudaPolicyTakesRanges(const PolicyParameters& parameters) {
   return std::holds_alternative<HeadwaterParameters>(parameters);
 }
 
+bool CudaPolicyListsBlocks(const PolicyParameters& parameters) {
+  return !std::holds_alternative<AShapeParameters>(parameters) &&
+         !std::holds_alternative<reference::VerticalSlashParameters>(parameters);
+}
+
 size_t CudaPolicyAttentionWorkspaceBytes(const CudaPolicyShape& shape, int64_t num_tokens) {
   // Sizes are asked for before there are arrays: any aligned address that is not null does.
   static int64_t some[2] __attribute__((aligned(256)));
@@ -115,6 +123,44 @@ size_t CudaPolicyAttentionWorkspaceBytes(const CudaPolicyShape& shape, int64_t n
     most = std::max(most, CudaAttentionWorkspaceBytes(args));
   }
   return most;
+}
+
+size_t CudaPartBytes(const CudaPolicyShape& shape, int64_t num_tokens) {
+  // Tiles of 128 rows: 128 positions of a query head, or fewer of all that share a KV head.
+  const int64_t tiles = (num_tokens + 127) / 128 + 1;
+  return static_cast<size_t>(shape.num_q_heads * tiles) * 2 * (sizeof(int64_t) + sizeof(int32_t));
+}
+
+Status CudaAttentionOverPart(const CudaSelection& selection, const CudaQueryRange& queries,
+                             const CudaPolicyShape& shape, int64_t num_tokens, const CudaPolicyLayer& layer,
+                             const CudaPolicyOutput& output, void* scratch, void* workspace,
+                             size_t workspace_bytes, cudaStream_t stream) {
+  HW_KERNELS_RETURN_IF_ERROR(CheckQueries(queries.first, queries.count, num_tokens));
+  if (selection.ranges != nullptr) return {StatusCode::kUnimplemented, "a part of attention over key ranges"};
+  CudaSelection part = selection;
+  part.queries = queries;
+  if (const int64_t lists = selection.lists.num_lists; lists > 0) {
+    const int64_t positions = 128 / (shape.num_q_heads / lists);
+    const int64_t all = (num_tokens + positions - 1) / positions, first = queries.first / positions;
+    const int64_t tiles = (queries.count + positions - 1) / positions;
+    if (queries.first % positions != 0) {
+      return {StatusCode::kUnimplemented, "queries from " + std::to_string(queries.first) +
+                                              " on, within a tile of " + std::to_string(positions)};
+    }
+    auto* const offsets = static_cast<int64_t*>(scratch);
+    auto* const counts = reinterpret_cast<int32_t*>(offsets + lists * tiles);
+    const auto copy = [&](void* to, const void* from, size_t size) {
+      return cudaMemcpy2DAsync(to, static_cast<size_t>(tiles) * size,
+                               static_cast<const char*>(from) + static_cast<size_t>(first) * size,
+                               static_cast<size_t>(all) * size, static_cast<size_t>(tiles) * size,
+                               static_cast<size_t>(lists), cudaMemcpyDeviceToDevice, stream);
+    };
+    HW_KERNELS_RETURN_IF_CUDA_ERROR(copy(offsets, selection.lists.offsets, sizeof(int64_t)));
+    HW_KERNELS_RETURN_IF_CUDA_ERROR(copy(counts, selection.lists.counts, sizeof(int32_t)));
+    part.lists.offsets = offsets;
+    part.lists.counts = counts;
+  }
+  return OverLists(shape, num_tokens, layer, output, part, workspace, workspace_bytes, stream);
 }
 
 Status CudaAttentionOver(const CudaSelection& selection, CudaPolicy* policy, const CudaPolicyShape& shape,

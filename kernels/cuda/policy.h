@@ -131,9 +131,20 @@ struct CudaPolicyOutput {
 
 // Whether the GPU has a path for BeginRanges().
 bool CudaPolicyTakesRanges(const PolicyParameters& parameters);
+// Whether what the policy selects are blocks: `lists`, or everything.
+bool CudaPolicyListsBlocks(const PolicyParameters& parameters);
 
 // Device memory for CudaPolicyAttention(), 256-byte aligned.
 size_t CudaPolicyAttentionWorkspaceBytes(const CudaPolicyShape& shape, int64_t num_tokens);
+
+// Attention of some queries over a selection of blocks for the whole prompt: layer.q and `output` are theirs.
+// scratch: of CudaPartBytes(), which may be used again once the stream has passed. UNIMPLEMENTED: `queries`
+// begin within a tile of the lists; the rest as CudaAttentionOver(), without Finish().
+size_t CudaPartBytes(const CudaPolicyShape& shape, int64_t num_tokens);
+Status CudaAttentionOverPart(const CudaSelection& selection, const CudaQueryRange& queries,
+                             const CudaPolicyShape& shape, int64_t num_tokens, const CudaPolicyLayer& layer,
+                             const CudaPolicyOutput& output, void* scratch, void* workspace,
+                             size_t workspace_bytes, cudaStream_t stream);
 
 // Attention over what Select() or Reselect() selected for the layer, then Finish(). Enqueues on `stream`;
 // lifetimes and errors as CudaAttention().

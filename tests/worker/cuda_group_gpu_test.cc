@@ -1,5 +1,7 @@
 // The loop of several ranks, which share one GPU here, against one rank's.
+#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/kernels/cuda/gpu.h"
@@ -116,6 +118,57 @@ TEST_F(CudaGroupGpuTest, HeadwaterEqualsOneRank) {
   }
 }
 
+// Those that look at all queries select for the whole prompt on every rank.
+TEST_F(CudaGroupGpuTest, PoliciesThatListBlocksEqualOneRank) {
+  HW_REQUIRE_SM90();
+  LoadOnOneGpu(3);
+  const std::map<std::string, std::map<std::string, double>> policies = {
+      {"flash", {{"alpha", 0.7}}},
+      {"flash2", {{"alpha", 0.7}, {"dense_layers", 0}}},
+      {"flex", {{"gamma", 0.5}, {"min_budget_tokens", 128}}},
+      {"share", {{"gamma", 0.5}, {"pivots_per_layer", 1}, {"min_budget_tokens", 128}}},
+      {"skeleton", {}},
+      {"xattention", {{"threshold", 0.5}}}};
+  const std::vector<std::int32_t> tokens = RandomTokens(5000, 512);
+  for (const auto& [policy, parameters] : policies) {
+    for (const int world_size : {2, 3}) {
+      for (const v1::Partition partition : {v1::PARTITION_ZIGZAG, v1::PARTITION_STRIPED}) {
+        SCOPED_TRACE(absl::StrCat(policy, ", ", world_size, " ranks, ", v1::Partition_Name(partition)));
+        GroupRun run = HeadwaterRun(world_size, partition);
+        run.policy = policy;
+        run.parameters = parameters;
+        run.parameters["dense_below_tokens"] = 0;
+        run.block_tokens = 256;  // ranks' products are of the sizes of one rank's
+        ExpectEqualsOneRank(tokens, run, MakeLocalDeviceGroup, kTolerance);
+      }
+    }
+  }
+}
+
+// SharePrefill by clusters: pivots of one layer serve later ones, by sums of all ranks' rows.
+TEST_F(CudaGroupGpuTest, PivotsServeLaterLayersOnAllRanks) {
+  HW_REQUIRE_SM90();
+  LoadOnOneGpu(2, 4);
+  GroupRun run = HeadwaterRun(2, v1::PARTITION_ZIGZAG);
+  run.policy = "share";
+  run.parameters = {{"gamma", 0.5},
+                    {"min_budget_tokens", 128},
+                    {"similarity", 1},
+                    {"query_aware", 0},
+                    {"dense_below_tokens", 0}};
+  run.block_tokens = 256;
+  run.change_job = [](int, PrefillJob* job) {
+    kernels::PolicyParameters parameters = job->policy->parameters();
+    auto& clusters = std::get<kernels::ShareWithClusters>(parameters).clusters;
+    for (int32_t layer = 0; layer < 4; ++layer) {
+      for (int32_t head = 0; head < 4; ++head) clusters.cluster_of[{layer, head}] = head % 2;
+    }
+    clusters.shareable = {0, 1};
+    job->policy = kernels::MakePolicy("share", std::move(parameters));
+  };
+  ExpectEqualsOneRank(RandomTokens(3000, 512), run, MakeLocalDeviceGroup, kTolerance);
+}
+
 // Thresholds, rounds and sampled queries are those of one rank, and every rank tells of all.
 TEST_F(CudaGroupGpuTest, AQualityIsKeptAsOnOneRank) {
   HW_REQUIRE_SM90();
@@ -210,7 +263,7 @@ TEST_F(CudaGroupGpuTest, RefusesWhatItDoesNotShare) {
   EXPECT_THAT(Run(tokens, run, MakeLocalDeviceGroup)->statuses,
               ::testing::Each(::testing::Property(&absl::Status::code, absl::StatusCode::kUnimplemented)));
   run.block_tokens = 128;
-  run.policy = "flash";
+  run.policy = "vertical_slash";
   run.parameters = {{"dense_below_tokens", 0}};
   EXPECT_THAT(Run(tokens, run, MakeLocalDeviceGroup)->statuses,
               ::testing::Each(::testing::Property(&absl::Status::code, absl::StatusCode::kUnimplemented)));

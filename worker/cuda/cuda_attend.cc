@@ -40,7 +40,8 @@ kernels::CudaAttentionArgs CudaPass::AttentionArgs(const char* k, const char* v,
   args.num_kv_heads = config_.num_kv_heads;
   args.head_dim = config_.head_dim;
   args.softmax_scale = CudaPolicyShapeOf(config_).softmax_scale;
-  args.q = args.out = Q(row);
+  args.q = Query(row, begin);
+  args.out = Q(row);
   args.k = k;
   args.v = v;
   args.total_q = count;
@@ -107,7 +108,7 @@ absl::Status CudaPass::AttendPacked(const char* k, const char* v) {
 
 // One call a range, which a cancelled job waits for; a layer that turns out dense goes in pieces.
 absl::Status CudaPass::AttendPolicy(int32_t layer, const char* k, const char* v, char** out) {
-  const kernels::CudaPolicyLayer arrays{layer, Q(0), k, v};
+  const kernels::CudaPolicyLayer arrays{layer, Query(0, 0), k, v};
   HW_ASSIGN_OR_RETURN(const bool dense, policy_pass_->Select(arrays));
   *out = Q(0);
   if (dense) return Attend(layer, k, v);

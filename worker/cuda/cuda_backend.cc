@@ -277,12 +277,19 @@ class Backend final : public PrefillBackend {
       // 0 would be no limit at all.
       limit.set_max_tokens(static_cast<uint64_t>(std::max<int64_t>(1, fits)));
       limit.set_dense_below_tokens(static_cast<uint64_t>(kernels::DenseBelowTokens(parameters)));
-      const bool shared = name == "dense" || name == "probe" || kernels::CudaPolicyTakesRanges(parameters);
-      if (!shared) limit.set_max_world_size(1);
+      if (!MayShare(parameters)) limit.set_max_world_size(1);
     }
     return limits;
   }
 
+  // Ranks' queries begin on blocks of 128, which must be tiles of the lists, too.
+  bool MayShare(const kernels::PolicyParameters& parameters) const {
+    const ModelConfig& config = model_->config();
+    const bool by_range = std::holds_alternative<kernels::ProbeParameters>(parameters) ||
+                          kernels::CudaPolicyTakesRanges(parameters);
+    return by_range || (kernels::CudaPolicyListsBlocks(parameters) &&
+                        128 % (config.num_q_heads / config.num_kv_heads) == 0);
+  }
   uint64_t HiddenRowBytes() const {
     return static_cast<uint64_t>(model_->config().hidden_size) * sizeof(float);
   }
@@ -293,11 +300,17 @@ class Backend final : public PrefillBackend {
   // local_tokens: of the prompt's, those that are computed here.
   absl::StatusOr<uint64_t> BytesOf(const kernels::PolicyParameters& parameters, int64_t num_tokens,
                                    int64_t local_tokens) const {
-    HW_ASSIGN_OR_RETURN(const auto policy, MakePolicyFor(model_->config(), parameters, num_tokens));
+    const ModelConfig& config = model_->config();
+    HW_ASSIGN_OR_RETURN(const auto policy, MakePolicyFor(config, parameters, num_tokens));
+    // What a rank's own ranges take is no more.
     CudaPolicyPlan plan;
-    if (policy != nullptr) plan = PlanCudaPolicy(*policy, model_->config(), num_tokens);
-    return PlanCudaPrefill(model_->config(), model_->chunk_tokens(), num_tokens, 1, plan, local_tokens)
-        .total_bytes();
+    if (policy != nullptr) plan = PlanCudaPolicy(*policy, config, num_tokens);
+    const bool of_part =
+        policy != nullptr && local_tokens < num_tokens && !kernels::CudaPolicyTakesRanges(parameters);
+    if (of_part) plan = PlanCudaPolicyOfPart(*policy, config, num_tokens);
+    CudaPrefillPlan pass = PlanCudaPrefill(config, model_->chunk_tokens(), num_tokens, 1, plan, local_tokens);
+    if (of_part) pass.all_q = AllQueryBytes(config, num_tokens);
+    return pass.total_bytes();
   }
 
   const std::unique_ptr<CudaModel> model_;

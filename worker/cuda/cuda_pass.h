@@ -43,6 +43,11 @@ class CudaPass {
   absl::Status Step();
   bool packed() const { return sequences_.size() > 1; }
   bool shared() const { return context_.devices != nullptr; }
+  // A rank whose policy looks at all queries: their Q comes here, too.
+  bool SelectsForAll() const {
+    return shared() && policy_ != nullptr &&
+           !kernels::CudaPolicyTakesRanges(sequences_[0].prompt->job->policy->parameters());
+  }
   bool HoldsLastToken() const { return !tokens_.empty() && tokens_.back().end == num_tokens_; }
   absl::Status Agree();
 
@@ -86,8 +91,12 @@ class CudaPass {
   absl::Status RunLayer(int32_t layer);
   // Q, K and V of this rank's tokens; the others' K and V are on their way when it returns.
   absl::Status Project(int32_t layer, char* k, char* v);
-  // The layer's K and V of other ranks.
+  // Bytes of a layer.
+  void PlanExchange();
+  // What came from other ranks for the layer.
   void CountExchange();
+  // Likewise of f32 [num_tokens, num_q_heads], on the stream.
+  absl::Status GatherRows(float* values);
   // Where K and V leave their block means as they are projected.
   kernels::CudaBlockStats MeansOf() const;
   // Of what the group shares.
@@ -131,7 +140,11 @@ class CudaPass {
     return (rows + model_->chunk_tokens() - 1) / model_->chunk_tokens();
   }
   float* Hidden(int64_t row) const { return hidden_ + row * config_.hidden_size; }
+  // Attention's output of a row, and its query, which is token `token`.
   char* Q(int64_t row) const { return q_ + row * q_width_ * 2; }
+  char* Query(int64_t row, int64_t token) const {
+    return all_q_ == nullptr ? Q(row) : all_q_ + token * q_width_ * 2;
+  }
 
   const CudaPrefillContext& context_;
   CudaModel* const model_;
@@ -150,6 +163,7 @@ class CudaPass {
   int32_t* cu_seqlens_ = nullptr;
   float* hidden_ = nullptr;
   char* q_ = nullptr;
+  char* all_q_ = nullptr;  // null: the queries are at their rows in q_
   char* kv_[kCudaKvBuffers] = {};
   float* logits_ = nullptr;
   int64_t* bad_rows_ = nullptr;
@@ -170,7 +184,8 @@ class CudaPass {
   std::unique_ptr<CudaEgress> egress_;
   std::optional<CudaKvExchange> exchange_;  // of a shared prompt
   std::optional<CudaPolicyGroup> policy_group_;
-  int32_t checkpoint_layers_ = 0;  // that all ranks take
+  std::optional<CudaPolicyGroup> policy_of_all_;  // where SelectsForAll()
+  int32_t checkpoint_layers_ = 0;                 // that all ranks take
   std::unique_ptr<DeviceToHostCopier> copier_;
   std::optional<CudaCheckpoints> checkpoints_;
   uint64_t layer_exchange_bytes_ = 0, layer_allgather_bytes_ = 0;

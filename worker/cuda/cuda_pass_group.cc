@@ -93,12 +93,6 @@ absl::Status CudaPass::BeginExchange() {
   const PrefillJob& job = *sequences_[0].prompt->job;
   exchange_.emplace(job.partition, model_->chunk_tokens(), job.strategy, context_.devices);
   HW_RETURN_IF_ERROR(exchange_->Init());
-  const auto row = static_cast<uint64_t>(kv_width_) * 2;
-  const std::vector<SharedArray> kv = {{nullptr, row}, {nullptr, row}};
-  layer_exchange_bytes_ = exchange_->ReceivedBytes(kv);
-  layer_allgather_bytes_ =
-      CudaKvExchange(job.partition, model_->chunk_tokens(), v1::STRATEGY_ALLGATHER, context_.devices)
-          .ReceivedBytes(kv);
   policy_group_.emplace(job.partition, &*exchange_, context_.collectives, sequences_[0].prompt->control);
   return absl::OkStatus();
 }
@@ -120,7 +114,9 @@ kernels::CudaBlockStats CudaPass::MeansOf() const {
 
 std::vector<SharedArray> CudaPass::SharedArrays(char* k, char* v) const {
   const auto row = static_cast<uint64_t>(kv_width_) * 2;
-  std::vector<SharedArray> arrays = {{k, row}, {v, row}};
+  const bool causal = !SelectsForAll();
+  std::vector<SharedArray> arrays = {{k, row, 1, causal}, {v, row, 1, causal}};
+  if (all_q_ != nullptr) arrays.push_back({all_q_, static_cast<uint64_t>(q_width_) * 2, 1, false});
   const kernels::CudaBlockStats means = MeansOf();
   for (float* const mean : {means.k_mean, means.v_mean}) {
     if (mean == nullptr) continue;
@@ -129,6 +125,35 @@ std::vector<SharedArray> CudaPass::SharedArrays(char* k, char* v) const {
                       kernels::kStatsBlockTokens, false});
   }
   return arrays;
+}
+
+void CudaPass::PlanExchange() {
+  const PrefillJob& job = *sequences_[0].prompt->job;
+  const std::vector<SharedArray> arrays = SharedArrays(kv_[0], kv_[0]);
+  layer_exchange_bytes_ = exchange_->ReceivedBytes(arrays);
+  layer_allgather_bytes_ =
+      CudaKvExchange(job.partition, model_->chunk_tokens(), v1::STRATEGY_ALLGATHER, context_.devices)
+          .ReceivedBytes(arrays);
+}
+
+absl::Status CudaPass::GatherRows(float* values) {
+  const PrefillJob& job = *sequences_[0].prompt->job;
+  const auto row = static_cast<uint64_t>(config_.num_q_heads) * sizeof(float);
+  const auto parts_of = [&](const RankTokens& tokens) {
+    DeviceParts parts;
+    for (const TokenRange& range : tokens) {
+      parts.push_back({reinterpret_cast<char*>(values) + static_cast<uint64_t>(range.begin) * row,
+                       static_cast<uint64_t>(range.size()) * row});
+    }
+    return parts;
+  };
+  std::vector<DeviceParts> send(job.partition.size()), receive(job.partition.size());
+  for (size_t rank = 0; rank < job.partition.size(); ++rank) {
+    if (rank == static_cast<size_t>(job.rank)) continue;
+    send[rank] = parts_of(job.local());
+    receive[rank] = parts_of(job.partition[rank]);
+  }
+  return exchange_->Swap(send, receive, "exchange of sums of softmax", stream_);
 }
 
 void CudaPass::CountExchange() {

@@ -35,8 +35,8 @@ uint64_t CudaPatternPlan::total_bytes() const {
 
 uint64_t CudaPolicyPlan::total_bytes() const {
   uint64_t total = 0;
-  for (const uint64_t part : {policy, workspace, lse, out, counters, rows, mass, curve}) {
-    total += AlignedCudaPart(part);
+  for (const uint64_t bytes : {policy, workspace, lse, out, counters, rows, mass, curve, part}) {
+    total += AlignedCudaPart(bytes);
   }
   return total;
 }
@@ -45,7 +45,7 @@ uint64_t CudaPrefillPlan::total_bytes() const {
   uint64_t total =
       static_cast<uint64_t>(num_kv) * AlignedCudaPart(kv) + pattern.total_bytes() + policy.total_bytes();
   for (const uint64_t part :
-       {tokens, positions, cu_seqlens, hidden, q, logits, bad_rows, workspace, checkpoints}) {
+       {tokens, positions, cu_seqlens, hidden, q, logits, bad_rows, workspace, all_q, checkpoints}) {
     total += AlignedCudaPart(part);
   }
   return total;
@@ -72,6 +72,14 @@ CudaPatternPlan PlanCudaPattern(const ModelConfig& config, int64_t num_tokens) {
 kernels::CudaPolicyShape CudaPolicyShapeOf(const ModelConfig& config) {
   const auto scale = static_cast<float>(1 / std::sqrt(static_cast<double>(config.head_dim)));
   return {config.num_layers, config.num_q_heads, config.num_kv_heads, config.head_dim, scale};
+}
+
+CudaPolicyPlan PlanCudaPolicyOfPart(const kernels::CudaPolicy& policy, const ModelConfig& config,
+                                    int64_t num_tokens) {
+  CudaPolicyPlan plan = PlanCudaPolicy(policy, config, num_tokens);
+  plan.out = 0;  // Q's place is another one anyway
+  plan.part = kernels::CudaPartBytes(CudaPolicyShapeOf(config), num_tokens);
+  return plan;
 }
 
 CudaPolicyPlan PlanCudaPolicy(const kernels::CudaPolicy& policy, const ModelConfig& config,
@@ -103,6 +111,10 @@ CudaPolicyPlan PlanCudaPolicy(const kernels::CudaPolicy& policy, const ModelConf
   plan.mass = static_cast<uint64_t>(rows) * row_bytes;
   plan.curve = Bytes(rows * config.num_kv_heads, kernels::kRecallSteps + 1, sizeof(float));
   return plan;
+}
+
+uint64_t AllQueryBytes(const ModelConfig& config, int64_t num_tokens) {
+  return Bytes(num_tokens, int64_t{config.num_q_heads} * config.head_dim, 2);
 }
 
 CudaPrefillPlan PlanCudaPrefill(const ModelConfig& config, int64_t chunk_tokens, int64_t num_tokens,

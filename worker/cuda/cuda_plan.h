@@ -45,6 +45,7 @@ struct CudaPolicyPlan {
   uint64_t rows = 0;         // positions of sampled queries
   uint64_t mass = 0;         // of theirs by block
   uint64_t curve = 0;        // recalls of theirs by threshold
+  uint64_t part = 0;         // lists of a rank's queries, of a selection for the whole prompt
   int32_t sampled_rows = 0;  // for which there is room
 
   uint64_t total_bytes() const;
@@ -52,6 +53,9 @@ struct CudaPolicyPlan {
 // Of a whole prompt on one GPU.
 CudaPolicyPlan PlanCudaPolicy(const kernels::CudaPolicy& policy, const ModelConfig& config,
                               int64_t num_tokens);
+// Of a rank, whose policy selects for the whole prompt while it attends to its own queries alone.
+CudaPolicyPlan PlanCudaPolicyOfPart(const kernels::CudaPolicy& policy, const ModelConfig& config,
+                                    int64_t num_tokens);
 // Of a rank of world_size with these ranges of the prompt's queries; `policy` takes ranges.
 CudaPolicyPlan PlanCudaPolicy(const kernels::CudaPolicy& policy, const ModelConfig& config,
                               int64_t num_tokens, const std::vector<kernels::CudaQueryRange>& ranges,
@@ -73,12 +77,15 @@ struct CudaPrefillPlan {
   uint64_t workspace = 0;  // attention's
   CudaPatternPlan pattern;
   CudaPolicyPlan policy;
+  uint64_t all_q = 0;        // Q of the whole prompt, bf16, where a rank's policy looks at it
   uint64_t checkpoints = 0;  // CheckpointDeviceBytes()
 
   // Each part rounded up to 256 bytes.
   uint64_t total_bytes() const;
 };
 inline constexpr int64_t kAllTokens = -1;
+// CudaPrefillPlan::all_q.
+uint64_t AllQueryBytes(const ModelConfig& config, int64_t num_tokens);
 
 // num_prompts: over 1, packed in one pass; they go dense and need nothing for lists. num_rows: tokens of this
 // rank. Without checkpoints.

@@ -56,6 +56,7 @@ CudaPolicyPass::CudaPolicyPass(const CudaPolicyPassOptions& options)
   rows_ = reinterpret_cast<int64_t*>(take(plan.rows));
   mass_ = reinterpret_cast<float*>(take(plan.mass));
   curve_ = reinterpret_cast<float*>(take(plan.curve));
+  part_ = take(plan.part);
 }
 
 absl::StatusOr<std::unique_ptr<CudaPolicyPass>> CudaPolicyPass::Begin(const CudaPolicyPassOptions& options) {
@@ -337,6 +338,10 @@ absl::StatusOr<bool> CudaPolicyPass::Select(const kernels::CudaPolicyLayer& laye
 }
 
 absl::Status CudaPolicyPass::Attend(const kernels::CudaPolicyLayer& layer, char** out) {
+  if (options_.part_out != nullptr) {
+    *out = options_.part_out;
+    return AttendParts(layer);
+  }
   *out = out_ != nullptr ? out_ : static_cast<char*>(const_cast<void*>(layer.q));
   for (size_t i = 0; i < ranges().size(); ++i) {
     const kernels::CudaPolicyLayer part = Part(layer, i);
@@ -347,6 +352,25 @@ absl::Status CudaPolicyPass::Attend(const kernels::CudaPolicyLayer& layer, char*
         "attention"));
   }
   return absl::OkStatus();
+}
+
+absl::Status CudaPolicyPass::AttendParts(const kernels::CudaPolicyLayer& layer) {
+  const int64_t row_bytes = int64_t{config_.num_q_heads} * config_.head_dim * 2;
+  char* to = options_.part_out;
+  for (const kernels::CudaQueryRange& range : options_.parts) {
+    kernels::CudaPolicyLayer part = layer;
+    part.q = static_cast<const char*>(layer.q) + range.first * row_bytes;
+    float* const lse = lse_ == nullptr ? nullptr : lse_ + range.first * config_.num_q_heads;
+    HW_RETURN_IF_ERROR(FromKernels(
+        kernels::CudaAttentionOverPart(selections_[0], range, shape_, num_tokens_, part, {to, lse}, part_,
+                                       workspace_, options_.plan.workspace, options_.stream),
+        "attention"));
+    to += range.count * row_bytes;
+  }
+  if (!options_.policy->wants_lse()) return absl::OkStatus();
+  HW_RETURN_IF_ERROR(options_.gather_lse(lse_));
+  return FromKernels(options_.policy->Finish(layer, lse_, options_.stream),
+                     absl::StrCat("policy ", job_.policy->name()));
 }
 
 CudaPolicyLog::Read CudaPolicyPass::Take(int32_t layer, PrefillProgress* progress) {

@@ -30,8 +30,14 @@ struct CudaPolicyPassOptions {
   const PrefillJob* job = nullptr;
   kernels::CudaPolicy* policy = nullptr;
   const CudaPolicyGroup* group = nullptr;  // of several ranks: `policy` takes ranges and is headwater
-  CudaPolicyPlan plan;                     // PlanCudaPolicy()'s
-  char* memory = nullptr;                  // of plan.total_bytes(), 256-byte aligned
+  // Of a rank whose policy does not take ranges: the group is of one, layers' Q is the whole prompt's, and
+  // Attend() is for these queries, whose output goes to `part_out`, [queries, num_q_heads, head_dim].
+  std::vector<kernels::CudaQueryRange> parts;
+  char* part_out = nullptr;
+  // Brings f32 [num_tokens, num_q_heads] of the other ranks' queries to its places; where `parts` are.
+  std::function<absl::Status(float* lse_ln)> gather_lse;
+  CudaPolicyPlan plan;     // PlanCudaPolicy()'s
+  char* memory = nullptr;  // of plan.total_bytes(), 256-byte aligned
   cudaStream_t stream = nullptr;
   bool measure_recall = false;                // of long prompts without a quality, too
   const ComputeSpeed* speed = nullptr;        // read where the job has a time budget
@@ -73,6 +79,7 @@ class CudaPolicyPass {
   // settings: in place of the policy's own, or null.
   absl::Status SelectRanges(const kernels::CudaPolicyLayer& layer,
                             const kernels::CudaSearchSettings* settings);
+  absl::Status AttendParts(const kernels::CudaPolicyLayer& layer);
   absl::Status FindEnough(const kernels::CudaPolicyLayer& layer);
   absl::Status Sample(const kernels::CudaPolicyLayer& layer, int32_t rows);
   absl::Status Measure(const kernels::CudaPolicyLayer& layer);
@@ -89,7 +96,7 @@ class CudaPolicyPass {
   const int64_t num_tokens_;
   const kernels::CudaPolicyShape shape_;
   const int64_t mass_row_;  // floats of a sampled query's
-  char *policy_memory_ = nullptr, *workspace_ = nullptr, *out_ = nullptr;
+  char *policy_memory_ = nullptr, *workspace_ = nullptr, *out_ = nullptr, *part_ = nullptr;
   float *lse_ = nullptr, *mass_ = nullptr, *curve_ = nullptr;
   int64_t* rows_ = nullptr;
   CudaPolicyCounters counters_;

@@ -122,7 +122,9 @@ absl::Status CudaPass::Prepare() {
   if (!packed()) {
     HW_ASSIGN_OR_RETURN(policy_, MakePolicyFor(config_, job.policy->parameters(), num_tokens_));
   }
-  if (policy_ != nullptr && shared()) {
+  if (SelectsForAll()) {
+    policy = PlanCudaPolicyOfPart(*policy_, config_, num_tokens_);
+  } else if (policy_ != nullptr && shared()) {
     policy =
         PlanCudaPolicy(*policy_, config_, num_tokens_, policy_group_->ranges(), policy_group_->world_size());
   } else if (policy_ != nullptr) {
@@ -131,6 +133,7 @@ absl::Status CudaPass::Prepare() {
   }
   CudaPrefillPlan plan = PlanCudaPrefill(config_, model_->chunk_tokens(), num_tokens_,
                                          static_cast<int64_t>(sequences_.size()), policy, num_rows_);
+  if (SelectsForAll()) plan.all_q = AllQueryBytes(config_, num_tokens_);
   if (TakesCheckpoints()) {
     plan.checkpoints =
         CheckpointDeviceBytes(num_rows_, MostTokens(job.partition), config_.hidden_size, checkpoint_layers_);
@@ -143,6 +146,7 @@ absl::Status CudaPass::Prepare() {
   cu_seqlens_ = packed() ? reinterpret_cast<int32_t*>(take(plan.cu_seqlens)) : nullptr;
   hidden_ = reinterpret_cast<float*>(take(plan.hidden));
   q_ = take(plan.q);
+  if (plan.all_q > 0) all_q_ = take(plan.all_q);
   for (char*& kv : kv_) kv = take(plan.kv);
   logits_ = reinterpret_cast<float*>(take(plan.logits));
   bad_rows_ = reinterpret_cast<int64_t*>(take(plan.bad_rows));
@@ -156,6 +160,7 @@ absl::Status CudaPass::Prepare() {
   const int64_t searches = CeilDiv(num_rows_, kLeastQueries) + static_cast<int64_t>(tokens_.size());
   HW_RETURN_IF_ERROR(log_.Init(config_.num_layers, std::max<int64_t>(1, RowChunks(num_rows_)),
                                pattern_ ? searches : 0, shared()));
+  if (shared()) PlanExchange();
   HW_RETURN_IF_ERROR(Upload());
   std::vector<CudaEgressItem> items;
   for (const CudaSequence& sequence : sequences_) {
@@ -177,7 +182,14 @@ absl::Status CudaPass::BeginPattern(const CudaPrefillPlan& plan, char* memory) {
   options.config = &config_;
   options.job = &job;
   options.policy = policy_.get();
-  options.group = &*policy_group_;
+  if (SelectsForAll()) {
+    options.group = &policy_of_all_.emplace(num_tokens_);
+    options.parts = policy_group_->ranges();
+    options.part_out = q_;
+    options.gather_lse = [this](float* lse_ln) { return GatherRows(lse_ln); };
+  } else {
+    options.group = &*policy_group_;
+  }
   options.plan = plan.policy;
   options.memory = memory + plan.pattern.total_bytes();
   options.stream = stream_;
@@ -252,7 +264,7 @@ absl::Status CudaPass::Project(int32_t layer, char* k, char* v) {
         const int64_t begin = chunk.tokens.begin;
         HW_RETURN_IF_ERROR(model_->BeforeAttention(
             layer, Hidden(chunk.row), chunk.tokens.size(), begin, packed() ? positions_ + begin : nullptr,
-            Q(chunk.row), k + begin * kv_width_ * 2, v + begin * kv_width_ * 2, stats, stream_));
+            Query(chunk.row, begin), k + begin * kv_width_ * 2, v + begin * kv_width_ * 2, stats, stream_));
         return shared() ? exchange_->ChunkReady(index++, arrays, stream_) : absl::OkStatus();
       },
       2.0 * config_.hidden_size * static_cast<double>(q_width_ + 2 * kv_width_));

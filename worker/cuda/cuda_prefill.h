@@ -60,11 +60,13 @@ bool MayPackCuda(const PrefillJob& job);
 // Policies other than dense and probe attend to the whole prompt in one call, which may take seconds for a
 // million tokens: a cancelled pass waits for it.
 //
-// Ranks of a group compute the same bits as one rank does: each has the K and V of all (cuda_group.h). They
+// Ranks of a group compute what one rank does: each has the K and V of all (cuda_group.h). Policies that look
+// at single queries (probe, headwater) are asked for the rank's own; others, but for those that select single
+// keys, get the Q of all ranks and select for the whole prompt, each rank the same. They
 // take checkpoints, and go on from them, as RunPrefill() does.
 //
 // Errors as RunPrefill(); UNIMPLEMENTED: a policy that MakeCudaPolicy() does not make; in a group, one that
-// takes whole prompts alone, or KV blocks that are no multiple of 128 tokens; KV blocks larger than an egress
+// selects single keys, or KV blocks that are no multiple of 128 tokens; KV blocks larger than an egress
 // buffer; RESOURCE_EXHAUSTED: the plan does not fit the device's free memory, with both numbers;
 // INVALID_ARGUMENT: prompts that cannot share a pass; FAILED_PRECONDITION, TIME_BUDGET_TOO_SHORT.
 std::vector<absl::StatusOr<PrefillResult>> RunCudaPrefill(absl::Span<const CudaPrefillPrompt> prompts,

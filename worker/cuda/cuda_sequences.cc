@@ -40,7 +40,7 @@ absl::Status CheckShared(const kernels::PatternPolicy& policy, int64_t num_token
   }
   if (num_tokens < kernels::DenseBelowTokens(policy.parameters()) ||
       std::holds_alternative<kernels::ProbeParameters>(policy.parameters()) ||
-      kernels::CudaPolicyTakesRanges(policy.parameters())) {
+      kernels::CudaPolicyListsBlocks(policy.parameters())) {
     return absl::OkStatus();
   }
   return absl::UnimplementedError(absl::StrCat("policy '", policy.name(), "' over ", world_size, " GPUs"));

@@ -123,6 +123,42 @@ TEST_P(PolicyGpu, OutputIsAttentionOverItsLists) {
   EXPECT_TRUE(device.out.Intact());
 }
 
+TEST_P(PolicyGpu, PartsAreTheWhole) {
+  HW_REQUIRE_SM90();
+  const PolicyCase& c = GetParam();
+  PolicyParameters parameters;
+  ASSERT_TRUE(ParsePolicyParameters(c.policy, c.parameters, &parameters).ok());
+  parameters.dense_below_tokens = 0;
+  DeviceProblem device(Problem(ProblemOf(c), 7));
+  Runner runner(parameters, ShapeOf(c), c.tokens);
+  CudaSelection selection;
+  ASSERT_TRUE(runner.Run(4, device, &selection).ok());
+  ASSERT_TRUE(CudaPolicyListsBlocks(parameters));
+
+  const DeviceArray<uint16_t> out(device.out.size());
+  const DeviceArray<float> lse(device.lse.size());
+  const DeviceArray<uint8_t> scratch(CudaPartBytes(runner.shape, c.tokens));
+  const int64_t row = int64_t{c.q_heads} * c.head_dim, middle = c.tokens > 256 ? 256 : c.tokens;
+  for (const CudaQueryRange& queries :
+       {CudaQueryRange{middle, c.tokens - middle}, CudaQueryRange{0, middle}}) {
+    if (queries.count == 0) continue;
+    const Status status =
+        CudaAttentionOverPart(selection, queries, runner.shape, c.tokens,
+                              {4, device.q.data() + queries.first * row, device.k.data(), device.v.data()},
+                              {out.data() + queries.first * row, lse.data() + queries.first * c.q_heads},
+                              scratch.data(), runner.workspace->data(), runner.workspace->Bytes(), nullptr);
+    const int32_t lists = selection.lists.num_lists;
+    if (lists > 0 && queries.first % (128 / (c.q_heads / lists)) != 0) {
+      EXPECT_EQ(status.code(), StatusCode::kUnimplemented);
+      return;
+    }
+    ASSERT_TRUE(status.ok()) << status.message();
+  }
+  EXPECT_EQ(out.Host(), device.out.Host());
+  EXPECT_EQ(lse.Host(), device.lse.Host());
+  EXPECT_TRUE(out.Intact() && lse.Intact() && scratch.Intact());
+}
+
 INSTANTIATE_TEST_SUITE_P(
     All, PolicyGpu,
     testing::Values(
