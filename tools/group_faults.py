@@ -34,8 +34,8 @@ from demo_cluster import ClusterError
 from group_faults_cluster import DeviceMemory, FaultCluster, device_name, read_abort
 
 ROOT = Path(__file__).resolve().parent.parent
-# Layers between the one that a checkpoint is of and its report by every rank, with the KV below it acknowledged.
-REPORT_LAYERS = 4
+# Layers between the end of a checkpoint's exchange and its report by every rank, with the KV below it acknowledged.
+REPORT_LAYERS = 3
 DEVICE_SLACK_MIB = 64
 DEVICE_LIMIT_S = 15
 
@@ -114,11 +114,17 @@ def check(arguments: argparse.Namespace) -> None:
         raise Usage(f"--model: {arguments.layers} layers, at least 3 are needed to disturb a prompt between them")
 
 
-def moments(layers: int, checkpoint_layers: int) -> tuple:
+def report_layers(arguments: argparse.Namespace) -> int:
+    """Layers from the one that a checkpoint is of to its report: on GPUs it leaves a slice a layer (CheckpointSlices())."""
+    on_gpus = arguments.devices[0].startswith("cuda")
+    return REPORT_LAYERS + (max(1, min(8, arguments.checkpoint_layers - 2)) if on_gpus else 1)
+
+
+def moments(layers: int, checkpoint_layers: int, reported_after: int = REPORT_LAYERS + 1) -> tuple:
     """First and last number of layers done to disturb at. From the first on a checkpoint has been reported, unless layers are
     too few; at the last there is work left."""
     last = layers - 1 - layers // 8
-    first = checkpoint_layers + REPORT_LAYERS
+    first = checkpoint_layers + reported_after
     return (first if 0 < checkpoint_layers and first <= last else 1), last
 
 
@@ -141,7 +147,7 @@ def judge(run: dict, undisturbed: dict, arguments: argparse.Namespace) -> list:
     want(run["abort_s"] is not None, "the coordinator's log names no rank that was given up")
     want(run["abort_s"] is None or run["abort_s"] <= limit,
          f"given up after {run['abort_s'] or 0:.2f} s, the limit is {limit:g} s")
-    if 0 < arguments.checkpoint_layers <= run["disturbed_at_layer"] - REPORT_LAYERS:
+    if 0 < arguments.checkpoint_layers <= run["disturbed_at_layer"] - report_layers(arguments):
         want(run["resume_layer"] >= arguments.checkpoint_layers,
              f"began anew at layer {run['resume_layer']}; it was disturbed at layer {run['disturbed_at_layer']}, "
              f"the first checkpoint is of layer {arguments.checkpoint_layers}")
@@ -191,7 +197,7 @@ class Faults:
         arguments = self._arguments
         # The same for two in a row, so that there are digests to compare.
         if number % 2 == 1:
-            self._layer = self._random.randint(*moments(arguments.layers, arguments.checkpoint_layers))
+            self._layer = self._random.randint(*moments(arguments.layers, arguments.checkpoint_layers, report_layers(arguments)))
         layer = self._layer
         victim = self._random.randrange(len(arguments.devices))
         run = {"run": number, "worker": f"w{victim}", "disturbed_at_layer": layer, "error": "", "missed": False,

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import argparse
 import json
 import os
 import random
@@ -109,6 +110,10 @@ class JudgeTest(Folder):
         self.assertEqual(group_faults.moments(12, 3), (7, 10))
         self.assertEqual(group_faults.moments(32, 0), (1, 27))
         self.assertEqual(group_faults.moments(3, 8), (1, 2))
+        of = lambda device, layers: group_faults.report_layers(  # noqa: E731
+            argparse.Namespace(devices=[device], checkpoint_layers=layers))
+        self.assertEqual([of("cpu", 8), of("cuda:0", 8), of("cuda:0", 3), of("cuda:0", 64)], [4, 9, 4, 11])
+        self.assertEqual(group_faults.moments(10, 3, of("cuda:0", 3)), (7, 8))
 
     def problems(self, *words, **changes):
         return group_faults.judge({**RUN, **changes}, UNDISTURBED, self.arguments("--checkpoint_layers=4", *words))
