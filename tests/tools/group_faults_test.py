@@ -1,8 +1,8 @@
 """Tests of tools/group_faults.py: arguments, what is judged, the row; and, where the service was built, one run of it."""
 
+import argparse
 import contextlib
 import io
-import argparse
 import json
 import os
 import random
