@@ -3,6 +3,8 @@
 
 #include "gtest/gtest.h"
 
+#include "worker/cuda/cuda_checkpoints.h"
+
 namespace headwater {
 namespace {
 
@@ -77,6 +79,39 @@ TEST(CudaPrefillPlan, DoesNotDependOnTheNumberOfLayers) {
   deep.num_layers = 320;
   EXPECT_EQ(PlanCudaPrefill(deep, 8192, 100'000).total_bytes(),
             PlanCudaPrefill(Llama8b(), 8192, 100'000).total_bytes());
+}
+
+TEST(CudaPrefillPlan, OfAPartHasAllQueriesAndItsOwnLists) {
+  constexpr int64_t kTokens = 1 << 17;
+  kernels::PolicyParameters parameters;
+  ASSERT_TRUE(kernels::ParsePolicyParameters("flex", {}, &parameters).ok());
+  std::unique_ptr<kernels::CudaPolicy> policy;
+  ASSERT_TRUE(kernels::MakeCudaPolicy(parameters, CudaPolicyShapeOf(Llama8b()), &policy).ok());
+  const CudaPolicyPlan whole = PlanCudaPolicy(*policy, Llama8b(), kTokens),
+                       part = PlanCudaPolicyOfPart(*policy, Llama8b(), kTokens);
+  EXPECT_EQ(part.policy, whole.policy) << "it selects for the whole prompt";
+  EXPECT_EQ(whole.part, 0u);
+  // A count and an offset of every query head's tile, for either kind of lists.
+  EXPECT_GE(part.part, uint64_t{32} * (kTokens / 128) * 12);
+  EXPECT_GE(part.total_bytes() - whole.total_bytes(), uint64_t{32} * (kTokens / 128) * 12);
+  EXPECT_EQ(AllQueryBytes(Llama8b(), kTokens), uint64_t{4096} * 2 * kTokens);
+  CudaPrefillPlan pass = PlanCudaPrefill(Llama8b(), 8192, kTokens, 1, part, kTokens / 2);
+  const uint64_t before = pass.total_bytes();
+  pass.all_q = AllQueryBytes(Llama8b(), kTokens);
+  pass.checkpoints = 1000;
+  EXPECT_EQ(pass.total_bytes(), before + pass.all_q + 1024);
+}
+
+TEST(CudaCheckpointsTest, TakeACopyAndASliceOnTheDeviceAndFourStatesOnTheHost) {
+  EXPECT_EQ(CheckpointSlices(1), 1);
+  EXPECT_EQ(CheckpointSlices(3), 1);
+  EXPECT_EQ(CheckpointSlices(8), 6);
+  EXPECT_EQ(CheckpointSlices(1000), 8);
+  constexpr uint64_t kRow = 4096 * sizeof(float);
+  EXPECT_EQ(CheckpointDeviceBytes(6000, 6000, 4096, 8), (6000 + 1000) * kRow);
+  EXPECT_EQ(CheckpointDeviceBytes(0, 6001, 4096, 8), 1001 * kRow);
+  // Own and left neighbour's rows, twice: rank 0 of the first two keeps 300 and 100.
+  EXPECT_EQ(CheckpointHostBytes({{{0, 300}}, {{300, 400}}, {}}, 4096), 2 * 400 * kRow);
 }
 
 }  // namespace
