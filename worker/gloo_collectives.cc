@@ -19,6 +19,7 @@
 #include "gloo/transport/unbound_buffer.h"
 
 #include "base/status_macros.h"
+#include "worker/gloo_peer_name.h"
 #include "worker/ring.h"
 
 namespace headwater {
@@ -378,6 +379,8 @@ absl::StatusOr<std::unique_ptr<GlooCollectives>> GlooCollectives::Create(const G
     return absl::InvalidArgumentError(
         absl::StrCat("rank ", options.rank, " of ", options.world_size, " is not possible"));
   }
+  static const bool tolerant = GlooToleratesLostPeers();
+  if (!tolerant) return absl::InternalError("Gloo was linked so that a lost peer would end this process");
   std::shared_ptr<gloo::transport::Device> device;
   HW_RETURN_IF_ERROR(Guard(absl::StrCat("collectives on host ", options.host), [&] {
     gloo::transport::tcp::attr attributes;

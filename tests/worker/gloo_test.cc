@@ -3,14 +3,17 @@
 #include <thread>
 
 #include "absl/time/clock.h"
+#include "gloo/transport/tcp/address.h"
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #include "kernels/dtype.h"
 #include "tests/model/dense_forward.h"
 #include "tests/worker/gloo_group.h"
 #include "tests/worker/prefill_group.h"
+#include "worker/gloo_peer_name.h"
 
 namespace headwater::testing {
 namespace {
@@ -99,6 +102,19 @@ TEST(GlooCollectivesTest, AbortEndsAConnectThatWaitsForAPeersSocket) {
     EXPECT_FALSE(status.ok());
     EXPECT_LT(absl::Now() - start, absl::Seconds(10)) << status;
   }
+}
+
+// Gloo's own definition throws on its event thread, which ends the process.
+TEST(GlooPeerNameTest, APeerThatIsGoneHasNoNameAndNothingIsThrown) {
+  EXPECT_TRUE(GlooToleratesLostPeers());
+  const int never_connected = socket(AF_INET, SOCK_STREAM, 0);
+  ASSERT_GE(never_connected, 0);
+  EXPECT_NO_THROW({
+    const auto address = gloo::transport::tcp::Address::fromPeerName(never_connected);
+    EXPECT_EQ(address.getSockaddr().ss_family, AF_INET);
+    EXPECT_FALSE(address.str().empty());
+  });
+  close(never_connected);
 }
 
 TEST(GlooCollectivesTest, RefusesAddressesThatAreNone) {
