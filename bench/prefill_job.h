@@ -16,7 +16,7 @@
 
 #include "base/status_macros.h"
 #include "kernels/pattern/policy.h"
-#include "kvtransfer/sender.h"
+#include "kvtransfer/discarding_sender.h"
 #include "model/config.h"
 #include "model/kernel_status.h"
 #include "worker/policy_tables.h"
@@ -24,20 +24,6 @@
 #include "worker/quality.h"
 
 namespace headwater {
-
-// Drops blocks as soon as they are handed over: what is timed is compute.
-class DiscardingSender final : public KvSender {
- public:
-  absl::Status Submit(const KvBlockId&, const void*, std::function<void()> done) override {
-    done();
-    return absl::OkStatus();
-  }
-  absl::Status Finish() override { return absl::OkStatus(); }
-  void Cancel() override {}
-  absl::Status status() const override { return absl::OkStatus(); }
-  KvSenderStats Stats() const override { return {}; }
-  std::optional<KvShare> AckedBelow(uint32_t) const override { return std::nullopt; }
-};
 
 struct BenchPolicy {
   std::string name = "dense";

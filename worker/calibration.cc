@@ -12,8 +12,8 @@
 #include "base/status_macros.h"
 #include "kernels/attention/attention.h"
 #include "kernels/pattern/policy.h"
+#include "kvtransfer/discarding_sender.h"
 #include "kvtransfer/layout.h"
-#include "kvtransfer/sender.h"
 #include "model/kernel_status.h"
 #include "worker/backend.h"
 #include "worker/job_control.h"
@@ -93,19 +93,6 @@ absl::Status RunAttention(const Model& model, const kernels::PatternPolicy& dens
   kernels::ResetAttentionState(shape, count, state);
   return FromKernels(kernels::SparseAttention(shape, queries, keys, index, state), "calibration");
 }
-
-class DiscardingSender final : public KvSender {
- public:
-  absl::Status Submit(const KvBlockId&, const void*, std::function<void()> done) override {
-    done();
-    return absl::OkStatus();
-  }
-  absl::Status Finish() override { return absl::OkStatus(); }
-  void Cancel() override {}
-  absl::Status status() const override { return absl::OkStatus(); }
-  KvSenderStats Stats() const override { return {}; }
-  std::optional<KvShare> AckedBelow(uint32_t) const override { return std::nullopt; }
-};
 
 }  // namespace
 
