@@ -176,6 +176,7 @@ class CudaPass {
   std::unique_ptr<kernels::CudaPolicy> policy_;  // of others that search
   std::unique_ptr<CudaPolicyPass> policy_pass_;
   ComputeSpeed speed_;  // as it was before the pass
+  bool measure_recall_;
   double density_ = 1;  // of the last layer that has run
   bool overflow_logged_ = false;
   const int32_t first_layer_;

@@ -21,7 +21,7 @@ absl::Status CudaPass::Agree() {
   checkpoint_layers_ = WantedCheckpointLayers();
   const std::string computes =
       absl::StrCat(model_->fingerprint(), " bf16, linear layers in ", NameOf(model_->linear()), ", ",
-                   model_->chunk_tokens(), " tokens", context_.measure_recall ? ", measured" : "");
+                   model_->chunk_tokens(), " tokens");
   return AgreeOnPlan(*sequences_[0].prompt->job, computes, context_.collectives,
                      sequences_[0].prompt->control, &checkpoint_layers_);
 }
@@ -94,6 +94,10 @@ absl::Status CudaPass::BeginExchange() {
   exchange_.emplace(job.partition, model_->chunk_tokens(), job.strategy, context_.devices);
   HW_RETURN_IF_ERROR(exchange_->Init());
   policy_group_.emplace(job.partition, &*exchange_, context_.collectives, sequences_[0].prompt->control);
+  // Workers may be started with other flags; what is sampled must be the same.
+  double measures = measure_recall_ ? 1 : 0;
+  HW_RETURN_IF_ERROR(policy_group_->Least(&measures));
+  measure_recall_ = measures > 0;
   return absl::OkStatus();
 }
 

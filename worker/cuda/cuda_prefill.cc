@@ -33,6 +33,7 @@ CudaPass::CudaPass(absl::Span<const CudaPrefillPrompt> prompts, const CudaPrefil
       kv_width_(int64_t{config_.num_kv_heads} * config_.head_dim),
       start_(absl::Now()),
       pacer_([this] { return Step(); }, context.devices != nullptr),
+      measure_recall_(context.measure_recall),
       first_layer_(prompts[0].job->resume.has_value() ? prompts[0].job->resume->layer : 0) {
   sequences_ = MakeSequences(prompts, &num_tokens_);
   tokens_ = shared() ? prompts[0].job->local() : RankTokens{{0, num_tokens_}};
@@ -193,7 +194,7 @@ absl::Status CudaPass::BeginPattern(const CudaPrefillPlan& plan, char* memory) {
   options.plan = plan.policy;
   options.memory = memory + plan.pattern.total_bytes();
   options.stream = stream_;
-  options.measure_recall = context_.measure_recall;
+  options.measure_recall = measure_recall_;
   options.speed = shared() || context_.speed == nullptr ? &speed_ : context_.speed;
   options.step = [this] { return Step(); };
   options.start = start_;
