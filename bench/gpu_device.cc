@@ -177,19 +177,17 @@ class GpuDevice final : public PrefillDevice {
 
   absl::StatusOr<uint64_t> Plan(PrefillJob* job) const override {
     const auto tokens = static_cast<int64_t>(job->tokens.size());
-    HW_ASSIGN_OR_RETURN(const auto policy, MakePolicyFor(config(), job->policy->parameters(), tokens));
-    CudaPolicyPlan plan;
-    if (policy != nullptr) plan = PlanCudaPolicy(*policy, config(), tokens);
     const int64_t most = MostTokens(job->partition);
-    CudaPrefillPlan pass = PlanCudaPrefill(config(), model().chunk_tokens(), tokens, 1, plan, most);
-    if (checkpoint_layers_ > 0) {
-      pass.checkpoints = CheckpointDeviceBytes(most, most, config().hidden_size, checkpoint_layers_);
-    }
+    HW_ASSIGN_OR_RETURN(const CudaPrefillPlan pass,
+                        PlanCudaRank(config(), model().chunk_tokens(), job->policy->parameters(),
+                                     {tokens, most, most, job->world_size(), checkpoint_layers_}));
     return pass.total_bytes() + model().weight_bytes() + model().scratch_bytes();
   }
   uint64_t PlannedHostBytes(const PrefillJob& job) const override {
     uint64_t bytes = CudaEgressMemory::kSlots * CudaEgressMemory::kSlotBytes;
-    if (checkpoint_layers_ > 0) bytes += CheckpointHostBytes(job.partition, config().hidden_size);
+    const bool checkpoints =
+        checkpoint_layers_ > 0 && static_cast<int64_t>(job.tokens.size()) >= kLeastCheckpointTokens;
+    if (checkpoints) bytes += CheckpointHostBytes(job.partition, config().hidden_size);
     return bytes * ranks_.size();
   }
   // The loop allocates what the plan says and gives it back at its end.

@@ -4,6 +4,7 @@
 #include "gtest/gtest.h"
 
 #include "worker/cuda/cuda_checkpoints.h"
+#include "worker/cuda/cuda_sequences.h"
 
 namespace headwater {
 namespace {
@@ -103,15 +104,53 @@ TEST(CudaPrefillPlan, OfAPartHasAllQueriesAndItsOwnLists) {
 }
 
 TEST(CudaCheckpointsTest, TakeACopyAndASliceOnTheDeviceAndFourStatesOnTheHost) {
-  EXPECT_EQ(CheckpointSlices(1), 1);
-  EXPECT_EQ(CheckpointSlices(3), 1);
-  EXPECT_EQ(CheckpointSlices(8), 6);
-  EXPECT_EQ(CheckpointSlices(1000), 8);
+  EXPECT_EQ(CheckpointSlices(1, 32), 1);
+  EXPECT_EQ(CheckpointSlices(3, 32), 1);
+  EXPECT_EQ(CheckpointSlices(8, 32), 6);
+  EXPECT_EQ(CheckpointSlices(8, 10), 1) << "the first one leaves in time";
+  EXPECT_EQ(CheckpointSlices(1000, 32), 1);
+  EXPECT_EQ(CheckpointSlices(20, 80), 8);
   constexpr uint64_t kRow = 4096 * sizeof(float);
-  EXPECT_EQ(CheckpointDeviceBytes(6000, 6000, 4096, 8), (6000 + 1000) * kRow);
-  EXPECT_EQ(CheckpointDeviceBytes(0, 6001, 4096, 8), 1001 * kRow);
+  EXPECT_EQ(CheckpointDeviceBytes(6000, 6000, 4096, 8, 32), (6000 + 1000) * kRow);
+  EXPECT_EQ(CheckpointDeviceBytes(0, 6001, 4096, 8, 32), 1001 * kRow);
   // Own and left neighbour's rows, twice: rank 0 of the first two keeps 300 and 100.
   EXPECT_EQ(CheckpointHostBytes({{{0, 300}}, {{300, 400}}, {}}, 4096), 2 * 400 * kRow);
+}
+
+TEST(CudaRankTest, WhoSharesAndWhatAPartTakes) {
+  const auto parameters_of = [](const std::string& name) {
+    kernels::PolicyParameters parameters;
+    EXPECT_TRUE(kernels::ParsePolicyParameters(name, {}, &parameters).ok());
+    return parameters;
+  };
+  ModelConfig three = Llama8b();  // query heads a KV head, of which 128 is no multiple
+  three.num_q_heads = 24;
+  for (const char* const name : {"dense", "probe", "headwater"}) {
+    EXPECT_TRUE(MayShare(Llama8b(), parameters_of(name))) << name;
+    EXPECT_TRUE(MayShare(three, parameters_of(name))) << name;
+  }
+  for (const char* const name : {"flash", "flash2", "flex", "share", "skeleton", "xattention"}) {
+    EXPECT_TRUE(MayShare(Llama8b(), parameters_of(name))) << name;
+    EXPECT_FALSE(MayShare(three, parameters_of(name))) << name;
+  }
+  for (const char* const name : {"a_shape", "vertical_slash"}) {
+    EXPECT_FALSE(MayShare(Llama8b(), parameters_of(name))) << name;
+  }
+
+  constexpr int64_t kTokens = 1 << 17;
+  const auto plan = [&](const char* name, const CudaRankSize& size) {
+    auto planned = PlanCudaRank(Llama8b(), 8192, parameters_of(name), size);
+    EXPECT_TRUE(planned.ok()) << planned.status();
+    return *planned;
+  };
+  const CudaRankSize half{kTokens, kTokens / 2, kTokens / 2, 2, 8};
+  EXPECT_EQ(plan("flex", {kTokens, kTokens, kTokens}).all_q, 0u);
+  EXPECT_EQ(plan("flex", half).all_q, AllQueryBytes(Llama8b(), kTokens));
+  EXPECT_EQ(plan("headwater", half).all_q, 0u);
+  EXPECT_GT(plan("dense", half).checkpoints, 0u);
+  const int64_t little = kLeastCheckpointTokens - 1;
+  EXPECT_EQ(plan("dense", {little, little / 2, little / 2 + 1, 2, 8}).checkpoints, 0u) << "it takes none";
+  EXPECT_EQ(plan("dense", {kTokens, kTokens, kTokens, 1, 8}).checkpoints, 0u);
 }
 
 }  // namespace

@@ -139,18 +139,17 @@ class Backend final : public PrefillBackend {
                                   int64_t local_tokens, int64_t max_rank_tokens, int64_t num_tokens,
                                   int world_size, int64_t held_tokens, v1::Strategy strategy) const override {
     if (world_size > 1) {
-      HW_RETURN_IF_ERROR(CheckShared(policy, num_tokens, world_size, strategy));
+      HW_RETURN_IF_ERROR(CheckShared(model_->config(), policy, num_tokens, world_size, strategy));
     }
     MemoryPlan plan;
-    HW_ASSIGN_OR_RETURN(plan.device, BytesOf(policy.parameters(), num_tokens, local_tokens));
-    const bool checkpoints = world_size > 1 && checkpoint_layers_ > 0;
-    if (checkpoints) {
-      plan.device += CheckpointDeviceBytes(local_tokens, max_rank_tokens, model_->config().hidden_size,
-                                           checkpoint_layers_);
-    }
+    HW_ASSIGN_OR_RETURN(
+        const CudaPrefillPlan pass,
+        PlanCudaRank(model_->config(), model_->chunk_tokens(), policy.parameters(),
+                     {num_tokens, local_tokens, max_rank_tokens, world_size, checkpoint_layers_}));
+    plan.device = pass.total_bytes();
     HW_RETURN_IF_ERROR(CheckMemoryPlan(plan, budget_bytes_, resident_bytes()));
     // Host memory.
-    const int64_t kept = checkpoints ? 2 * (local_tokens + max_rank_tokens) : 0;
+    const int64_t kept = pass.checkpoints > 0 ? 2 * (local_tokens + max_rank_tokens) : 0;
     plan.checkpoint = static_cast<uint64_t>(std::max(kept, held_tokens)) * HiddenRowBytes();
     plan.tokens = static_cast<uint64_t>(num_tokens) * kBytesPerPromptToken;
     return plan;
@@ -269,27 +268,20 @@ class Backend final : public PrefillBackend {
       int64_t fits = 0, too_long = model_->config().max_position + 1;
       while (too_long - fits > 1) {
         const int64_t middle = fits + (too_long - fits) / 2;
-        const absl::StatusOr<uint64_t> bytes = BytesOf(parameters, middle, middle);
-        (bytes.ok() && *bytes <= room ? fits : too_long) = middle;
+        const absl::StatusOr<CudaPrefillPlan> pass =
+            PlanCudaRank(model_->config(), model_->chunk_tokens(), parameters, {middle, middle, middle});
+        (pass.ok() && pass->total_bytes() <= room ? fits : too_long) = middle;
       }
       v1::PolicyLimit& limit = limits.emplace_back();
       limit.set_name(name);
       // 0 would be no limit at all.
       limit.set_max_tokens(static_cast<uint64_t>(std::max<int64_t>(1, fits)));
       limit.set_dense_below_tokens(static_cast<uint64_t>(kernels::DenseBelowTokens(parameters)));
-      if (!MayShare(parameters)) limit.set_max_world_size(1);
+      if (!MayShare(model_->config(), parameters)) limit.set_max_world_size(1);
     }
     return limits;
   }
 
-  // Ranks' queries begin on blocks of 128, which must be tiles of the lists, too.
-  bool MayShare(const kernels::PolicyParameters& parameters) const {
-    const ModelConfig& config = model_->config();
-    const bool by_range = std::holds_alternative<kernels::ProbeParameters>(parameters) ||
-                          kernels::CudaPolicyTakesRanges(parameters);
-    return by_range || (kernels::CudaPolicyListsBlocks(parameters) &&
-                        128 % (config.num_q_heads / config.num_kv_heads) == 0);
-  }
   uint64_t HiddenRowBytes() const {
     return static_cast<uint64_t>(model_->config().hidden_size) * sizeof(float);
   }
@@ -297,22 +289,6 @@ class Backend final : public PrefillBackend {
   uint64_t DenseBytes(int64_t num_tokens) const {
     return PlanCudaPrefill(model_->config(), model_->chunk_tokens(), num_tokens).total_bytes();
   }
-  // local_tokens: of the prompt's, those that are computed here.
-  absl::StatusOr<uint64_t> BytesOf(const kernels::PolicyParameters& parameters, int64_t num_tokens,
-                                   int64_t local_tokens) const {
-    const ModelConfig& config = model_->config();
-    HW_ASSIGN_OR_RETURN(const auto policy, MakePolicyFor(config, parameters, num_tokens));
-    // What a rank's own ranges take is no more.
-    CudaPolicyPlan plan;
-    if (policy != nullptr) plan = PlanCudaPolicy(*policy, config, num_tokens);
-    const bool of_part =
-        policy != nullptr && local_tokens < num_tokens && !kernels::CudaPolicyTakesRanges(parameters);
-    if (of_part) plan = PlanCudaPolicyOfPart(*policy, config, num_tokens);
-    CudaPrefillPlan pass = PlanCudaPrefill(config, model_->chunk_tokens(), num_tokens, 1, plan, local_tokens);
-    if (of_part) pass.all_q = AllQueryBytes(config, num_tokens);
-    return pass.total_bytes();
-  }
-
   const std::unique_ptr<CudaModel> model_;
   const std::unique_ptr<CudaEgressMemory> egress_;
   const uint64_t budget_bytes_;

@@ -18,16 +18,18 @@ uint64_t RowBytes(int64_t hidden_size) { return static_cast<uint64_t>(hidden_siz
 
 }  // namespace
 
-// The next one must not be due before it has left, nor the prompt end.
-int CheckpointSlices(int checkpoint_layers) { return std::clamp(checkpoint_layers - 2, 1, 8); }
+// Nor must the next one be due before it has left.
+int CheckpointSlices(int checkpoint_layers, int num_layers) {
+  return std::clamp(std::min(checkpoint_layers - 2, num_layers - 1 - checkpoint_layers), 1, 8);
+}
 
 uint64_t CheckpointHostBytes(const std::vector<RankTokens>& partition, int64_t hidden_size) {
   return 2 * static_cast<uint64_t>(MostCheckpointTokens(partition)) * RowBytes(hidden_size);
 }
 
 uint64_t CheckpointDeviceBytes(int64_t local_tokens, int64_t max_rank_tokens, int64_t hidden_size,
-                               int checkpoint_layers) {
-  const int64_t slices = CheckpointSlices(checkpoint_layers);
+                               int checkpoint_layers, int num_layers) {
+  const int64_t slices = CheckpointSlices(checkpoint_layers, num_layers);
   const auto slice = static_cast<uint64_t>((max_rank_tokens + slices - 1) / slices);
   return AlignedCudaPart(static_cast<uint64_t>(local_tokens) * RowBytes(hidden_size)) +
          AlignedCudaPart(slice * RowBytes(hidden_size));
@@ -35,7 +37,7 @@ uint64_t CheckpointDeviceBytes(int64_t local_tokens, int64_t max_rank_tokens, in
 
 CudaCheckpoints::CudaCheckpoints(const CudaCheckpointOptions& options)
     : options_(options),
-      slices_(CheckpointSlices(options.checkpoint_layers)),
+      slices_(CheckpointSlices(options.checkpoint_layers, options.num_layers)),
       snapshot_(reinterpret_cast<float*>(options.memory)),
       arriving_(reinterpret_cast<float*>(
           options.memory +
@@ -56,9 +58,7 @@ absl::Status CudaCheckpoints::WaitForCopier() {
     }
     absl::SleepFor(kPoll);
   }
-  if (options_.metrics != nullptr) {
-    options_.metrics->checkpoint_exchange.Observe(absl::ToDoubleSeconds(absl::Now() - start));
-  }
+  waited_ += absl::Now() - start;
   return absl::OkStatus();
 }
 
@@ -117,7 +117,9 @@ absl::StatusOr<std::vector<uint32_t>> CudaCheckpoints::Taken() {
   if (copied < added_) return taken_;
   options_.store->Finish();
   taken_.push_back(static_cast<uint32_t>(std::exchange(layer_, -1)));
+  const absl::Duration waited = std::exchange(waited_, absl::ZeroDuration());
   if (options_.metrics != nullptr) {
+    options_.metrics->checkpoint_exchange.Observe(absl::ToDoubleSeconds(waited));
     options_.metrics->checkpoint_bytes.Set(static_cast<double>(options_.store->bytes()));
   }
   return taken_;

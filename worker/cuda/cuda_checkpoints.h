@@ -22,13 +22,17 @@
 
 namespace headwater {
 
-// Layers over which a checkpoint leaves the device, where one is taken every `checkpoint_layers`.
-int CheckpointSlices(int checkpoint_layers);
+// GPUs take none of shorter prompts, which are soon computed again.
+inline constexpr int64_t kLeastCheckpointTokens = 32768;
+
+// Layers over which a checkpoint leaves the device, where one is taken every `checkpoint_layers`: so many
+// that the first one has left before the last layer.
+int CheckpointSlices(int checkpoint_layers, int num_layers);
 // Host memory that a store takes for them, on the rank that takes most.
 uint64_t CheckpointHostBytes(const std::vector<RankTokens>& partition, int64_t hidden_size);
 // Device memory for them; max_rank_tokens: of any rank.
 uint64_t CheckpointDeviceBytes(int64_t local_tokens, int64_t max_rank_tokens, int64_t hidden_size,
-                               int checkpoint_layers);
+                               int checkpoint_layers, int num_layers);
 
 struct CudaCheckpointOptions {
   const std::vector<RankTokens>* partition = nullptr;
@@ -75,7 +79,8 @@ class CudaCheckpoints {
   CheckpointStore::Rows rows_;
   int32_t layer_ = -1;  // of the checkpoint under way
   int slice_ = 0;
-  uint64_t added_ = 0;  // bytes, to the copier
+  uint64_t added_ = 0;     // bytes, to the copier
+  absl::Duration waited_;  // for it, of the checkpoint under way
   std::vector<uint32_t> taken_;
 };
 

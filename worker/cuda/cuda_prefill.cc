@@ -136,8 +136,8 @@ absl::Status CudaPass::Prepare() {
                                          static_cast<int64_t>(sequences_.size()), policy, num_rows_);
   if (SelectsForAll()) plan.all_q = AllQueryBytes(config_, num_tokens_);
   if (TakesCheckpoints()) {
-    plan.checkpoints =
-        CheckpointDeviceBytes(num_rows_, MostTokens(job.partition), config_.hidden_size, checkpoint_layers_);
+    plan.checkpoints = CheckpointDeviceBytes(num_rows_, MostTokens(job.partition), config_.hidden_size,
+                                             checkpoint_layers_, config_.num_layers);
   }
   HW_ASSIGN_OR_RETURN(memory_, DeviceBuffer::Allocate(plan.total_bytes(), "the prompt"));
   char* at = memory_.data();
@@ -365,8 +365,8 @@ std::vector<absl::StatusOr<PrefillResult>> RunCudaPrefill(absl::Span<const CudaP
                                                           const CudaPrefillContext& context) {
   if (prompts.empty()) return {};
   HW_CHECK((context.devices == nullptr) == (context.collectives == nullptr));
-  const absl::Status status =
-      CheckPass(prompts, context.devices == nullptr ? 1 : context.devices->world_size());
+  const absl::Status status = CheckPass(prompts, context.model->config(),
+                                        context.devices == nullptr ? 1 : context.devices->world_size());
   if (!status.ok()) return std::vector<absl::StatusOr<PrefillResult>>(prompts.size(), status);
   return CudaPass(prompts, context).Run();
 }

@@ -14,6 +14,7 @@
 
 #include "model/cuda/cuda_model.h"
 #include "worker/collectives.h"
+#include "worker/cuda/cuda_checkpoints.h"
 #include "worker/cuda/cuda_egress.h"
 #include "worker/cuda/cuda_plan.h"
 #include "worker/cuda/device_group.h"
@@ -36,7 +37,7 @@ struct CudaPrefillContext {
   // As PrefillContext's.
   CheckpointStore* checkpoints = nullptr;
   int checkpoint_layers = 0;
-  int64_t least_checkpoint_tokens = 32768;  // a shorter prompt is soon computed again
+  int64_t least_checkpoint_tokens = kLeastCheckpointTokens;
 };
 
 // One prompt of a pass.

@@ -14,15 +14,17 @@
 namespace headwater {
 namespace {
 
-absl::Status CheckJob(const PrefillJob& job, int world_size) {
-  if (job.world_size() != world_size) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("a job of ", job.world_size(), " ranks in a group of ", world_size));
-  }
-  HW_RETURN_IF_ERROR(CudaEgress::CheckBlocks(job));
+absl::Status CheckRanks(const PrefillJob& job, int world_size) {
+  if (job.world_size() == world_size) return CudaEgress::CheckBlocks(job);
+  return absl::InvalidArgumentError(
+      absl::StrCat("a job of ", job.world_size(), " ranks in a group of ", world_size));
+}
+
+absl::Status CheckJob(const PrefillJob& job, const ModelConfig& config, int world_size) {
+  HW_RETURN_IF_ERROR(CheckRanks(job, world_size));
   if (world_size == 1) return absl::OkStatus();
   HW_RETURN_IF_ERROR(
-      CheckShared(*job.policy, static_cast<int64_t>(job.tokens.size()), world_size, job.strategy));
+      CheckShared(config, *job.policy, static_cast<int64_t>(job.tokens.size()), world_size, job.strategy));
   const uint32_t block_tokens = job.geometry->layout().block_tokens();
   if (block_tokens % kernels::kStatsBlockTokens == 0) return absl::OkStatus();
   return absl::UnimplementedError(absl::StrCat("KV blocks of ", block_tokens, " tokens over ", world_size,
@@ -32,18 +34,50 @@ absl::Status CheckJob(const PrefillJob& job, int world_size) {
 
 }  // namespace
 
-absl::Status CheckShared(const kernels::PatternPolicy& policy, int64_t num_tokens, int world_size,
-                         v1::Strategy strategy) {
+bool MayShare(const ModelConfig& config, const kernels::PolicyParameters& parameters) {
+  if (std::holds_alternative<kernels::DenseParameters>(parameters) ||
+      std::holds_alternative<kernels::ProbeParameters>(parameters) ||
+      kernels::CudaPolicyTakesRanges(parameters)) {
+    return true;
+  }
+  return kernels::CudaPolicyListsBlocks(parameters) &&
+         kernels::kStatsBlockTokens % (config.num_q_heads / config.num_kv_heads) == 0;
+}
+
+absl::StatusOr<CudaPrefillPlan> PlanCudaRank(const ModelConfig& config, int64_t chunk_tokens,
+                                             const kernels::PolicyParameters& parameters,
+                                             const CudaRankSize& size) {
+  HW_ASSIGN_OR_RETURN(const auto policy, MakePolicyFor(config, parameters, size.num_tokens));
+  CudaPolicyPlan searched;
+  const bool of_part =
+      policy != nullptr && size.world_size > 1 && !kernels::CudaPolicyTakesRanges(parameters);
+  if (of_part) {
+    searched = PlanCudaPolicyOfPart(*policy, config, size.num_tokens);
+  } else if (policy != nullptr) {
+    searched = PlanCudaPolicy(*policy, config, size.num_tokens);  // a rank's ranges take no more
+  }
+  CudaPrefillPlan plan =
+      PlanCudaPrefill(config, chunk_tokens, size.num_tokens, 1, searched, size.local_tokens);
+  if (of_part) plan.all_q = AllQueryBytes(config, size.num_tokens);
+  if (size.world_size > 1 && size.checkpoint_layers > 0 && size.num_tokens >= kLeastCheckpointTokens) {
+    plan.checkpoints = CheckpointDeviceBytes(size.local_tokens, size.max_rank_tokens, config.hidden_size,
+                                             size.checkpoint_layers, config.num_layers);
+  }
+  return plan;
+}
+
+absl::Status CheckShared(const ModelConfig& config, const kernels::PatternPolicy& policy, int64_t num_tokens,
+                         int world_size, v1::Strategy strategy) {
   if (strategy != v1::STRATEGY_ALLGATHER && strategy != v1::STRATEGY_RING) {
     return absl::UnimplementedError(
         absl::StrCat("strategy ", StrategyName(strategy), " over GPUs, which have allgather and ring"));
   }
-  if (num_tokens < kernels::DenseBelowTokens(policy.parameters()) ||
-      std::holds_alternative<kernels::ProbeParameters>(policy.parameters()) ||
-      kernels::CudaPolicyListsBlocks(policy.parameters())) {
+  if (num_tokens < kernels::DenseBelowTokens(policy.parameters()) || MayShare(config, policy.parameters())) {
     return absl::OkStatus();
   }
-  return absl::UnimplementedError(absl::StrCat("policy '", policy.name(), "' over ", world_size, " GPUs"));
+  return absl::UnimplementedError(absl::StrCat("policy '", policy.name(), "' over ", world_size,
+                                               " GPUs with ", config.num_q_heads, " query and ",
+                                               config.num_kv_heads, " KV heads"));
 }
 
 bool IsDense(const PrefillJob& job) {
@@ -67,12 +101,13 @@ absl::StatusOr<std::unique_ptr<kernels::CudaPolicy>> MakePolicyFor(
 }
 
 bool MayPackCuda(const PrefillJob& job) {
-  return CheckJob(job, 1).ok() && IsDense(job) && !job.quality.any() && !job.resume.has_value();
+  return CheckRanks(job, 1).ok() && IsDense(job) && !job.quality.any() && !job.resume.has_value();
 }
 
-absl::Status CheckPass(absl::Span<const CudaPrefillPrompt> prompts, int world_size) {
+absl::Status CheckPass(absl::Span<const CudaPrefillPrompt> prompts, const ModelConfig& config,
+                       int world_size) {
   for (const CudaPrefillPrompt& prompt : prompts) {
-    HW_RETURN_IF_ERROR(CheckJob(*prompt.job, world_size));
+    HW_RETURN_IF_ERROR(CheckJob(*prompt.job, config, world_size));
     if (prompts.size() > 1 && !MayPackCuda(*prompt.job)) {
       return absl::InvalidArgumentError(
           absl::StrCat("request ", prompt.job->request_id, " cannot share a pass: policy '",

@@ -35,13 +35,30 @@ const kernels::ProbeParameters* ProbeOf(const PrefillJob& job);
 absl::StatusOr<std::unique_ptr<kernels::CudaPolicy>> MakePolicyFor(
     const ModelConfig& config, const kernels::PolicyParameters& parameters, int64_t num_tokens);
 
-// UNIMPLEMENTED: GPUs do not share prompts of that length under the policy; they share those that are dense,
-// or probe's.
-absl::Status CheckShared(const kernels::PatternPolicy& policy, int64_t num_tokens, int world_size,
-                         v1::Strategy strategy);
+// Whether GPUs share prompts under the policy, whatever their length: those that select single keys are one
+// GPU's, and so are others whose lists have tiles that a rank's blocks of 128 tokens may cut.
+bool MayShare(const ModelConfig& config, const kernels::PolicyParameters& parameters);
+
+// UNIMPLEMENTED: GPUs do not share a prompt of that length under the policy, or not in that way.
+absl::Status CheckShared(const ModelConfig& config, const kernels::PatternPolicy& policy, int64_t num_tokens,
+                         int world_size, v1::Strategy strategy);
+
+// A rank's part of a prompt.
+struct CudaRankSize {
+  int64_t num_tokens = 0;  // of the prompt
+  int64_t local_tokens = 0;
+  int64_t max_rank_tokens = 0;
+  int world_size = 1;
+  int checkpoint_layers = 0;
+};
+// Device memory of its pass, at most. Errors as kernels::MakeCudaPolicy().
+absl::StatusOr<CudaPrefillPlan> PlanCudaRank(const ModelConfig& config, int64_t chunk_tokens,
+                                             const kernels::PolicyParameters& parameters,
+                                             const CudaRankSize& size);
 
 // What RunCudaPrefill() refuses before it looks at the device. world_size: of the group that the pass is in.
-absl::Status CheckPass(absl::Span<const CudaPrefillPrompt> prompts, int world_size);
+absl::Status CheckPass(absl::Span<const CudaPrefillPrompt> prompts, const ModelConfig& config,
+                       int world_size);
 
 // One behind the other; *num_tokens: of all.
 std::vector<CudaSequence> MakeSequences(absl::Span<const CudaPrefillPrompt> prompts, int64_t* num_tokens);
