@@ -188,12 +188,15 @@ class FaultCluster(Cluster):
 
 def read_abort(log: list, killed_at: float, victim: str) -> dict:
     """Seconds from the disturbance until the last of the others had given its rank up, with that one's error (CANCELLED: the
-    coordinator told it to; else it found out by itself), and until the next epoch was started; None: not in the log."""
+    coordinator told it to; else it found out by itself), and until the next epoch was started; None: not in the log. Where none of the others
+    failed, they had just ended their parts (ENDED): the next epoch is not started before they all have."""
     given_up = [entry for entry in log if entry["msg"] == "rank failed" and entry["epoch"] == 1 and entry["worker"] != victim]
     last = max(given_up, key=lambda entry: entry["at"], default=None)
     restarts = [entry["at"] for entry in log if entry["msg"] == "epoch started" and entry["epoch"] == 2]
-    return {"abort_s": last["at"] - killed_at if last else None, "abort_code": last["error"].partition(":")[0] if last else "",
-            "restart_s": restarts[0] - killed_at if restarts else None}
+    restart_s = restarts[0] - killed_at if restarts else None
+    if last is None:
+        return {"abort_s": restart_s, "abort_code": "ENDED" if restarts else "", "restart_s": restart_s}
+    return {"abort_s": last["at"] - killed_at, "abort_code": last["error"].partition(":")[0], "restart_s": restart_s}
 
 
 def group_lives(group: int) -> bool:

@@ -156,6 +156,10 @@ class JudgeTest(Folder):
                          {"abort_s": 0.5, "abort_code": "UNAVAILABLE", "restart_s": 1.0})
         self.assertEqual(group_faults.read_abort(log[:1], 10.0, "w1"),
                          {"abort_s": None, "abort_code": "", "restart_s": None})
+        # The others had ended their parts when the last one was killed.
+        started = [entry for entry in log if entry["msg"] == "epoch started"]
+        self.assertEqual(group_faults.read_abort(started, 10.0, "w1"),
+                         {"abort_s": 1.0, "abort_code": "ENDED", "restart_s": 1.0})
 
     def test_the_row_sums_up(self):
         runs = [RUN, {**RUN, "run": 2, "abort_s": 0.75, "resume_layer": 0, "device_mib_over": 5},
