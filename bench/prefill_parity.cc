@@ -1,6 +1,7 @@
 // Holds one device's prefill of a prompt against the CPU's in f32: K and V of every layer, the last token's
-// logits. Prints one JSON object; status 1 where a difference is over its tolerance. tools/prefill_parity.py
-// holds the logits against transformers, too.
+// logits; then, with --gpus over 1, several GPUs' against one's, in every partition and strategy. Prints one
+// JSON object a prefill; status 1 where a difference is over its tolerance. tools/prefill_parity.py holds the
+// logits against transformers, too.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -10,6 +11,7 @@
 #include <limits>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "absl/strings/numbers.h"
@@ -33,6 +35,7 @@ struct ParityOptions {
   std::string tokens;
   std::string logits;
   double tolerance = 2e-2;
+  double gpus_tolerance = 1e-3;
   bool same_top = true;
 };
 
@@ -142,33 +145,12 @@ absl::StatusOr<std::unique_ptr<PrefillDevice>> Open(const PrefillBenchOptions& o
 #endif
 }
 
-// True: all within their tolerances.
-absl::StatusOr<bool> Run(const ParityOptions& options) {
-  HW_ASSIGN_OR_RETURN(const std::vector<uint32_t> tokens, ReadTokenFile(options.tokens, std::cin));
-  PrefillBenchOptions reference = options.device;
-  reference.device = "cpu";
-  reference.linear = "f32";
-  reference.gpus = 1;
-  Outcome wanted, got;
-  std::string name;
-  {
-    HW_ASSIGN_OR_RETURN(const auto cpu, Open(reference));
-    HW_ASSIGN_OR_RETURN(wanted, Compute(reference, cpu.get(), tokens));
-  }
-  {
-    HW_ASSIGN_OR_RETURN(const auto device, Open(options.device));
-    name = absl::StrCat(device->name(), ", ", device->linear());
-    if (options.device.gpus > 1) {
-      absl::StrAppend(&name, ", ", options.device.gpus, " GPUs, ", options.device.partition, ", ",
-                      options.device.strategy);
-    }
-    HW_ASSIGN_OR_RETURN(got, Compute(options.device, device.get(), tokens));
-  }
-  nlohmann::ordered_json row = {
-      {"model", options.device.model_name()}, {"tokens", tokens.size()}, {"device", name}};
+// Differences of `got` and whether they are within the tolerance, into `row`.
+bool Compare(const Outcome& got, const Outcome& wanted, double tolerance, bool same_top,
+             nlohmann::ordered_json* row) {
   double most = 0;
   for (const KvKind kind : {KvKind::kK, KvKind::kV}) {
-    auto& errors = row[kind == KvKind::kK ? "k_errors" : "v_errors"] = nlohmann::ordered_json::array();
+    auto& errors = (*row)[kind == KvKind::kK ? "k_errors" : "v_errors"] = nlohmann::ordered_json::array();
     for (int layer = 0; layer < got.num_layers; ++layer) {
       const auto at = static_cast<uint32_t>(layer);
       const double error = RelativeError(got.kv->Tensor(at, kind), wanted.kv->Tensor(at, kind));
@@ -176,17 +158,67 @@ absl::StatusOr<bool> Run(const ParityOptions& options) {
       most = std::max(most, error);
     }
   }
-  row["kv_error"] = most;
-  row["logits_error"] = RelativeError(got.logits, wanted.logits);
-  row["top"] = got.top;
-  row["reference_top"] = wanted.top;
-  row["tolerance"] = options.tolerance;
-  const bool ok = most <= options.tolerance && (!options.same_top || got.top == wanted.top);
-  row["ok"] = ok;
-  std::printf("%s\n", row.dump().c_str());
+  const bool ok = most <= tolerance && (!same_top || got.top == wanted.top);
+  (*row)["kv_error"] = most;
+  (*row)["logits_error"] = RelativeError(got.logits, wanted.logits);
+  (*row)["top"] = got.top;
+  (*row)["reference_top"] = wanted.top;
+  (*row)["tolerance"] = tolerance;
+  (*row)["ok"] = ok;
+  std::printf("%s\n", row->dump().c_str());
+  return ok;
+}
+
+// Of several GPUs against one.
+absl::StatusOr<bool> CompareSharings(const ParityOptions& options, const std::vector<uint32_t>& tokens,
+                                     const Outcome& one) {
+  PrefillBenchOptions shared = options.device;
+  HW_ASSIGN_OR_RETURN(const auto device, Open(shared));
+  bool ok = true;
+  for (const char* partition : {"contiguous", "zigzag", "striped"}) {
+    for (const char* strategy : {"allgather", "ring"}) {
+      shared.partition = partition;
+      shared.strategy = strategy;
+      HW_ASSIGN_OR_RETURN(const Outcome got, Compute(shared, device.get(), tokens));
+      nlohmann::ordered_json row = {{"model", shared.model_name()}, {"tokens", tokens.size()},
+                                    {"device", device->name()},     {"linear", device->linear()},
+                                    {"gpus", shared.gpus},          {"partition", partition},
+                                    {"strategy", strategy},         {"reference", "one GPU"}};
+      ok &= Compare(got, one, options.gpus_tolerance, options.same_top, &row);
+    }
+  }
+  return ok;
+}
+
+// True: all within their tolerances.
+absl::StatusOr<bool> Run(const ParityOptions& options) {
+  HW_ASSIGN_OR_RETURN(const std::vector<uint32_t> tokens, ReadTokenFile(options.tokens, std::cin));
+  PrefillBenchOptions reference = options.device, single = options.device;
+  reference.device = "cpu";
+  reference.linear = "f32";
+  reference.gpus = single.gpus = 1;
+  Outcome wanted, got;
+  nlohmann::ordered_json row = {{"model", single.model_name()}, {"tokens", tokens.size()}};
+  {
+    HW_ASSIGN_OR_RETURN(const auto cpu, Open(reference));
+    HW_ASSIGN_OR_RETURN(wanted, Compute(reference, cpu.get(), tokens));
+  }
+  {
+    HW_ASSIGN_OR_RETURN(const auto device, Open(single));
+    row["device"] = device->name();
+    row["linear"] = device->linear();
+    HW_ASSIGN_OR_RETURN(got, Compute(single, device.get(), tokens));
+  }
+  row["gpus"] = 1;
+  row["reference"] = "CPU, f32";
+  bool ok = Compare(got, wanted, options.tolerance, options.same_top, &row);
   if (!options.logits.empty()) {
     HW_RETURN_IF_ERROR(WriteLogits(options.logits + ".device.f32", got.logits));
     HW_RETURN_IF_ERROR(WriteLogits(options.logits + ".reference.f32", wanted.logits));
+  }
+  if (options.device.gpus > 1) {
+    HW_ASSIGN_OR_RETURN(const bool shared_ok, CompareSharings(options, tokens, got));
+    ok &= shared_ok;
   }
   return ok;
 }
@@ -194,23 +226,25 @@ absl::StatusOr<bool> Run(const ParityOptions& options) {
 absl::Status Parse(absl::Span<const std::string> arguments, ParityOptions* options, std::string* help) {
   FlagSet flags(
       "prefill_parity --model=DIR --tokens=FILE [flags]\n\n"
-      "Holds a device's prefill against the CPU's in f32: ||a - b|| / ||b|| of K and V, layer by layer.");
+      "Holds a device's prefill against the CPU's in f32, and several GPUs' against one's: ||a - b|| / ||b|| "
+      "of K\n"
+      "and V, layer by layer.");
   flags.String("model", &options->device.model, "checkpoint directory");
   flags.String("tokens", &options->tokens, "file of token ids");
   flags.String("device", &options->device.device, "cuda:N, or cpu");
-  flags.Int("gpus", &options->device.gpus, 1, 64, "GPUs from --device on that share the prompt");
-  flags.Choice("partition", &options->device.partition, {"contiguous", "zigzag", "striped"},
-               "which tokens each of several GPUs computes");
-  flags.Choice("strategy", &options->device.strategy, {"allgather", "ring"},
-               "how several GPUs get each other's K and V");
+  flags.Int("gpus", &options->device.gpus, 1, 64,
+            "over 1: so many from --device on share the prompt, too, in every partition and strategy");
   flags.Choice("linear", &options->device.linear, {"auto", "bf16", "fp8"},
                "the device's type of linear layers");
-  flags.Custom("tolerance", absl::StrCat(options->tolerance), "of K's and V's differences",
-               [options](absl::string_view text) {
-                 return absl::SimpleAtod(text, &options->tolerance) && options->tolerance > 0
-                            ? absl::OkStatus()
-                            : absl::InvalidArgumentError(absl::StrCat("'", text, "' is not a number over 0"));
-               });
+  for (auto [name, value, what] :
+       {std::tuple("tolerance", &options->tolerance, "of K's and V's differences"),
+        std::tuple("gpus_tolerance", &options->gpus_tolerance, "of those between several GPUs and one")}) {
+    flags.Custom(name, absl::StrCat(*value), what, [value = value](absl::string_view text) {
+      return absl::SimpleAtod(text, value) && *value > 0
+                 ? absl::OkStatus()
+                 : absl::InvalidArgumentError(absl::StrCat("'", text, "' is not a number over 0"));
+    });
+  }
   flags.Bool("same_top", &options->same_top, "whether the best next token must be the same");
   flags.String("logits", &options->logits,
                "prefix of files for the logits: raw f32 in .device.f32, .reference.f32");

@@ -1,6 +1,5 @@
 """Tests of prefill_parity and its driver on a golden model, the CPU's bf16 standing for a device's."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -61,14 +60,28 @@ class PrefillParityTest(unittest.TestCase):
         self.assertEqual(done.returncode, 2)
         self.assertIn("--gpus=2 with --device=cpu", done.stderr)
 
-    def test_several_gpus_are_tried_in_every_way(self):
-        spec = importlib.util.spec_from_file_location("prefill_parity", DRIVER)
-        driver = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(driver)
-        self.assertEqual(driver.sharings(1), [[]])
-        ways = driver.sharings(2)
-        self.assertEqual(len(set(map(tuple, ways))), 6)
-        self.assertIn(["--gpus=2", "--partition=striped", "--strategy=ring"], ways)
+    def test_the_driver_judges_every_row(self):
+        row = {"model": "m", "tokens": 167, "device": "GPU", "linear": "bf16", "gpus": 1, "reference": "CPU, f32", "k_errors": [1e-3],
+               "v_errors": [1e-3], "kv_error": 1e-3, "logits_error": 1e-3, "top": 1, "reference_top": 1, "tolerance": 1, "ok": True}
+        shared = {**row, "gpus": 2, "partition": "striped", "strategy": "ring", "reference": "one GPU"}
+
+        def drive(status, *rows):
+            program = self.folder / "program"
+            program.write_text("#!/bin/sh\ncat <<'E'\n" + "\n".join(map(json.dumps, rows)) + f"\nE\nexit {status}\n")
+            program.chmod(0o755)
+            return self.run_words(sys.executable, "-S", DRIVER, "run", GOLDEN, "--tokens", self.folder, "--program", program,
+                                  "--gpus=2", "--output", self.folder / "rows.jsonl")
+
+        near = drive(0, row, shared)
+        self.assertEqual(near.returncode, 0, near.stdout + near.stderr)
+        self.assertIn("2 GPUs, striped, ring", near.stdout)
+        self.assertEqual(len((self.folder / "rows.jsonl").read_text().splitlines()), 2)
+        far = drive(1, row, {**shared, "ok": False})
+        self.assertEqual(far.returncode, 1)
+        self.assertIn("too far: qwen3_d64-golden", far.stdout)
+        self.assertIn("ended with status 1", drive(1, row, shared).stderr)
+        self.assertIn("ended with status 2", drive(2).stderr)
+        self.assertIn("ended with status 0", drive(0).stderr)
 
     def test_the_driver_tells_near_from_far(self):
         words = [sys.executable, DRIVER, "run", GOLDEN, "--tokens", self.folder, "--device=cpu", "--program", PROGRAM]
