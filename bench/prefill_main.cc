@@ -253,22 +253,25 @@ class Bench {
 
   // Of the rank that took longest in each.
   void FillStages(const Sample& sample, PrefillReport* report) const {
+    std::vector<PrefillReport::Group::Rank> ranks;
     double linear = 0, attention = 0, exchange = 0, stall = 0, computed = 0, most = 0;
     for (const PrefillResult& result : sample.results) {
-      const double of_linear = absl::ToDoubleSeconds(result.linear),
-                   of_attention = absl::ToDoubleSeconds(result.attention);
-      linear = std::max(linear, of_linear);
-      attention = std::max(attention, of_attention);
-      exchange = std::max(exchange, absl::ToDoubleSeconds(result.exchange));
-      stall = std::max(stall, absl::ToDoubleSeconds(result.egress_stall));
-      computed += of_linear + of_attention;
-      most = std::max(most, of_linear + of_attention);
+      const auto& rank = ranks.emplace_back(PrefillReport::Group::Rank{
+          absl::ToDoubleSeconds(result.linear), absl::ToDoubleSeconds(result.attention),
+          absl::ToDoubleSeconds(result.exchange), absl::ToDoubleSeconds(result.egress_stall)});
+      linear = std::max(linear, rank.linear_s);
+      attention = std::max(attention, rank.attention_s);
+      exchange = std::max(exchange, rank.exchange_s);
+      stall = std::max(stall, rank.egress_stall_s);
+      computed += rank.linear_s + rank.attention_s;
+      most = std::max(most, rank.linear_s + rank.attention_s);
     }
     report->stages = {{"linear", linear}, {"attention", attention}, {"egress_stall", stall}};
     if (sample.results.size() == 1) return;
     report->stages.emplace_back("exchange", exchange);
     const double mean = computed / static_cast<double>(sample.results.size());
-    report->group = {options_.partition, options_.strategy, exchange / sample.ttft_s, most / mean};
+    report->group = {options_.partition, options_.strategy, exchange / sample.ttft_s, most / mean,
+                     std::move(ranks)};
   }
 
   void Show(const PrefillReport& report) {

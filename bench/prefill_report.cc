@@ -158,6 +158,7 @@ Json ToJson(const PrefillReport& r, const PrefillBenchOptions& options) {
   if (r.group.has_value()) {
     params["partition"] = r.group->partition;
     params["strategy"] = r.group->strategy;
+    if (options.checkpoint_layers > 0) params["checkpoint_layers"] = options.checkpoint_layers;
   }
   if (!options.policy.parameters.empty()) params["policy_parameters"] = options.policy.parameters;
   if (options.measure_recall) params["measure_recall"] = true;
@@ -195,6 +196,14 @@ Json ToJson(const PrefillReport& r, const PrefillBenchOptions& options) {
               {"params", std::move(params)},
               {"metrics", std::move(metrics)},
               {"peers", Json::object()}};
+  if (r.group.has_value()) {
+    for (const PrefillReport::Group::Rank& rank : r.group->ranks) {
+      row["ranks"].push_back({{"linear_s", Rounded(rank.linear_s)},
+                              {"attention_s", Rounded(rank.attention_s)},
+                              {"exchange_s", Rounded(rank.exchange_s)},
+                              {"egress_stall_s", Rounded(rank.egress_stall_s)}});
+    }
+  }
   if (r.attention.has_value()) row["attention"] = ToJson(*r.attention);
   return row;
 }

@@ -51,6 +51,10 @@ struct PrefillReport {
     double exposed_comm_ratio =
         0;                 // of the first token's time, what the rank waited for others that waited most
     double imbalance = 0;  // compute of the rank that computed most over the mean
+    struct Rank {
+      double linear_s = 0, attention_s = 0, exchange_s = 0, egress_stall_s = 0;
+    };
+    std::vector<Rank> ranks;
   };
   int gpus = 0;  // 0: a CPU
   std::optional<Group> group;
@@ -68,9 +72,10 @@ double DenseAttentionFlop(const ModelConfig& config, int64_t tokens);
 double LinearSeconds(const LinearRate& rate, const ModelConfig& config, int64_t tokens);
 
 // {"bench": "prefill", "device", "commit", "date", "params": {}, "metrics": {}, "peers": {}}, and where there
-// is a report of the attention, "attention": {density, recall_mean, recall_p1, sampled_queries, fallback,
-// wait_s, groups: [{layer, kv_head, density, recall, recall_p1, threshold, window_blocks, rounds, fallback,
-// note}]}. What is not known is absent; fallbacks are the enum's names in lower case, without its prefix.
+// is a group "ranks": [{linear_s, attention_s, exchange_s, egress_stall_s}], and where there is a report of
+// the attention, "attention": {density, recall_mean, recall_p1, sampled_queries, fallback, wait_s, groups:
+// [{layer, kv_head, density, recall, recall_p1, threshold, window_blocks, rounds, fallback, note}]}. What is
+// not known is absent; fallbacks are the enum's names in lower case, without its prefix.
 nlohmann::ordered_json ToJson(const PrefillReport& report, const PrefillBenchOptions& options);
 
 // Lines of a human table: what is said above it, its head, one length. All end in a newline.

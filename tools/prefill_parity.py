@@ -147,8 +147,15 @@ def run(arguments) -> int:
         files = sorted(arguments.tokens.glob(f"{model.name}-*.tokens"))
         if not files:
             raise ParityError(f"no {model.name}-*.tokens in {arguments.tokens}; 'prompts' writes them")
-        failed += [path.stem for path in files if not run_one(arguments, model, path, peer)]
-    print(f"too far: {', '.join(failed)}" if failed else "all within their tolerances")
+        for path in files:
+            try:
+                fits = run_one(arguments, model, path, peer)
+            except ParityError as error:
+                print(f"{path.stem}: {error}", flush=True)
+                fits = False
+            if not fits:
+                failed.append(path.stem)
+    print(f"too far, or not run: {', '.join(failed)}" if failed else "all within their tolerances")
     return 1 if failed else 0
 
 

@@ -1,6 +1,8 @@
 #include "kernels/cuda/layer_ops.h"
 
 #include <cmath>
+#include <string>
+#include <utility>
 
 #include "kernels/cuda/block_stats_check.h"
 #include "kernels/cuda/check.h"
@@ -155,6 +157,21 @@ Status CudaFirstNonFiniteRow(const CudaFirstNonFiniteRowArgs& a, cudaStream_t st
   HW_KERNELS_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(a.row, 0xFF, sizeof *a.row, stream));
   if (a.num_tokens == 0) return {};
   HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchFirstNonFiniteRow(a, stream));
+  return {};
+}
+
+Status CudaStoreToHost(const void* from, void* to, int64_t bytes, cudaStream_t stream) {
+  HW_KERNELS_RETURN_IF_ERROR(CheckRange("bytes", bytes, 0, int64_t{1} << 31));
+  if (bytes % 4 != 0) return InvalidArgument("bytes is " + std::to_string(bytes) + ", no multiple of 4");
+  if (bytes == 0) return {};
+  for (const auto& [name, array] : {std::pair("from", from), std::pair<const char*, const void*>("to", to)}) {
+    if (array == nullptr || reinterpret_cast<uintptr_t>(array) % 4 != 0) {
+      return InvalidArgument(std::string(name) + " is null or not 4-byte aligned");
+    }
+  }
+  HW_KERNELS_RETURN_IF_ERROR(CheckDevice());
+  HW_KERNELS_RETURN_IF_CUDA_ERROR(sm90::LaunchStoreToHost(static_cast<const uint32_t*>(from),
+                                                          static_cast<uint32_t*>(to), bytes / 4, stream));
   return {};
 }
 

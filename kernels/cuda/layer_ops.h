@@ -151,6 +151,12 @@ struct CudaPackKvArgs {
 // The work is split evenly over the runs: long runs beside short ones cost time.
 Status CudaPackKv(const CudaPackKvArgs& args, cudaStream_t stream);
 
+// Copies what the host reads while other things leave the device: a kernel does it, for the engine that
+// cudaMemcpyAsync() takes may have a layer's K and V before it, and the stream would wait for them. Meant for
+// up to some 100 KB. from: device memory; to: host memory that is pinned and mapped, whole once the stream
+// has come to what is enqueued next; both 4-byte aligned, not checked otherwise. bytes: a multiple of 4.
+Status CudaStoreToHost(const void* from, void* to, int64_t bytes, cudaStream_t stream);
+
 }  // namespace headwater::kernels
 
 #endif  // HW_KERNELS_CUDA_LAYER_OPS_H_

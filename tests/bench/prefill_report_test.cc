@@ -56,12 +56,19 @@ std::map<std::string, std::string> Columns(const PrefillReport& report) {
 TEST(PrefillReportTest, SeveralGpusAreToldOf) {
   PrefillReport report = Report();
   report.gpus = 2;
-  report.group = {"zigzag", "allgather", 0.0125, 1.03};
+  report.group = {"zigzag", "allgather", 0.0125, 1.03, {{2, 1, 0.05, 0}, {2.5, 0.5, 0, 0.25}}};
   PrefillBenchOptions options;
+  options.checkpoint_layers = 8;
   const nlohmann::ordered_json row = ToJson(report, options);
   EXPECT_EQ(row["params"]["gpus"], 2);
   EXPECT_EQ(row["params"]["partition"], "zigzag");
   EXPECT_EQ(row["params"]["strategy"], "allgather");
+  EXPECT_EQ(row["params"]["checkpoint_layers"], 8);
+  ASSERT_EQ(row["ranks"].size(), 2U);
+  EXPECT_EQ(row["ranks"][0]["linear_s"], 2.0);
+  EXPECT_EQ(row["ranks"][0]["exchange_s"], 0.05);
+  EXPECT_EQ(row["ranks"][1]["attention_s"], 0.5);
+  EXPECT_EQ(row["ranks"][1]["egress_stall_s"], 0.25);
   EXPECT_EQ(row["metrics"]["exposed_comm_ratio"], 0.0125);
   EXPECT_EQ(row["metrics"]["imbalance"], 1.03);
   EXPECT_EQ(row["metrics"]["tflops_per_gpu"], 1.0);  // 8 TFLOP in 4 s on two

@@ -5,6 +5,8 @@
 #include "absl/strings/str_cat.h"
 
 #include "base/status_macros.h"
+#include "kernels/cuda/layer_ops.h"
+#include "model/kernel_status.h"
 
 namespace headwater {
 namespace {
@@ -51,9 +53,9 @@ absl::Status CudaLayerLog::CopyBadRows(int32_t layer, const int64_t* bad_rows, i
                                        int64_t first_row, cudaStream_t stream) {
   first_rows_[static_cast<size_t>(layer)] = first_row;
   std::fill_n(BadRows(layer), num_chunks_, -1);
-  return FromCuda(cudaMemcpyAsync(BadRows(layer), bad_rows, static_cast<size_t>(num_chunks) * sizeof(int64_t),
-                                  cudaMemcpyDeviceToHost, stream),
-                  "checks of layers");
+  return FromKernels(
+      kernels::CudaStoreToHost(bad_rows, BadRows(layer), num_chunks * int64_t{sizeof(int64_t)}, stream),
+      "checks of layers");
 }
 
 absl::Status CudaLayerLog::HasRun(int32_t layer, bool* has_run) const {

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "base/status_macros.h"
+#include "kernels/cuda/layer_ops.h"
 #include "kernels/cuda/pattern.h"
 #include "model/cuda/device_buffer.h"
 #include "model/kernel_status.h"
@@ -71,8 +72,7 @@ absl::Status CudaPattern::Select(int64_t begin, kernels::CudaAttentionArgs* args
   search.overflows = reinterpret_cast<uint32_t*>(counters_ + 8);
   HW_RETURN_IF_ERROR(
       FromKernels(kernels::CudaSelectBlocks(search, search_, plan_.search, stream), "pattern search"));
-  HW_RETURN_IF_ERROR(
-      FromCuda(cudaMemcpyAsync(counts, counters_, 12, cudaMemcpyDeviceToHost, stream), "pattern search"));
+  HW_RETURN_IF_ERROR(FromKernels(kernels::CudaStoreToHost(counters_, counts, 12, stream), "pattern search"));
   args->lists.num_lists = config_.num_kv_heads;
   args->lists.counts = counts_;
   args->lists.offsets = offsets_;

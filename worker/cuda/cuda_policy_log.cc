@@ -5,6 +5,8 @@
 #include <utility>
 
 #include "base/status_macros.h"
+#include "kernels/cuda/layer_ops.h"
+#include "model/kernel_status.h"
 #include "worker/cuda/cuda_plan.h"
 
 namespace headwater {
@@ -53,7 +55,7 @@ absl::Status CudaPolicyLog::Copy(int32_t layer, const CudaPolicyCounters& counte
                                  const kernels::CudaSelection& ranges, cudaStream_t stream) {
   const auto copy = [&](void* to, const void* from, size_t bytes) {
     if (from == nullptr || bytes == 0) return absl::OkStatus();
-    return FromCuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream), "a report");
+    return FromKernels(kernels::CudaStoreToHost(from, to, static_cast<int64_t>(bytes), stream), "a report");
   };
   const Layer& of = layers_[static_cast<size_t>(layer)];
   if (of.kind == Layer::Kind::kRanges) {

@@ -1,4 +1,5 @@
 // The element-wise operations that need no shared tile: 16 bytes a load, one CTA per row or piece of a row.
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/cuda/device/e4m3.cuh"
@@ -199,6 +200,15 @@ __global__ void __launch_bounds__(kMostThreads) FirstNonFiniteKernel(const CudaF
   if (mine < *reinterpret_cast<volatile unsigned long long*>(row)) atomicMin(row, mine);
 }
 
+// --- small copies to the host ---
+
+__global__ void __launch_bounds__(kMostThreads)
+    StoreToHostKernel(const uint32_t* from, uint32_t* to, int64_t count) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step)
+    to[i] = from[i];
+}
+
 // --- packing of K and V ---
 
 constexpr float kMostF16 = 65504;
@@ -325,6 +335,13 @@ cudaError_t LaunchFirstNonFiniteRow(const CudaFirstNonFiniteRowArgs& p, cudaStre
   } else {
     FirstNonFiniteKernel<__nv_bfloat16><<<grid, kMostThreads, 0, stream>>>(p);
   }
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchStoreToHost(const uint32_t* from, uint32_t* to, int64_t count, cudaStream_t stream) {
+  constexpr int64_t kMostBlocks = 32;
+  const auto grid = static_cast<unsigned>(std::min((count + kMostThreads - 1) / kMostThreads, kMostBlocks));
+  StoreToHostKernel<<<grid, kMostThreads, 0, stream>>>(from, to, count);
   return cudaGetLastError();
 }
 

@@ -237,6 +237,15 @@ TEST(CudaLayerOpsTest, NoTokensAreFine) {
   CudaPackKvArgs pack = ValidPack();
   pack.num_runs = 0;
   EXPECT_TRUE(CudaPackKv(pack, nullptr).ok());
+  EXPECT_TRUE(CudaStoreToHost(nullptr, nullptr, 0, nullptr).ok());
+}
+
+TEST(CudaStoreToHostTest, NamesWhatIsWrong) {
+  EXPECT_EQ(CudaStoreToHost(kAligned, kAligned, 6, nullptr).message(), "bytes is 6, no multiple of 4");
+  EXPECT_EQ(CudaStoreToHost(nullptr, kAligned, 4, nullptr).message(), "from is null or not 4-byte aligned");
+  EXPECT_EQ(CudaStoreToHost(kAligned, static_cast<char*>(kAligned) + 2, 4, nullptr).message(),
+            "to is null or not 4-byte aligned");
+  EXPECT_FALSE(CudaStoreToHost(kAligned, kAligned, -4, nullptr).ok());
 }
 
 }  // namespace
