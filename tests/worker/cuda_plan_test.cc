@@ -153,5 +153,36 @@ TEST(CudaRankTest, WhoSharesAndWhatAPartTakes) {
   EXPECT_EQ(plan("dense", {kTokens, kTokens, kTokens, 1, 8}).checkpoints, 0u);
 }
 
+TEST(QueriesOfCallTest, CallsTakeAboutAsLongAndNoneIsShort) {
+  constexpr double kFlopPerPair = 4 * 4096;
+  constexpr int64_t kMost = 1 << 17;
+  for (const double density : {1.0, 0.3, 0.01}) {
+    for (const TokenRange range :
+         {TokenRange{0, 1}, TokenRange{0, 1000}, TokenRange{0, 1 << 20}, TokenRange{786432, 1048576},
+          TokenRange{786432, 1048577}, TokenRange{1 << 19, 786432}, TokenRange{0, 200'000}}) {
+      std::vector<int64_t> counts;
+      for (int64_t begin = range.begin; begin < range.end; begin += counts.back()) {
+        const int64_t count = QueriesOfCall(kFlopPerPair * density, begin, range.end, kMost);
+        ASSERT_GT(count, 0);
+        ASSERT_LE(count, std::min(kMost, range.end - begin));
+        if (begin + count < range.end) {
+          EXPECT_EQ(count % 128, 0);
+          EXPECT_GE(count, kLeastQueries);
+        }
+        counts.push_back(count);
+        if (count > kLeastQueries * 2) {
+          const double pairs = static_cast<double>(count) * static_cast<double>(begin + count / 2);
+          EXPECT_LE(pairs * kFlopPerPair * density, 1.8 * 12e12);
+        }
+      }
+      if (counts.size() > 1) {
+        EXPECT_GE(counts.back(), counts[counts.size() - 2] / 2 - 128) << range.begin;
+      }
+    }
+  }
+  // Without the rule the last call would have 20,480.
+  EXPECT_EQ(QueriesOfCall(kFlopPerPair * 0.01, 954624, 1 << 20, kMost), (1 << 20) - 954624);
+}
+
 }  // namespace
 }  // namespace headwater

@@ -1,7 +1,6 @@
 // The attention of a pass: dense, packed, searched some queries at a time, or by a policy over the whole
 // prompt.
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 #include "base/log.h"
@@ -12,18 +11,8 @@
 namespace headwater {
 namespace {
 
-// Of one call of the attention kernel, about 18 ms of an H100 (its last tiles leave part of the device idle
-// for up to 1 ms).
-constexpr double kFlopPerCall = 12e12;
 constexpr double kLeastDensity = 0.002;
 constexpr int64_t kLeastLearnt = 8192;
-
-// Queries from `begin` on whose causal attention takes kFlopPerCall.
-int64_t QueriesOfCall(double flop_per_pair, int64_t begin) {
-  const auto from = static_cast<double>(begin);
-  const double count = std::sqrt(from * from + 2 * kFlopPerCall / flop_per_pair) - from;
-  return std::max(kLeastQueries, static_cast<int64_t>(count) / 128 * 128);
-}
 
 // (query, key, head) of a whole prompt.
 uint64_t PairsOf(int64_t num_tokens, int32_t num_q_heads) {
@@ -73,8 +62,8 @@ absl::Status CudaPass::AttendRange(int32_t layer, const char* k, const char* v, 
   const double flop_per_pair = 4.0 * static_cast<double>(q_width_) * (searched ? density_ : 1);
   PrefillProgress& progress = sequences_[0].result.progress;
   for (int64_t begin = range.begin; begin < range.end;) {
-    int64_t count = std::min(range.end - begin, QueriesOfCall(flop_per_pair, begin));
-    if (searched) count = std::min(count, CudaPatternPlan::kMaxQueries);
+    const int64_t count =
+        QueriesOfCall(flop_per_pair, begin, range.end, searched ? CudaPatternPlan::kMaxQueries : range.end);
     kernels::CudaAttentionArgs args = AttentionArgs(k, v, row + begin - range.begin, begin, count);
     if (searched) {
       HW_RETURN_IF_ERROR(pattern_->Select(begin, &args, log_.AddSearch(layer, begin, count), stream_));

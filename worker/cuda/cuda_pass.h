@@ -28,9 +28,6 @@
 
 namespace headwater {
 
-// One call of the attention kernel takes at least so many.
-inline constexpr int64_t kLeastQueries = 1024;
-
 class CudaPass {
  public:
   CudaPass(absl::Span<const CudaPrefillPrompt> prompts, const CudaPrefillContext& context);

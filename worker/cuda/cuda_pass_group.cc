@@ -31,7 +31,9 @@ int CudaPass::WantedCheckpointLayers() const {
   if (context_.checkpoints == nullptr || context_.checkpoint_layers == 0) return 0;
   if (num_tokens_ < context_.least_checkpoint_tokens) return 0;
   const uint64_t needed = CheckpointHostBytes(job.partition, config_.hidden_size);
-  const absl::StatusOr<uint64_t> available = AvailableMemoryBytes();
+  absl::StatusOr<uint64_t> available = AvailableMemoryBytes();
+  // What an earlier prompt has left there goes before this one's come.
+  if (available.ok()) *available += context_.checkpoints->bytes();
   if (available.ok() && needed <= *available / 2) return context_.checkpoint_layers;
   if (context_.metrics != nullptr) context_.metrics->checkpoints_left_out.Increment();
   HW_LOG(WARNING).Field("request_id", job.request_id)

@@ -12,6 +12,7 @@ namespace {
 
 constexpr uint64_t kPartAlignment = 256;
 constexpr int64_t kTileRows = 128;
+constexpr double kFlopPerCall = 12e12;
 
 uint64_t Bytes(int64_t rows, int64_t width, int64_t size) {
   return static_cast<uint64_t>(rows) * static_cast<uint64_t>(width) * static_cast<uint64_t>(size);
@@ -140,6 +141,16 @@ CudaPrefillPlan PlanCudaPrefill(const ModelConfig& config, int64_t chunk_tokens,
     plan.workspace += plan.pattern.counts;  // the attention kernel orders the tiles of lists
   }
   return plan;
+}
+
+int64_t QueriesOfCall(double flop_per_pair, int64_t begin, int64_t end, int64_t most) {
+  const auto from = static_cast<double>(begin);
+  const double wanted = std::sqrt(from * from + 2 * kFlopPerCall / flop_per_pair) - from;
+  const int64_t count = std::min(most, std::max(kLeastQueries, static_cast<int64_t>(wanted) / 128 * 128));
+  const int64_t left = end - begin;
+  if (left <= count) return left;
+  if (left - count >= count / 2) return count;
+  return left <= most ? left : CeilDiv(CeilDiv(left, 2), 128) * 128;
 }
 
 }  // namespace headwater

@@ -93,6 +93,14 @@ CudaPrefillPlan PlanCudaPrefill(const ModelConfig& config, int64_t chunk_tokens,
                                 int64_t num_prompts = 1, const CudaPolicyPlan& policy = {},
                                 int64_t num_rows = kAllTokens);
 
+// Queries of one call of the attention kernel, but for a range's last one.
+inline constexpr int64_t kLeastQueries = 1024;
+// Queries [begin, begin + count) of one call, of those up to `end`: as many as take about 18 ms of an H100
+// (the last tiles of a call leave part of the device idle for up to 1 ms), at most `most`, in multiples of
+// 128. A short rest is shared out: the last tokens' tile sees every key, and a call that is soon done waits
+// for it.
+int64_t QueriesOfCall(double flop_per_pair, int64_t begin, int64_t end, int64_t most);
+
 // Rounded up to the alignment of a part.
 uint64_t AlignedCudaPart(uint64_t bytes);
 
