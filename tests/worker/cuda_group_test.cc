@@ -61,7 +61,7 @@ TEST(CudaKvExchangeTest, CountsWhatComesFromOthers) {
   std::vector<uint64_t> all, seen;
   for (int rank = 0; rank < 3; ++rank) {
     FakeGroup group(rank, 3);
-    const CudaKvExchange exchange(partition, 256, v1::STRATEGY_ALLGATHER, &group);
+    const CudaKvExchange exchange(partition, 256, v1::STRATEGY_ALLGATHER, &group, nullptr);
     all.push_back(exchange.ReceivedBytes(to_all));
     seen.push_back(exchange.ReceivedBytes(causal));
   }
@@ -79,10 +79,11 @@ TEST(CudaKvExchangeTest, ARingPassesOnWhatOthersNeed) {
   std::vector<uint64_t> ring, direct, statistics;
   for (int rank = 0; rank < 3; ++rank) {
     FakeGroup group(rank, 3);
-    const CudaKvExchange exchange(partition, 256, v1::STRATEGY_RING, &group);
+    const CudaKvExchange exchange(partition, 256, v1::STRATEGY_RING, &group, nullptr);
     ring.push_back(exchange.ReceivedBytes(causal));
     statistics.push_back(exchange.ReceivedBytes(to_all));
-    direct.push_back(CudaKvExchange(partition, 256, v1::STRATEGY_ALLGATHER, &group).ReceivedBytes(causal));
+    direct.push_back(
+        CudaKvExchange(partition, 256, v1::STRATEGY_ALLGATHER, &group, nullptr).ReceivedBytes(causal));
   }
   EXPECT_THAT(direct, ::testing::ElementsAre(0u, 2560u, 5120u));
   EXPECT_THAT(ring, ::testing::ElementsAre(0u, 2560u, 5120u));

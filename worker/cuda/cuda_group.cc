@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "base/status_macros.h"
+#include "worker/ring_attention.h"
 
 namespace headwater {
 namespace {
@@ -38,8 +39,8 @@ std::vector<CudaChunk> ChunksOf(const RankTokens& tokens, int64_t chunk_tokens) 
 }
 
 CudaKvExchange::CudaKvExchange(const std::vector<RankTokens>& partition, int64_t chunk_tokens,
-                               v1::Strategy strategy, DeviceGroup* group)
-    : ring_(strategy == v1::STRATEGY_RING), group_(group) {
+                               v1::Strategy strategy, DeviceGroup* group, const JobControl* control)
+    : ring_(strategy == v1::STRATEGY_RING), group_(group), control_(control) {
   size_t most = 0;
   for (const RankTokens& tokens : partition) {
     chunks_.push_back(ChunksOf(tokens, chunk_tokens));
@@ -85,7 +86,13 @@ absl::Status CudaKvExchange::SwapAside(absl::Span<const DeviceParts> send,
                                        absl::Span<const DeviceParts> receive, absl::string_view what,
                                        cudaEvent_t ready) {
   HW_RETURN_IF_ERROR(FromCuda(cudaStreamWaitEvent(stream_, ready, 0), what));
-  return group_->Exchange(send, receive, what, stream_);
+  return Exchange(send, receive, what);
+}
+
+absl::Status CudaKvExchange::Exchange(absl::Span<const DeviceParts> send,
+                                      absl::Span<const DeviceParts> receive, absl::string_view what) {
+  const absl::Status status = group_->Exchange(send, receive, what, stream_);
+  return status.ok() || control_ == nullptr ? status : CollectiveError(status, *control_);
 }
 
 int CudaKvExchange::Steps() const { return ring_ ? static_cast<int>(chunks_.size()) - 1 : 1; }
@@ -103,7 +110,7 @@ absl::Status CudaKvExchange::StartPieces(size_t end, absl::Span<const SharedArra
         send[rank] = PartsOf(own, rank, step, started_, arrays);
         receive[rank] = PartsOf(rank, own, step, started_, arrays);
       }
-      HW_RETURN_IF_ERROR(group_->Exchange(send, receive, "exchange of a layer's K and V", stream_));
+      HW_RETURN_IF_ERROR(Exchange(send, receive, "exchange of a layer's K and V"));
     }
   }
   return absl::OkStatus();

@@ -14,6 +14,7 @@
 
 #include "worker/cuda/cuda_layer_log.h"
 #include "worker/cuda/device_group.h"
+#include "worker/job_control.h"
 #include "worker/partition.h"
 
 namespace headwater {
@@ -39,9 +40,10 @@ struct SharedArray {
 class CudaKvExchange {
  public:
   // partition: of all ranks, which hand over chunks of ChunksOf(..., chunk_tokens), the same on all.
-  // strategy: ring or allgather. group must outlive this.
+  // strategy: ring or allgather. group and control, which may be null, must outlive this; the group's errors
+  // become the job's (CollectiveError()).
   CudaKvExchange(const std::vector<RankTokens>& partition, int64_t chunk_tokens, v1::Strategy strategy,
-                 DeviceGroup* group);
+                 DeviceGroup* group, const JobControl* control);
   // The group must have been aborted, or what was started have ended.
   ~CudaKvExchange();
   absl::Status Init();
@@ -74,6 +76,8 @@ class CudaKvExchange {
   DeviceParts PartsOf(size_t from, size_t to, int step, size_t piece,
                       absl::Span<const SharedArray> arrays) const;
   int Steps() const;  // exchanges of a piece
+  absl::Status Exchange(absl::Span<const DeviceParts> send, absl::Span<const DeviceParts> receive,
+                        absl::string_view what);
   absl::Status StartPieces(size_t end, absl::Span<const SharedArray> arrays, cudaStream_t stream);
 
   std::vector<std::vector<CudaChunk>> chunks_;  // by rank
@@ -82,6 +86,7 @@ class CudaKvExchange {
   size_t num_pieces_ = 0;
   size_t started_ = 0;  // pieces of the layer
   DeviceGroup* const group_;
+  const JobControl* const control_;
   cudaStream_t stream_ = nullptr;
   CudaEvent ready_, done_;
 };

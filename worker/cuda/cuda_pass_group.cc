@@ -93,7 +93,8 @@ absl::Status CudaPass::Resume() {
 
 absl::Status CudaPass::BeginExchange() {
   const PrefillJob& job = *sequences_[0].prompt->job;
-  exchange_.emplace(job.partition, model_->chunk_tokens(), job.strategy, context_.devices);
+  exchange_.emplace(job.partition, model_->chunk_tokens(), job.strategy, context_.devices,
+                    sequences_[0].prompt->control);
   HW_RETURN_IF_ERROR(exchange_->Init());
   policy_group_.emplace(job.partition, &*exchange_, context_.collectives, sequences_[0].prompt->control);
   // Workers may be started with other flags; what is sampled must be the same.
@@ -138,7 +139,7 @@ void CudaPass::PlanExchange() {
   const std::vector<SharedArray> arrays = SharedArrays(kv_[0], kv_[0]);
   layer_exchange_bytes_ = exchange_->ReceivedBytes(arrays);
   layer_allgather_bytes_ =
-      CudaKvExchange(job.partition, model_->chunk_tokens(), v1::STRATEGY_ALLGATHER, context_.devices)
+      CudaKvExchange(job.partition, model_->chunk_tokens(), v1::STRATEGY_ALLGATHER, context_.devices, nullptr)
           .ReceivedBytes(arrays);
 }
 
