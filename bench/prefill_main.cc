@@ -272,6 +272,8 @@ class Bench {
     const double mean = computed / static_cast<double>(sample.results.size());
     report->group = {options_.partition, options_.strategy, exchange / sample.ttft_s, most / mean,
                      std::move(ranks)};
+    const auto& checkpoint = sample.results[0].progress.checkpoint;
+    if (checkpoint.has_value()) report->group->checkpoint_layer = checkpoint->layer;
   }
 
   void Show(const PrefillReport& report) {

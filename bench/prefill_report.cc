@@ -184,6 +184,7 @@ Json ToJson(const PrefillReport& r, const PrefillBenchOptions& options) {
   if (r.group.has_value()) {
     metrics["exposed_comm_ratio"] = Rounded(r.group->exposed_comm_ratio);
     metrics["imbalance"] = Rounded(r.group->imbalance);
+    if (r.group->checkpoint_layer.has_value()) metrics["checkpoint_layer"] = *r.group->checkpoint_layer;
   }
   metrics["attention_flop"] = Rounded(r.attention_flop);
   metrics["planned_device_bytes"] = r.planned_bytes;

@@ -55,6 +55,7 @@ struct PrefillReport {
       double linear_s = 0, attention_s = 0, exchange_s = 0, egress_stall_s = 0;
     };
     std::vector<Rank> ranks;
+    std::optional<uint32_t> checkpoint_layer = {};  // of the newest one that all KV was acknowledged below
   };
   int gpus = 0;  // 0: a CPU
   std::optional<Group> group;

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Draws prefill rows: time and peak device memory against prompt length, both axes logarithmic.
 
-    plot_prefill.py [ROWS.jsonl ...] --output prefill.png
+    plot_prefill.py [ROWS.jsonl ...] [--device H100] --output prefill.png
 
-One line a series (device, model, GPUs, policy, linear layers, sink), dashed its floor, points its peers. Of rows with equal
+One line a series (device, model, GPUs, partition, strategy, policy, linear layers, sink, checkpoints), dashed its floor, points its peers. Of rows with equal
 parameters the last one counts; rows of packed prompts (bench/packed_bench.py) are left out. Needs matplotlib (pip install
 matplotlib); exit status 2 where it is missing.
 """
@@ -21,15 +21,17 @@ def series_name(row: dict, show_device: bool) -> str:
     params = row["params"]
     name = f"{params['model']}, {params['policy']}"
     if params.get("gpus", 0) > 1:
-        name += f", {params['gpus']} GPUs ({params['partition']})"
+        name += f", {params['gpus']} GPUs ({params['partition']}, {params['strategy']})"
     if params.get("density_mode") == "forced":
         name += f" at {row['metrics']['density']:.2g}"
-    name += f", {params['linear']}" + (", KV verified" if params.get("sink") == "verify" else "")
+    name += f", {params['linear']}" + {"verify": ", KV verified", "memory": ", KV kept"}.get(params.get("sink"), "")
+    if params.get("checkpoint_layers", 0) > 0:
+        name += ", checkpoints"
     return f"{row['device']}: {name}" if show_device else name
 
 
-def read_series(paths: list) -> dict:
-    """Rows by series and length. Raises ValueError for what is no prefill row."""
+def read_series(paths: list, device: str) -> dict:
+    """Rows by series and length, of devices whose names hold `device`. Raises ValueError for what is no prefill row."""
     rows = []
     for path in paths:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -42,7 +44,8 @@ def read_series(paths: list) -> dict:
                 row["metrics"]["ttft_s"], row["params"]["tokens"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}:{number}: not a prefill row ({error})") from error
-            rows.append(row)
+            if device in row["device"]:
+                rows.append(row)
     show_device = len({row["device"] for row in rows}) > 1
     series = {}
     for row in rows:
@@ -61,33 +64,34 @@ def draw(series: dict, output: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (time, memory) = pyplot.subplots(1, 2, figsize=(12, 5), constrained_layout=True)
+    figure, (time, memory) = pyplot.subplots(1, 2, figsize=(12, 6), constrained_layout=True)
     for name, rows in series.items():
         line, = time.plot(*points(rows, lambda row: row["metrics"]["ttft_s"]), marker="o", markersize=4, label=name)
         lengths, floors = points(rows, lambda row: row["metrics"].get("floor_s"))
-        time.plot(lengths, floors, linestyle="--", color=line.get_color(), label=f"{name}: floor" if lengths else None)
-        memory.plot(*points(rows, lambda row: row["metrics"]["peak_device_bytes"] / GIB), marker="o", markersize=4, label=name)
+        time.plot(lengths, floors, linestyle="--", color=line.get_color())
+        memory.plot(*points(rows, lambda row: row["metrics"]["peak_device_bytes"] / GIB), marker="o", markersize=4)
     peers = sorted({peer for rows in series.values() for row in rows for peer, values in row["peers"].items() if "ttft_s" in values})
     for marker, peer in zip("sD^vPX", peers):
         for axes, key, scale in ((time, "ttft_s", 1), (memory, "peak_device_bytes", GIB)):
             found = [points(rows, lambda row: row["peers"].get(peer, {}).get(key)) for rows in series.values()]
             lengths, values = ([x for pair in found for x in pair[i]] for i in (0, 1))
             axes.plot(lengths, [value / scale for value in values], linestyle="", marker=marker, color="black", label=peer)
-    for axes, title in ((time, "time to first token, s"), (memory, "peak device memory, GiB")):
+    for axes, title in ((time, "time to first token, s (dashed: floor)"), (memory, "peak device memory, GiB")):
         axes.set(xscale="log", yscale="log", xlabel="prompt tokens", title=title)
         axes.set_xscale("log", base=2)
         axes.grid(True, which="both", alpha=0.25)
-        axes.legend(fontsize=7)
+    figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(output, dpi=150)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="*", default=[ROOT / "bench" / "results" / "prefill.jsonl"])
+    parser.add_argument("--device", default="", help="rows of devices whose names hold this; every device")
     parser.add_argument("--output", type=Path, default=Path("prefill.png"))
     arguments = parser.parse_args()
     try:
-        series = read_series(arguments.rows)
+        series = read_series(arguments.rows, arguments.device)
         if not series:
             raise ValueError("no rows")
         draw(series, arguments.output)

@@ -17,6 +17,7 @@ transformers are there, the last token's logits are held against transformers in
 import argparse
 import array
 import base64
+import datetime
 import json
 import math
 import struct
@@ -104,6 +105,15 @@ def describe(row: dict) -> str:
             f"logits {row['logits_error']:.4g}, top {row['top']} ({row['reference']}: {row['reference_top']})")
 
 
+def make_row(prompt: str, row: dict, commit: str) -> dict:
+    names = ("model", "tokens", "linear", "gpus", "partition", "strategy", "reference", "tolerance")
+    metrics = {"k_error": max(row["k_errors"]), "v_error": max(row["v_errors"]), "logits_error": row["logits_error"], "top": row["top"],
+               "reference_top": row["reference_top"], "ok": row["ok"]}
+    return {"bench": "prefill_parity", "device": row["device"], "commit": commit,
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "params": {"prompt": prompt, **{name: row[name] for name in names if name in row}}, "metrics": metrics, "peers": {}}
+
+
 def run_one(arguments, model: Path, tokens: Path, peer: Transformers) -> bool:
     is_golden = (model / "golden.safetensors").is_file()
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +135,7 @@ def run_one(arguments, model: Path, tokens: Path, peer: Transformers) -> bool:
             ok = ok and fits
         if arguments.output:
             with open(arguments.output, "a", encoding="utf-8") as output:
-                output.writelines(json.dumps({"prompt": tokens.stem, **row}) + "\n" for row in rows)
+                output.writelines(json.dumps(make_row(tokens.stem, row, arguments.commit)) + "\n" for row in rows)
         if peer.why_not:
             return ok
         wanted = peer.logits(model, [int(word) for word in tokens.read_text().split()])
@@ -185,6 +195,7 @@ def main() -> int:
     running.add_argument("--logits_tolerance", type=float, default=3e-2)
     running.add_argument("--limit_s", type=float, default=300, help="for each prompt")
     running.add_argument("--output", type=Path, help="file that every comparison is added to, as JSON")
+    running.add_argument("--commit", default="", help="for those rows")
     running.add_argument("--program", type=Path, default=ROOT / "build" / "release" / "bin" / "prefill_parity")
     arguments = parser.parse_args()
     try:

@@ -56,7 +56,7 @@ std::map<std::string, std::string> Columns(const PrefillReport& report) {
 TEST(PrefillReportTest, SeveralGpusAreToldOf) {
   PrefillReport report = Report();
   report.gpus = 2;
-  report.group = {"zigzag", "allgather", 0.0125, 1.03, {{2, 1, 0.05, 0}, {2.5, 0.5, 0, 0.25}}};
+  report.group = {"zigzag", "allgather", 0.0125, 1.03, {{2, 1, 0.05, 0}, {2.5, 0.5, 0, 0.25}}, 16};
   PrefillBenchOptions options;
   options.checkpoint_layers = 8;
   const nlohmann::ordered_json row = ToJson(report, options);
@@ -71,6 +71,7 @@ TEST(PrefillReportTest, SeveralGpusAreToldOf) {
   EXPECT_EQ(row["ranks"][1]["egress_stall_s"], 0.25);
   EXPECT_EQ(row["metrics"]["exposed_comm_ratio"], 0.0125);
   EXPECT_EQ(row["metrics"]["imbalance"], 1.03);
+  EXPECT_EQ(row["metrics"]["checkpoint_layer"], 16);
   EXPECT_EQ(row["metrics"]["tflops_per_gpu"], 1.0);  // 8 TFLOP in 4 s on two
   const auto columns = Columns(report);
   EXPECT_EQ(columns.at("exposed"), "1.2 %");

@@ -75,7 +75,10 @@ class PrefillParityTest(unittest.TestCase):
         near = drive(0, row, shared)
         self.assertEqual(near.returncode, 0, near.stdout + near.stderr)
         self.assertIn("2 GPUs, striped, ring", near.stdout)
-        self.assertEqual(len((self.folder / "rows.jsonl").read_text().splitlines()), 2)
+        rows = [json.loads(line) for line in (self.folder / "rows.jsonl").read_text().splitlines()]
+        self.assertEqual([made["params"]["gpus"] for made in rows], [1, 2])
+        self.assertEqual(rows[1]["params"]["partition"], "striped")
+        self.assertEqual(rows[1]["metrics"]["k_error"], 1e-3)
         far = drive(1, row, {**shared, "ok": False})
         self.assertEqual(far.returncode, 1)
         self.assertIn("too far, or not run: qwen3_d64-golden", far.stdout)
