@@ -30,7 +30,7 @@ def series_name(row: dict, show_device: bool) -> str:
     return f"{row['device']}: {name}" if show_device else name
 
 
-def read_series(paths: list, device: str) -> dict:
+def read_series(paths: list, device: str = "") -> dict:
     """Rows by series and length, of devices whose names hold `device`. Raises ValueError for what is no prefill row."""
     rows = []
     for path in paths:

@@ -108,17 +108,26 @@ class PrefillBenchTest(unittest.TestCase):
 
 
 class ReadSeriesTest(unittest.TestCase):
-    def read(self, *rows) -> dict:
+    def read(self, *rows, device="") -> dict:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows"
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            return plot_prefill.read_series([path])
+            return plot_prefill.read_series([path], device)
 
     def test_rows_of_packed_prompts_are_left_out(self):
         params = {"model": "m", "policy": "dense", "linear": "bf16"}
         packed = {**ROW, "params": {**params, "case": "packed", "tokens": 9}, "metrics": {"tokens_per_s": 1.0}}
         series = self.read(packed, {**ROW, "params": {**params, "tokens": 5}})
         self.assertEqual([[row["params"]["tokens"] for row in rows] for rows in series.values()], [[5]])
+
+    def test_series_differ_in_all_that_the_runs_did(self):
+        params = {"model": "m", "policy": "dense", "linear": "bf16", "tokens": 5}
+        group = {**params, "gpus": 2, "partition": "zigzag", "strategy": "ring"}
+        rows = [{**ROW, "params": p} for p in (params, group, {**group, "strategy": "allgather"}, {**group, "sink": "memory"},
+                                               {**group, "checkpoint_layers": 8})]
+        self.assertEqual(len(self.read(*rows)), 5)
+        other = {**ROW, "device": "Other 1", "params": params}
+        self.assertEqual(list(self.read(*rows, other, device="Other")), ["m, dense, bf16"])
 
     def test_what_is_no_prefill_row_is_refused_with_its_line(self):
         with self.assertRaisesRegex(ValueError, "rows:1: not a prefill row"):
