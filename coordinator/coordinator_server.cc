@@ -13,6 +13,9 @@
 namespace headwater {
 namespace {
 
+// The scheduler ticks several times a second.
+constexpr absl::Duration kStuck = absl::Seconds(10);
+
 constexpr absl::Duration kTickInterval = absl::Milliseconds(50);
 
 absl::Status Cut() {
@@ -23,11 +26,13 @@ absl::Status Cut() {
 
 }  // namespace
 
-CoordinatorServer::CoordinatorServer(const CoordinatorOptions& options)
-    : metrics_("coordinator"),
+CoordinatorServer::CoordinatorServer(const CoordinatorOptions& options,
+                                     std::shared_ptr<const Transport> transport)
+    : transport_(std::move(transport)),
+      metrics_("coordinator"),
       coordinator_metrics_(&metrics_),
       loop_(kTickInterval),
-      decode_client_(std::make_unique<GrpcDecodeClient>(&loop_)),
+      decode_client_(std::make_unique<GrpcDecodeClient>(&loop_, transport_)),
       scheduler_(options, Clock::Real(), decode_client_.get(), &coordinator_metrics_),
       prefill_service_(&scheduler_, &loop_),
       admin_service_(&scheduler_, &loop_),
@@ -37,12 +42,17 @@ CoordinatorServer::CoordinatorServer(const CoordinatorOptions& options)
 }
 
 absl::StatusOr<std::unique_ptr<CoordinatorServer>> CoordinatorServer::Start(
-    const CoordinatorOptions& options, const std::string& listen, const std::string& metrics_address) {
-  auto server = std::unique_ptr<CoordinatorServer>(new CoordinatorServer(options));
-  HW_RETURN_IF_ERROR(server->metrics_.Serve(metrics_address));
-  HW_ASSIGN_OR_RETURN(server->running_,
-                      StartServer(listen, {&server->prefill_service_, &server->admin_service_,
-                                           &server->worker_service_, &server->decode_service_}));
+    const CoordinatorOptions& options, const CoordinatorEndpoints& endpoints) {
+  auto server = std::unique_ptr<CoordinatorServer>(new CoordinatorServer(options, endpoints.transport));
+  HW_RETURN_IF_ERROR(server->metrics_.Serve(endpoints.metrics));
+  HW_ASSIGN_OR_RETURN(server->running_, StartServer(endpoints.listen,
+                                                    {&server->prefill_service_, &server->admin_service_,
+                                                     &server->worker_service_, &server->decode_service_},
+                                                    server->transport_.get()));
+  SchedulerLoop* const loop = &server->loop_;
+  HW_ASSIGN_OR_RETURN(server->health_,
+                      HealthPort::Start(endpoints.health,
+                                        {[loop] { return loop->TickAge() < kStuck; }, [] { return true; }}));
   return server;
 }
 
@@ -58,8 +68,9 @@ void CoordinatorServer::RunOnLoop(const std::function<void()>& work) {
 }
 
 void CoordinatorServer::BeginDrain() {
-  RunOnLoop([this] { scheduler_.BeginDrain(); });
+  health_->Leave();
   running_.server->GetHealthCheckService()->SetServingStatus(false);
+  RunOnLoop([this] { scheduler_.BeginDrain(); });
 }
 
 size_t CoordinatorServer::NumJobs() {

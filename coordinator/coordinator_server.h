@@ -11,7 +11,9 @@
 #include "absl/time/time.h"
 
 #include "base/metrics.h"
+#include "base/rpc/health.h"
 #include "base/rpc/server.h"
+#include "base/rpc/transport.h"
 #include "coordinator/coordinator_metrics.h"
 #include "coordinator/options.h"
 #include "coordinator/scheduler.h"
@@ -22,14 +24,20 @@
 
 namespace headwater {
 
+// host:port each; port 0 takes a free one.
+struct CoordinatorEndpoints {
+  std::string listen;
+  std::string metrics;                         // empty: none
+  std::string health;                          // of HealthPort; empty: none
+  std::shared_ptr<const Transport> transport;  // of `listen` and to decode nodes; null: plaintext
+};
+
 // The members may be called from any one thread.
 class CoordinatorServer {
  public:
-  // Serves on `listen` (host:port, port 0 takes a free one) and metrics on `metrics_address` (empty: none).
   // UNAVAILABLE: an address cannot be bound; the message names it.
   static absl::StatusOr<std::unique_ptr<CoordinatorServer>> Start(const CoordinatorOptions& options,
-                                                                  const std::string& listen,
-                                                                  const std::string& metrics_address);
+                                                                  const CoordinatorEndpoints& endpoints);
   // Stops without delay.
   ~CoordinatorServer();
 
@@ -44,10 +52,11 @@ class CoordinatorServer {
   size_t Stop(absl::Duration limit);
 
  private:
-  explicit CoordinatorServer(const CoordinatorOptions& options);
+  CoordinatorServer(const CoordinatorOptions& options, std::shared_ptr<const Transport> transport);
   // Runs `work` on the scheduler's thread and waits for it.
   void RunOnLoop(const std::function<void()>& work);
 
+  const std::shared_ptr<const Transport> transport_;
   Metrics metrics_;
   CoordinatorMetrics coordinator_metrics_;
   SchedulerLoop loop_;
@@ -58,6 +67,7 @@ class CoordinatorServer {
   WorkerControlAdapter worker_service_;
   DecodeRegistryAdapter decode_service_;
   RunningServer running_;
+  std::unique_ptr<HealthPort> health_;
   bool stopped_ = false;
 };
 

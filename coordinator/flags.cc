@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 
 #include "base/flags.h"
+#include "base/rpc/transport_flags.h"
 #include "base/status_macros.h"
 #include "coordinator/validation.h"
 
@@ -47,6 +48,8 @@ absl::Status ParseCoordinatorFlags(absl::Span<const std::string> arguments, Coor
       "watches them.");
   set.String("listen", &flags->listen, "HOST:PORT of the gRPC services; port 0 takes a free one");
   set.String("metrics", &flags->metrics, "HOST:PORT of /metrics; empty: none");
+  DeclareHealth(&flags->health, &set);
+  DeclareServerTransport(&flags->transport, &set);
   set.Choice("log_format", &log_format, {"text", "json"}, "how log lines are written");
   Count(&set, "max_prompt_tokens", &o.max_prompt_tokens, kMostPromptTokens,
         "longest prompt, whatever the model allows");

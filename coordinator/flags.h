@@ -10,6 +10,7 @@
 #include "absl/types/span.h"
 
 #include "base/log.h"
+#include "base/rpc/transport.h"
 #include "coordinator/options.h"
 
 namespace headwater {
@@ -17,8 +18,10 @@ namespace headwater {
 struct CoordinatorFlags {
   std::string listen = "127.0.0.1:7070";
   std::string metrics = "127.0.0.1:9070";  // empty: none
+  std::string health;                      // empty: none
   LogFormat log_format = LogFormat::kText;
   absl::Duration drain_timeout = absl::Seconds(45);
+  TransportOptions transport;
   CoordinatorOptions options;
 };
 

@@ -52,7 +52,11 @@ int Run(int argc, char** argv) {
     return 0;
   }
   InitLogging(flags.log_format, LogSeverity::kINFO, "coordinator");
-  auto server = CoordinatorServer::Start(flags.options, flags.listen, flags.metrics);
+  const auto transport = Transport::Create(flags.transport);
+  if (!transport.ok()) return Fail(transport.status());
+  LogTransport(transport->get(), flags.listen);
+  auto server =
+      CoordinatorServer::Start(flags.options, {flags.listen, flags.metrics, flags.health, *transport});
   if (!server.ok()) return Fail(server.status());
   HW_LOG(INFO).Field("address", (*server)->address()).Field("metrics", flags.metrics) << "serving";
 

@@ -15,6 +15,7 @@ constexpr size_t kMaxWaitingClients = 4096;
 
 void SchedulerLoop::Start(std::function<void()> tick) {
   tick_ = std::move(tick);
+  ticked_at_ = absl::ToUnixNanos(Clock::Real()->Now());
   thread_ = std::thread([this] { Run(); });
 }
 
@@ -36,6 +37,10 @@ bool SchedulerLoop::Enqueue(std::function<void()> work, size_t limit) {
   }
   changed_.notify_one();
   return true;
+}
+
+absl::Duration SchedulerLoop::TickAge() const {
+  return Clock::Real()->Now() - absl::FromUnixNanos(ticked_at_);
 }
 
 void SchedulerLoop::Stop() {
@@ -66,6 +71,7 @@ void SchedulerLoop::Run() {
     if (work) work();
     if (clock->Now() < next_tick) continue;
     tick_();
+    ticked_at_ = absl::ToUnixNanos(clock->Now());
     next_tick = clock->Now() + interval_;
   }
 }

@@ -2,8 +2,10 @@
 #ifndef HW_COORDINATOR_SCHEDULER_LOOP_H_
 #define HW_COORDINATOR_SCHEDULER_LOOP_H_
 
+#include <atomic>
 #include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <deque>
 #include <functional>
 #include <mutex>
@@ -29,6 +31,8 @@ class SchedulerLoop {
   bool Post(std::function<void()> work);
   // For clients, of whom there may be any number. False: stopped, or 4096 closures wait already.
   bool TryPost(std::function<void()> work);
+  // Since the last tick, or since Start().
+  absl::Duration TickAge() const;
   // Runs what was posted before, then ends the thread. Idempotent; not from the loop's own thread.
   void Stop();
 
@@ -38,6 +42,7 @@ class SchedulerLoop {
 
   const absl::Duration interval_;
   std::function<void()> tick_;
+  std::atomic<int64_t> ticked_at_{0};  // nanoseconds since 1970
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::function<void()>> work_ ABSL_GUARDED_BY(mutex_);

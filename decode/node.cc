@@ -21,6 +21,7 @@ namespace {
 // Of the KV budget, the part kept for generated tokens.
 constexpr uint64_t kGeneratedShare = 8;
 constexpr auto kHousekeepingInterval = std::chrono::seconds(1);
+constexpr absl::Duration kStuck = absl::Seconds(30);
 constexpr auto kShutdownGrace = std::chrono::seconds(1);
 
 kernels::DType ComputeType(absl::string_view name) {
@@ -37,6 +38,12 @@ absl::Status Annotate(const absl::Status& status, absl::string_view prefix) {
 
 absl::StatusOr<std::unique_ptr<DecodeNode>> DecodeNode::Start(const DecodeOptions& options) {
   auto node = absl::WrapUnique(new DecodeNode());
+  HW_ASSIGN_OR_RETURN(node->transport_, Transport::Create(options.transport));
+  LogTransport(node->transport_.get(), options.listen);
+  // Before the model is loaded.
+  HW_ASSIGN_OR_RETURN(node->health_,
+                      HealthPort::Start(options.health, {[raw = node.get()] { return raw->KeepsHouse(); },
+                                                         [raw = node.get()] { return raw->registered(); }}));
   node->metrics_ = std::make_unique<Metrics>("decode");
   HW_RETURN_IF_ERROR(node->LoadModel(options));
   HW_RETURN_IF_ERROR(node->OpenStore(options));
@@ -97,7 +104,7 @@ absl::Status DecodeNode::Serve(const DecodeOptions& options) {
   kv_service_ = MakeKvReceiver(store_.get(), metrics_.get());
   decode_service_ = MakeDecodeService(engine_.get());
   absl::StatusOr<RunningServer> server =
-      StartServer(options.listen, {kv_service_.get(), decode_service_.get()});
+      StartServer(options.listen, {kv_service_.get(), decode_service_.get()}, transport_.get());
   if (!server.ok()) return Annotate(server.status(), absl::StrCat("--listen ", options.listen));
   server_ = *std::move(server);
   const absl::Status served = metrics_->Serve(options.metrics);
@@ -117,6 +124,7 @@ void DecodeNode::Register(const DecodeOptions& options) {
   const std::string decode_address = options.advertise.empty() ? server_.address : options.advertise;
   RegistryClient::Options client;
   client.coordinator = options.coordinator;
+  client.transport = transport_;
   client.metrics = metrics_.get();
   v1::DecodeRegistration& registration = client.registration;
   registration.set_decode_node(options.decode_node);
@@ -139,6 +147,7 @@ void DecodeNode::Register(const DecodeOptions& options) {
     heartbeat.set_sessions(usage.sessions);
     return heartbeat;
   };
+  const std::lock_guard<std::mutex> lock(registry_mutex_);
   registry_ = RegistryClient::Start(client);
 }
 
@@ -151,6 +160,7 @@ void DecodeNode::KeepHouse() {
     const int expired = store_->ExpireLeases();
     if (expired > 0) expired_total.Increment(expired);
     UpdateGauges();
+    kept_house_at_ = absl::ToUnixNanos(absl::Now());
     lock.lock();
   }
 }
@@ -177,16 +187,34 @@ void DecodeNode::UpdateGauges() {
       .Set(engine_->num_generations());
 }
 
+bool DecodeNode::registered() const {
+  const std::lock_guard<std::mutex> lock(registry_mutex_);
+  return registry_ != nullptr && registry_->connected();
+}
+
+void DecodeNode::Leave() {
+  std::unique_ptr<RegistryClient> registry;  // its end takes a second: not under the mutex
+  const std::lock_guard<std::mutex> lock(registry_mutex_);
+  registry = std::move(registry_);
+}
+
+bool DecodeNode::KeepsHouse() const {
+  const int64_t at = kept_house_at_;
+  return at == 0 || absl::Now() - absl::FromUnixNanos(at) < kStuck;
+}
+
 bool DecodeNode::Drain(absl::Duration timeout) {
+  health_->Leave();
   if (auto* health = server_.server->GetHealthCheckService(); health != nullptr)
     health->SetServingStatus(false);
-  registry_ = nullptr;
+  Leave();
   engine_->Drain();
   return engine_->WaitIdle(timeout);
 }
 
 DecodeNode::~DecodeNode() {
-  registry_ = nullptr;
+  health_ = nullptr;
+  Leave();
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = true;

@@ -2,6 +2,7 @@
 #ifndef HW_DECODE_NODE_H_
 #define HW_DECODE_NODE_H_
 
+#include <atomic>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -13,7 +14,9 @@
 #include <grpcpp/impl/service_type.h>
 
 #include "base/metrics.h"
+#include "base/rpc/health.h"
 #include "base/rpc/server.h"
+#include "base/rpc/transport.h"
 #include "decode/engine.h"
 #include "decode/options.h"
 #include "decode/registry_client.h"
@@ -39,7 +42,7 @@ class DecodeNode {
 
   // Where the gRPC services really listen.
   const std::string& address() const { return server_.address; }
-  bool registered() const { return registry_ != nullptr && registry_->connected(); }
+  bool registered() const;
 
  private:
   DecodeNode() = default;
@@ -49,8 +52,11 @@ class DecodeNode {
   void Register(const DecodeOptions& options);
   void KeepHouse();
   void UpdateGauges();
+  void Leave();
+  bool KeepsHouse() const;
 
   // In order of construction; the destructor takes them down the other way round.
+  std::shared_ptr<const Transport> transport_;
   std::unique_ptr<Metrics> metrics_;
   std::unique_ptr<Model> model_;
   uint64_t store_budget_bytes_ = 0;
@@ -60,12 +66,15 @@ class DecodeNode {
   std::unique_ptr<grpc::Service> kv_service_;
   std::unique_ptr<grpc::Service> decode_service_;
   RunningServer server_;
-  std::unique_ptr<RegistryClient> registry_;
+  mutable std::mutex registry_mutex_;
+  std::unique_ptr<RegistryClient> registry_;  // guarded by registry_mutex_
 
   std::mutex mutex_;
   std::condition_variable stop_;
   bool stopping_ = false;  // guarded by mutex_
   std::thread housekeeping_;
+  std::atomic<int64_t> kept_house_at_{0};  // nanoseconds since 1970; 0: not yet
+  std::unique_ptr<HealthPort> health_;     // its thread asks the others
 };
 
 }  // namespace headwater

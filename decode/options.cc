@@ -13,6 +13,7 @@
 #include <sys/statvfs.h>
 
 #include "base/flags.h"
+#include "base/rpc/transport_flags.h"
 #include "base/status_macros.h"
 
 namespace headwater {
@@ -52,6 +53,8 @@ void Declare(DecodeOptions* o, FlagSet* flags) {
   flags->String("model", &o->model,
                 "checkpoint directory (Hugging Face: config.json, safetensors); required");
   flags->String("coordinator", &o->coordinator, "HOST:PORT of the coordinator");
+  DeclareHealth(&o->health, flags);
+  DeclareServerTransport(&o->transport, flags);
   flags->String("decode_node", &o->decode_node, "this node's name; requests ask for it by that name");
   flags->String("pool", &o->pool, "pool that this node belongs to");
   flags->String("listen", &o->listen, "HOST:PORT to serve on; port 0 takes a free one");

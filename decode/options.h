@@ -10,6 +10,8 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 
+#include "base/rpc/transport.h"
+
 namespace headwater {
 
 // Default of --kv_budget with --sink=verify; checksums of a cache of kMaxBlocks blocks take half of it.
@@ -24,6 +26,7 @@ struct DecodeOptions {
   std::string advertise;
   std::string advertise_kv;
   std::string metrics = "127.0.0.1:9080";
+  std::string health;  // empty: none
   std::string model;
   std::string compute = "auto";
   int64_t threads = 0;
@@ -34,6 +37,7 @@ struct DecodeOptions {
   int64_t max_generations = 64;
   std::string log_format = "text";
   absl::Duration drain_timeout = absl::Seconds(45);
+  TransportOptions transport;
 };
 
 // Reads the arguments after the program's name. INVALID_ARGUMENT names the flag, its value and what is

@@ -127,7 +127,7 @@ class GrpcRegistryClient final : public RegistryClient {
       : options_(options),
         connected_gauge_(options.metrics->Gauge("headwater_decode_registered",
                                                 "1 while the coordinator has this node registered.")),
-        channel_(DialPrivate(options.coordinator)),
+        channel_(DialPrivate(options.coordinator, options.transport.get(), Role::kCoordinator)),
         stub_(v1::DecodeRegistryService::NewStub(channel_)),
         thread_([this] { Run(); }) {}
 

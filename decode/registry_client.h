@@ -14,6 +14,8 @@
 
 namespace headwater {
 
+class Transport;
+
 // Dials the coordinator, registers, sends heartbeats at the interval that the coordinator names (100 ms to 60
 // s; 2 s if it names none), and starts anew whenever the stream ends, for ever. Between attempts it waits
 // from 100 ms, doubling, up to `max_backoff`, with jitter.
@@ -27,7 +29,8 @@ class RegistryClient {
     // A registration must be answered, and a message taken by the connection, within this time.
     absl::Duration answer_timeout = absl::Seconds(10);
     absl::Duration max_backoff = absl::Seconds(3);
-    Metrics* metrics = nullptr;  // must outlive the client
+    Metrics* metrics = nullptr;                  // must outlive the client
+    std::shared_ptr<const Transport> transport;  // null: plaintext
   };
 
   // Starts at once and returns.

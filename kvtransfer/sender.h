@@ -20,6 +20,8 @@
 
 namespace headwater {
 
+class Transport;
+
 struct KvSenderOptions {
   std::string address;  // host:port of the decode node's KvTransferService
   std::string session_id;
@@ -36,7 +38,8 @@ struct KvSenderOptions {
   absl::Duration stall_timeout = absl::Seconds(30);
   // Times that one block may arrive corrupt before the stream fails with DATA_LOSS, KV_CORRUPT.
   int max_corrupt_retries = 8;
-  Metrics* metrics = nullptr;  // may be null; must outlive the sender
+  Metrics* metrics = nullptr;                  // may be null; must outlive the sender
+  std::shared_ptr<const Transport> transport;  // null: plaintext
 };
 
 struct KvSenderStats {

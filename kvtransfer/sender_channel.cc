@@ -91,7 +91,7 @@ bool SenderChannel::NextEvent(absl::Duration limit, Event* event, bool* ok) {
 }
 
 void SenderChannel::Run() {
-  channel_ = DialPrivate(options_.address, kSilence);
+  channel_ = DialPrivate(options_.address, options_.transport.get(), Role::kDecode, kSilence);
   while (ledger_->running()) {
     const absl::Status end = RunStream();
     ledger_->StreamLost(index_);

@@ -13,15 +13,18 @@
 
 namespace headwater {
 
+class Transport;
+
 // A group to be formed.
 struct GroupSpec {
   std::string name;
   int rank = 0;
   int world_size = 1;
   std::string rendezvous_address;
-  absl::Duration connect_timeout;  // of forming it
-  absl::Duration timeout;          // of each operation
-  absl::Duration device_timeout;   // of each one between GPUs, which no slow core delays
+  absl::Duration connect_timeout;              // of forming it
+  absl::Duration timeout;                      // of each operation
+  absl::Duration device_timeout;               // of each one between GPUs, which no slow core delays
+  std::shared_ptr<const Transport> transport;  // to the rendezvous; null: plaintext
 };
 
 // One transfer under way; both buffers must stay until Wait() has returned.

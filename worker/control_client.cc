@@ -46,7 +46,8 @@ class GrpcControlClient final : public ControlClient {
   GrpcControlClient(const ControlClientOptions& options, AssignmentRunner* runner)
       : options_(options),
         runner_(runner),
-        stub_(v1::WorkerControlService::NewStub(DialPrivate(options.coordinator))),
+        stub_(v1::WorkerControlService::NewStub(
+            DialPrivate(options.coordinator, options.transport.get(), Role::kCoordinator))),
         queue_(runner, options.max_queued,
                [this](uint64_t stream, v1::ConnectRequest message) { Post(stream, std::move(message)); }),
         thread_([this] { ConnectForever(); }) {}

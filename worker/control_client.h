@@ -15,6 +15,8 @@
 
 namespace headwater {
 
+class Transport;
+
 struct ControlClientOptions {
   std::string coordinator;  // host:port
   v1::WorkerRegistration registration;
@@ -25,7 +27,8 @@ struct ControlClientOptions {
   absl::Duration progress_interval = absl::Milliseconds(50);
   // Assignments that may wait behind those that run; more are refused (RESOURCE_EXHAUSTED, QUEUE_FULL).
   uint32_t max_queued = 8;
-  WorkerMetrics* metrics = nullptr;  // may be null
+  WorkerMetrics* metrics = nullptr;            // may be null
+  std::shared_ptr<const Transport> transport;  // null: plaintext
 };
 
 // Connects until Stop(), with growing pauses. When the stream breaks, the coordinator gives up the epochs

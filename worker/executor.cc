@@ -105,6 +105,7 @@ std::unique_ptr<KvSender> PrefillExecutor::MakeSender(const v1::PrefillAssignmen
   options.num_channels = num_channels;
   options.stall_timeout = options_.kv_stall_timeout;
   options.metrics = options_.metrics->registry;
+  options.transport = options_.transport;
   std::unique_ptr<KvSender> sender = options_.make_sender(options, *job.geometry);
   absl::MutexLock lock(&mutex_);
   senders_.insert(sender.get());
@@ -217,6 +218,7 @@ GroupSpec PrefillExecutor::SpecOf(const v1::PrefillAssignment& assignment, const
   spec.timeout = options_.collective_timeout + SlowPeerAllowance(options_.backend->config(), job);
   // A peer may wait for its decode node.
   spec.device_timeout = options_.collective_timeout + options_.kv_stall_timeout;
+  spec.transport = options_.transport;
   return spec;
 }
 

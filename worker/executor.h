@@ -25,6 +25,8 @@
 
 namespace headwater {
 
+class Transport;
+
 struct ExecutorOptions {
   PrefillBackend* backend = nullptr;
   std::string worker_id;
@@ -34,6 +36,7 @@ struct ExecutorOptions {
   absl::Duration collective_timeout = absl::Seconds(30);
   absl::Duration kv_stall_timeout = absl::Seconds(30);
   WorkerMetrics* metrics = nullptr;
+  std::shared_ptr<const Transport> transport;  // to decode nodes and other workers; null: plaintext
   // Forms a group; ends soon after the job control's Cancel().
   std::function<absl::StatusOr<std::unique_ptr<Collectives>>(const GroupSpec&, JobControl*)> join_group;
   std::function<std::unique_ptr<KvSender>(const KvSenderOptions&, const KvGeometry&)> make_sender =

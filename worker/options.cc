@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "base/flags.h"
+#include "base/rpc/transport_flags.h"
 #include "base/status_macros.h"
 
 namespace headwater {
@@ -97,6 +98,8 @@ void Declare(WorkerOptions* o, FlagSet* flags) {
                 "checkpoint directory (Hugging Face: config.json, safetensors); required");
   flags->String("model_name", &o->model_name, "name that requests ask for; empty: the last part of --model");
   flags->String("coordinator", &o->coordinator, "HOST:PORT of the coordinator");
+  DeclareHealth(&o->health, flags);
+  DeclareServerTransport(&o->transport, flags);
   flags->String("worker_id", &o->worker_id, "this worker's name; empty: host name and process id");
   flags->String("listen", &o->listen, "HOST:PORT to serve health and rendezvous on; port 0 takes a free one");
   flags->String("advertise", &o->advertise,

@@ -9,6 +9,8 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 
+#include "base/rpc/transport.h"
+
 namespace headwater {
 
 // What the flags say; options.cc has each one's meaning.
@@ -19,6 +21,7 @@ struct WorkerOptions {
   std::string advertise;        // empty: the address listened on
   std::string collective_host;  // empty: advertise's host
   std::string metrics = "127.0.0.1:9071";
+  std::string health;  // empty: none
   std::string model;
   std::string model_name;  // empty: the directory's last part
   std::string device = "cpu";
@@ -41,6 +44,7 @@ struct WorkerOptions {
   double link_gbytes_per_s = 0;    // 0: the device kind's
   double egress_gbytes_per_s = 0;  // likewise
   std::string log_format = "text";
+  TransportOptions transport;
 };
 
 // Reads the arguments after the program's name, checks them and fills in what depends on other flags

@@ -173,8 +173,9 @@ void GetReactor::OnCancel() {
 
 class Client final : public RendezvousClient {
  public:
-  explicit Client(const std::string& address)
-      : address_(address), stub_(v1::RendezvousService::NewStub(DialPrivate(address))) {}
+  Client(const std::string& address, const Transport* transport)
+      : address_(address),
+        stub_(v1::RendezvousService::NewStub(DialPrivate(address, transport, Role::kWorker))) {}
 
   absl::Status Put(absl::string_view key, absl::string_view value, absl::Duration timeout) override {
     v1::PutRequest request;
@@ -240,8 +241,9 @@ std::unique_ptr<grpc::Service> MakeRendezvousService(const RendezvousLimits& lim
   return std::make_unique<Service>(limits, clock);
 }
 
-std::unique_ptr<RendezvousClient> RendezvousClient::Dial(const std::string& address) {
-  return std::make_unique<Client>(address);
+std::unique_ptr<RendezvousClient> RendezvousClient::Dial(const std::string& address,
+                                                         const Transport* transport) {
+  return std::make_unique<Client>(address, transport);
 }
 
 }  // namespace headwater

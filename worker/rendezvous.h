@@ -17,6 +17,8 @@
 
 namespace headwater {
 
+class Transport;
+
 struct RendezvousLimits {
   uint32_t max_keys = 4096;
   uint32_t max_waiting = 4096;
@@ -37,7 +39,8 @@ std::unique_ptr<grpc::Service> MakeRendezvousService(const RendezvousLimits& lim
 // A caller's side. Thread-safe.
 class RendezvousClient {
  public:
-  static std::unique_ptr<RendezvousClient> Dial(const std::string& address);
+  static std::unique_ptr<RendezvousClient> Dial(const std::string& address,
+                                                const Transport* transport = nullptr);
   virtual ~RendezvousClient() = default;
 
   // Both retry while the server cannot be reached, until `timeout`. Errors are the service's, and CANCELLED

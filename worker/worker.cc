@@ -1,6 +1,7 @@
 #include "worker/worker.h"
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <utility>
 
@@ -11,6 +12,7 @@
 
 #include "base/log.h"
 #include "base/metrics.h"
+#include "base/rpc/health.h"
 #include "base/rpc/server.h"
 #include "base/status_macros.h"
 #include "base/version.h"
@@ -24,6 +26,8 @@
 namespace headwater {
 namespace {
 
+// Without a step of what runs for so long the worker is not live.
+constexpr absl::Duration kStuck = absl::Minutes(2);
 constexpr absl::Duration kServerShutdown = absl::Seconds(1);
 
 std::string HostOf(const std::string& address) {
@@ -44,7 +48,8 @@ absl::StatusOr<std::unique_ptr<Collectives>> JoinGlooGroup(const std::string& ho
   options.connect_timeout = spec.connect_timeout;
   options.timeout = spec.timeout;
   HW_ASSIGN_OR_RETURN(std::unique_ptr<GlooCollectives> group, GlooCollectives::Create(options));
-  const std::unique_ptr<RendezvousClient> rendezvous = RendezvousClient::Dial(spec.rendezvous_address);
+  const std::unique_ptr<RendezvousClient> rendezvous =
+      RendezvousClient::Dial(spec.rendezvous_address, spec.transport.get());
   const JobControl::CancelHook hook(control, [&] { group->Abort(); });
   HW_RETURN_IF_ERROR(group->Connect(rendezvous.get()));
   return std::unique_ptr<Collectives>(std::move(group));
@@ -113,6 +118,7 @@ class WorkerProcess final : public Worker {
  public:
   WorkerProcess() : metrics_("worker"), worker_metrics_(&metrics_) {}
   ~WorkerProcess() override {
+    health_ = nullptr;
     if (client_ != nullptr) client_->Stop();
     if (server_.server != nullptr) {
       server_.server->Shutdown(std::chrono::system_clock::now() +
@@ -122,9 +128,14 @@ class WorkerProcess final : public Worker {
 
   absl::Status Init(const WorkerOptions& options, const BackendFactory& make_backend) {
     // Addresses first: a port in use is told before the model is loaded.
+    HW_ASSIGN_OR_RETURN(transport_, Transport::Create(options.transport));
+    LogTransport(transport_.get(), options.listen);
     HW_RETURN_IF_ERROR(metrics_.Serve(options.metrics));
+    // Before the model is loaded, which may take minutes.
+    HW_ASSIGN_OR_RETURN(health_, HealthPort::Start(options.health, {[this] { return Steps(); },
+                                                                    [this] { return Registered(); }}));
     rendezvous_ = MakeRendezvousService({});
-    HW_ASSIGN_OR_RETURN(server_, StartServer(options.listen, {rendezvous_.get()}));
+    HW_ASSIGN_OR_RETURN(server_, StartServer(options.listen, {rendezvous_.get()}, transport_.get()));
     const std::string advertise = options.advertise.empty() ? server_.address : options.advertise;
     const std::string collective_host =
         options.collective_host.empty() ? HostOf(advertise) : options.collective_host;
@@ -145,6 +156,7 @@ class WorkerProcess final : public Worker {
     executor.collective_timeout = options.collective_timeout;
     executor.kv_stall_timeout = options.kv_stall_timeout;
     executor.metrics = &worker_metrics_;
+    executor.transport = transport_;
     executor.join_group = [collective_host](const GroupSpec& spec, JobControl* control) {
       return JoinGlooGroup(collective_host, spec, control);
     };
@@ -157,16 +169,29 @@ class WorkerProcess final : public Worker {
     // As much as the coordinator may send ahead.
     client.max_queued = std::max(client.max_queued, 2 * backend_->pack_limits().max_prompts);
     client.metrics = &worker_metrics_;
+    client.transport = transport_;
     client_ = ControlClient::Start(client, executor_.get());
+    started_ = client_.get();
     HW_LOG(INFO).Field("worker_id", options.worker_id).Field("listen", server_.address)
         << "serving " << options.model_name << " on " << options.device << " (" << backend_->Describe()
         << ", " << threads << " threads)";
     return absl::OkStatus();
   }
 
-  bool Drain(absl::Duration timeout) override { return client_->Drain(timeout); }
+  bool Drain(absl::Duration timeout) override {
+    health_->Leave();
+    return client_->Drain(timeout);
+  }
 
  private:
+  bool Registered() {
+    const ControlClient* const client = started_;
+    return client != nullptr && client->registered();
+  }
+  // A prompt that computes, waits for a peer or for its KV stream steps at least every few seconds.
+  bool Steps() { return worker_metrics_.last_step_age.Value() < absl::ToDoubleSeconds(kStuck); }
+
+  std::shared_ptr<const Transport> transport_;
   Metrics metrics_;
   WorkerMetrics worker_metrics_;
   std::unique_ptr<PrefillBackend> backend_;
@@ -174,6 +199,8 @@ class WorkerProcess final : public Worker {
   RunningServer server_;
   std::unique_ptr<PrefillExecutor> executor_;
   std::unique_ptr<ControlClient> client_;
+  std::atomic<const ControlClient*> started_{nullptr};
+  std::unique_ptr<HealthPort> health_;  // goes first: its thread asks the others
 };
 
 }  // namespace

@@ -22,12 +22,19 @@ constexpr int kMaxMetadataBytes = 8 << 10;
 }  // namespace
 
 absl::StatusOr<RunningServer> StartServer(const std::string& address,
-                                          const std::vector<grpc::Service*>& services) {
+                                          const std::vector<grpc::Service*>& services,
+                                          const Transport* transport) {
   grpc::EnableDefaultHealthCheckService(true);
   grpc::ServerBuilder builder;
   RunningServer running;
-  builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &running.port);
+  builder.AddListeningPort(
+      address, transport == nullptr ? grpc::InsecureServerCredentials() : transport->ServerCredentials(),
+      &running.port);
   for (grpc::Service* service : services) builder.RegisterService(service);
+  if (services.empty()) {
+    running.nothing = std::make_unique<grpc::CallbackGenericService>();
+    builder.RegisterCallbackGenericService(running.nothing.get());
+  }
   builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
   builder.AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kMaxMetadataBytes);
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
@@ -42,7 +49,8 @@ absl::StatusOr<RunningServer> StartServer(const std::string& address,
   return running;
 }
 
-std::shared_ptr<grpc::Channel> DialPrivate(const std::string& address, absl::Duration silence) {
+std::shared_ptr<grpc::Channel> DialPrivate(const std::string& address, const Transport* transport,
+                                           Role server, absl::Duration silence) {
   grpc::ChannelArguments arguments;
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 10'000);
@@ -55,7 +63,10 @@ std::shared_ptr<grpc::Channel> DialPrivate(const std::string& address, absl::Dur
   arguments.SetInt(GRPC_ARG_HTTP2_WRITE_BUFFER_SIZE, 1 << 20);
   arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
   arguments.SetMaxSendMessageSize(kMaxMessageBytes);
-  return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
+  return grpc::CreateCustomChannel(
+      address,
+      transport == nullptr ? grpc::InsecureChannelCredentials() : transport->ChannelCredentials(server),
+      arguments);
 }
 
 std::string RandomId() {

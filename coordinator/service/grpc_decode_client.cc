@@ -33,7 +33,10 @@ std::shared_ptr<v1::KvTransferService::Stub> GrpcDecodeClient::StubFor(const std
   if (it != stubs_.end()) return it->second;
   // Calls hold their stubs, so any may go.
   if (stubs_.size() >= kMaxChannels) stubs_.erase(stubs_.begin());
-  return stubs_.emplace(kv_address, v1::KvTransferService::NewStub(DialPrivate(kv_address))).first->second;
+  return stubs_
+      .emplace(kv_address,
+               v1::KvTransferService::NewStub(DialPrivate(kv_address, transport_.get(), Role::kDecode)))
+      .first->second;
 }
 
 template <typename Request, typename Response, typename Start>

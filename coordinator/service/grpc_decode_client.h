@@ -7,11 +7,13 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_set.h"
 #include <grpcpp/client_context.h>
 
+#include "base/rpc/transport.h"
 #include "coordinator/links.h"
 #include "coordinator/scheduler_loop.h"
 #include "headwater/v1/kv.grpc.pb.h"
@@ -22,7 +24,8 @@ namespace headwater {
 class GrpcDecodeClient final : public DecodeClient {
  public:
   // `loop` must outlive this object.
-  explicit GrpcDecodeClient(SchedulerLoop* loop) : loop_(loop) {}
+  GrpcDecodeClient(SchedulerLoop* loop, std::shared_ptr<const Transport> transport)
+      : loop_(loop), transport_(std::move(transport)) {}
   // Cancels the calls under way and waits for their ends.
   ~GrpcDecodeClient() override;
 
@@ -44,6 +47,7 @@ class GrpcDecodeClient final : public DecodeClient {
                  Done done, Start start);
 
   SchedulerLoop* const loop_;
+  const std::shared_ptr<const Transport> transport_;
   std::map<std::string, std::shared_ptr<v1::KvTransferService::Stub>> stubs_;
   std::mutex mutex_;
   std::condition_variable ended_;

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from headwater.client import Client as Client
+    from headwater.client import tls_credentials as tls_credentials
     from headwater.errors import HeadwaterError as HeadwaterError
     from headwater.results import (
         AttentionGroup as AttentionGroup,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Client": "client",
+    "tls_credentials": "client",
     "HeadwaterError": "errors",
     "AttentionGroup": "results",
     "AttentionReport": "results",

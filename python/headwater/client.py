@@ -36,13 +36,23 @@ _CHANNEL_OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_se
 OnProgress = Callable[[Progress], None]
 
 
+def tls_credentials(cert: Union[str, Path], key: Union[str, Path], ca: Union[str, Path]) -> grpc.ChannelCredentials:
+    """For Client(credentials=): PEM files of this client's certificate and key, and of the authorities that servers'
+    certificates come from. They are read once: make a new client when they have been replaced."""
+    return grpc.ssl_channel_credentials(Path(ca).read_bytes(), Path(key).read_bytes(), Path(cert).read_bytes())
+
+
 class Client:
     """Connection to one coordinator. Thread-safe except for text and messages, which use the one tokenizer."""
 
     def __init__(self, address: str, *, tokenizer: Union[ChatTokenizer, str, Path, None] = None,
-                 timeout_s: float = DEFAULT_TIMEOUT_S, max_attempts: int = MAX_ATTEMPTS):
-        """`tokenizer` (a model directory, or one made before) is needed for text and messages only."""
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+                 timeout_s: float = DEFAULT_TIMEOUT_S, max_attempts: int = MAX_ATTEMPTS,
+                 credentials: Optional[grpc.ChannelCredentials] = None):
+        """`tokenizer` (a model directory, or one made before) is needed for text and messages only. `credentials`:
+        tls_credentials(), of the coordinator and of decode nodes, whose certificates must hold the host names or addresses
+        that are dialled; without them connections are plaintext."""
+        self._credentials = credentials
+        self._channel = self._dial(address)
         self._prefill = prefill_pb2_grpc.PrefillServiceStub(self._channel)
         self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
         self._decode_channels: Dict[str, grpc.Channel] = {}
@@ -196,10 +206,15 @@ class Client:
     def _limit(self, timeout_s: Optional[float]) -> float:
         return self._timeout_s if timeout_s is None else timeout_s
 
+    def _dial(self, address: str) -> grpc.Channel:
+        if self._credentials is None:
+            return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        return grpc.secure_channel(address, self._credentials, options=_CHANNEL_OPTIONS)
+
     def _decode_channel(self, address: str) -> grpc.Channel:
         channel = self._decode_channels.get(address)
         if channel is None:
             if len(self._decode_channels) >= MAX_DECODE_CHANNELS:
                 self._decode_channels.pop(next(iter(self._decode_channels))).close()
-            channel = self._decode_channels[address] = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+            channel = self._decode_channels[address] = self._dial(address)
         return channel

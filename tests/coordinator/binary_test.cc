@@ -20,6 +20,7 @@
 #include "tests/coordinator/loopback.h"
 #include "tests/integration/cluster.h"
 #include "tests/integration/process.h"
+#include "tests/support/dial.h"
 
 namespace headwater::testing {
 namespace {
@@ -64,7 +65,7 @@ class CoordinatorProcessTest : public ::testing::Test {
     worker_ = std::make_unique<ScriptedWorker>(address_, "w0", std::move(script));
     ASSERT_TRUE(decode_->WaitUntilRegistered()) << process_->Log();
     ASSERT_TRUE(worker_->WaitUntilRegistered()) << process_->Log();
-    stub_ = v1::PrefillService::NewStub(DialPrivate(address_));
+    stub_ = v1::PrefillService::NewStub(DialPlaintext(address_));
   }
 
   void TearDown() override {
@@ -90,7 +91,7 @@ class CoordinatorProcessTest : public ::testing::Test {
 
   // Polls grpc.health.v1, whose one-field messages are spelled out here: HealthCheckResponse{status: 2}.
   void WaitUntilNotServing() {
-    grpc::GenericStub health(DialPrivate(address_));
+    grpc::GenericStub health(DialPlaintext(address_));
     const absl::Time end = absl::Now() + absl::Seconds(10);
     std::string answer;
     while (answer != std::string("\x08\x02", 2) && absl::Now() < end) {

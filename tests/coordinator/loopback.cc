@@ -7,6 +7,7 @@
 #include "base/log.h"
 #include "base/rpc/grpc_status.h"
 #include "tests/coordinator/fakes.h"
+#include "tests/support/dial.h"
 
 namespace headwater::testing {
 namespace {
@@ -17,7 +18,7 @@ constexpr std::chrono::milliseconds kHeartbeat(300);
 }  // namespace
 
 ScriptedWorker::ScriptedWorker(const std::string& coordinator, const std::string& id, Script script)
-    : script_(std::move(script)), stub_(v1::WorkerControlService::NewStub(DialPrivate(coordinator))) {
+    : script_(std::move(script)), stub_(v1::WorkerControlService::NewStub(DialPlaintext(coordinator))) {
   context_.set_wait_for_ready(true);
   stream_ = stub_->Connect(&context_);
   v1::ConnectRequest registration;
@@ -123,7 +124,7 @@ void ScriptedWorker::Read() {
 }
 
 ScriptedDecodeNode::ScriptedDecodeNode(const std::string& coordinator, const std::string& id)
-    : stub_(v1::DecodeRegistryService::NewStub(DialPrivate(coordinator))) {
+    : stub_(v1::DecodeRegistryService::NewStub(DialPlaintext(coordinator))) {
   auto running = StartServer("127.0.0.1:0", {this});
   HW_CHECK(running.ok());
   running_ = *std::move(running);

@@ -17,6 +17,7 @@
 #include "headwater/v1/prefill.grpc.pb.h"
 #include "tests/coordinator/fakes.h"
 #include "tests/coordinator/loopback.h"
+#include "tests/support/dial.h"
 
 namespace headwater::testing {
 namespace {
@@ -40,10 +41,10 @@ void SetDeadline(grpc::ClientContext* context) {
 class ServiceLoopbackTest : public ::testing::Test {
  protected:
   void Start(const CoordinatorOptions& options = {}) {
-    auto server = CoordinatorServer::Start(options, "127.0.0.1:0", "");
+    auto server = CoordinatorServer::Start(options, {"127.0.0.1:0", "", "", nullptr});
     ASSERT_TRUE(server.ok()) << server.status();
     server_ = *std::move(server);
-    channel_ = DialPrivate(server_->address());
+    channel_ = DialPlaintext(server_->address());
     prefill_ = v1::PrefillService::NewStub(channel_);
     decode_ = std::make_unique<ScriptedDecodeNode>(server_->address(), "d0");
     ASSERT_TRUE(decode_->WaitUntilRegistered());

@@ -13,6 +13,7 @@
 #include "kvtransfer/sender.h"
 #include "tests/decode/decode_fixture.h"
 #include "tests/decode/fake_coordinator.h"
+#include "tests/support/dial.h"
 
 namespace headwater::testing {
 namespace {
@@ -39,7 +40,7 @@ class DecodeNodeTest : public ::testing::Test {
 
   // What coordinator and worker do: opens the session, sends the cache over the wire, commits it.
   void SendCache(const std::string& address, const Model& model, const PrefilledPrompt& prompt) {
-    const auto kv = v1::KvTransferService::NewStub(DialPrivate(address));
+    const auto kv = v1::KvTransferService::NewStub(DialPlaintext(address));
     v1::OpenSessionRequest open;
     open.set_session_id("s");
     open.set_request_id("r");
@@ -88,7 +89,7 @@ class DecodeNodeTest : public ::testing::Test {
   }
 
   absl::StatusOr<std::vector<int32_t>> TryGenerate(const std::string& address, uint32_t count) {
-    const auto stub = v1::DecodeService::NewStub(DialPrivate(address));
+    const auto stub = v1::DecodeService::NewStub(DialPlaintext(address));
     grpc::ClientContext context;
     v1::GenerateRequest request;
     request.set_session_id("s");
@@ -203,7 +204,7 @@ TEST_F(DecodeNodeTest, EndsInTimeWhileAGenerationRuns) {
   ASSERT_TRUE(node.ok()) << node.status();
   ASSERT_NO_FATAL_FAILURE(
       SendCache((*node)->address(), *model, Prefill(*model, RandomPrompt(*model, 50, 3))));
-  const auto stub = v1::DecodeService::NewStub(DialPrivate((*node)->address()));
+  const auto stub = v1::DecodeService::NewStub(DialPlaintext((*node)->address()));
   grpc::ClientContext context;
   v1::GenerateRequest request;
   request.set_session_id("s");

@@ -10,6 +10,7 @@
 #include "base/rpc/server.h"
 #include "headwater/v1/decode.grpc.pb.h"
 #include "tests/decode/engine_fixture.h"
+#include "tests/support/dial.h"
 
 namespace headwater::testing {
 namespace {
@@ -22,7 +23,7 @@ class DecodeServiceTest : public ::testing::Test {
       : engine_(fixture_.MakeEngine()),
         service_(MakeDecodeService(engine_.get())),
         server_(*StartServer("127.0.0.1:0", {service_.get()})),
-        stub_(v1::DecodeService::NewStub(DialPrivate(server_.address))) {}
+        stub_(v1::DecodeService::NewStub(DialPlaintext(server_.address))) {}
   ~DecodeServiceTest() override {
     server_.server->Shutdown(std::chrono::system_clock::now() + std::chrono::seconds(1));
   }

@@ -39,7 +39,7 @@ Cluster::Cluster(ClusterOptions options) : options_(std::move(options)), directo
                                         absl::StrCat("--metrics=", Loopback(coordinator_metrics_port_))};
   arguments.insert(arguments.end(), options_.coordinator_flags.begin(), options_.coordinator_flags.end());
   coordinator_ = std::make_unique<Process>(arguments, directory_ + "/coordinator.log");
-  channel_ = DialPrivate(coordinator_address_);
+  channel_ = DialPrivate(coordinator_address_, options_.transport.get(), Role::kCoordinator);
   prefill_ = v1::PrefillService::NewStub(channel_);
   admin_ = v1::AdminService::NewStub(channel_);
   decode_port_ = PickFreePort();
@@ -94,6 +94,9 @@ void Cluster::WaitForMembers(int workers, int decode_nodes) {
     grpc::ClientContext decode_context;
     SetTimeout(&worker_context, absl::Seconds(2));
     SetTimeout(&decode_context, absl::Seconds(2));
+    // Calls that fail at once would not wait for a handshake, which goes on only while something waits.
+    worker_context.set_wait_for_ready(true);
+    decode_context.set_wait_for_ready(true);
     v1::ListWorkersResponse worker_list;
     v1::ListDecodeNodesResponse decode_list;
     if (admin_->ListWorkers(&worker_context, {}, &worker_list).ok() &&
@@ -133,7 +136,8 @@ absl::StatusOr<v1::PrefillCompleted> Cluster::Prefill(
 
 absl::StatusOr<std::vector<uint32_t>> Cluster::Generate(const v1::PrefillCompleted& completed,
                                                         uint32_t count) {
-  const auto stub = v1::DecodeService::NewStub(DialPrivate(completed.decode_address()));
+  const auto stub = v1::DecodeService::NewStub(
+      DialPrivate(completed.decode_address(), options_.transport.get(), Role::kDecode));
   grpc::ClientContext context;
   SetTimeout(&context, absl::Seconds(60));
   v1::GenerateRequest request;
@@ -149,7 +153,8 @@ absl::StatusOr<std::vector<uint32_t>> Cluster::Generate(const v1::PrefillComplet
 }
 
 absl::StatusOr<uint64_t> Cluster::Release(const v1::PrefillCompleted& completed) {
-  const auto stub = v1::DecodeService::NewStub(DialPrivate(completed.decode_address()));
+  const auto stub = v1::DecodeService::NewStub(
+      DialPrivate(completed.decode_address(), options_.transport.get(), Role::kDecode));
   grpc::ClientContext context;
   SetTimeout(&context, absl::Seconds(20));
   v1::ReleaseRequest request;

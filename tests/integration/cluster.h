@@ -12,6 +12,7 @@
 #include "absl/time/time.h"
 #include <grpcpp/channel.h>
 
+#include "base/rpc/transport.h"
 #include "headwater/v1/admin.grpc.pb.h"
 #include "headwater/v1/decode.grpc.pb.h"
 #include "headwater/v1/prefill.grpc.pb.h"
@@ -32,6 +33,8 @@ struct ClusterOptions {
   // Port that workers reach the decode node's KV service at instead of its own (a proxy's); 0: none. Called
   // with the decode node's port before it starts.
   std::function<int(int decode_port)> kv_proxy_port;
+  // Of this test's own calls; null: plaintext. The processes' are flags.
+  std::shared_ptr<const Transport> transport;
 };
 
 class Cluster {

@@ -20,6 +20,7 @@
 #include "kvtransfer/frame.h"
 #include "tests/integration/chaos_proxy.h"
 #include "tests/kvtransfer/kv_fixture.h"
+#include "tests/support/dial.h"
 
 namespace headwater {
 namespace {
@@ -344,7 +345,7 @@ TEST_F(KvStreamFaults, SaysThatTheTokenIsWrongAndThatTheGeometryIs) {
 // A client that speaks frames by hand.
 class RawClient {
  public:
-  explicit RawClient(const std::string& address) : stub_(DialPrivate(address)) {
+  explicit RawClient(const std::string& address) : stub_(DialPlaintext(address)) {
     context_.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(30));
     call_ = stub_.PrepareCall(&context_, kPushBlocksMethod, &queue_);
     call_->StartCall(nullptr);
@@ -443,7 +444,7 @@ TEST_F(KvStreamFaults, TheReceiverDoesNotWaitForAHelloForEver) {
 }
 
 TEST_F(KvStreamFaults, TheSessionCallsTravelOverTheService) {
-  const auto stub = v1::KvTransferService::NewStub(DialPrivate(receiver_.address()));
+  const auto stub = v1::KvTransferService::NewStub(DialPlaintext(receiver_.address()));
   v1::OpenSessionResponse opened;
   {
     grpc::ClientContext context;

@@ -1,15 +1,18 @@
 """Tests of the Python client against an in-process gRPC server that plays coordinator and decode node."""
 
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest
 from concurrent import futures
+from pathlib import Path
 
 try:
     import grpc
     from google.rpc import error_details_pb2, status_pb2
-    from headwater import Client, HeadwaterError, PrefillOptions, PrefillResult
+    from headwater import Client, HeadwaterError, PrefillOptions, PrefillResult, tls_credentials
     from headwater.v1 import admin_pb2, admin_pb2_grpc, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
     from headwater.v1 import types_pb2
 except ImportError as error:
@@ -351,6 +354,63 @@ class ResultTest(unittest.TestCase):
         result = PrefillResult.from_completed(prefill_pb2.PrefillCompleted(request_id="r"))
         with self.assertRaises(AttributeError):
             result.request_id = "other"
+
+
+class TlsClientTest(unittest.TestCase):
+    """A server that wants certificates of one authority."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        for authority in ("ours", "theirs"):
+            self.openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1", "-subj",
+                         f"/CN={authority}", "-keyout", self.folder / f"{authority}.key", "-out", self.folder / f"{authority}.crt")
+        self.issue("server", "ours")
+        self.issue("client", "ours")
+        self.issue("stranger", "theirs")
+        self.service = FakeService()
+        server = grpc.server(futures.ThreadPoolExecutor(4))
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self.service, server)
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(self.service, server)
+        pair = [((self.folder / "server.key").read_bytes(), (self.folder / "server.crt").read_bytes())]
+        credentials = grpc.ssl_server_credentials(pair, (self.folder / "ours.crt").read_bytes(), require_client_auth=True)
+        self.service.address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
+        server.start()
+        self.addCleanup(lambda: server.stop(1).wait())
+
+    def openssl(self, *words):
+        done = subprocess.run(["openssl", *map(str, words)], capture_output=True, text=True, timeout=30)
+        self.assertEqual(done.returncode, 0, done.stderr)
+
+    def issue(self, name, authority):
+        extensions = self.folder / "extensions"
+        extensions.write_text("subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n")
+        self.openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}", "-keyout",
+                     self.folder / f"{name}.key", "-out", self.folder / "request")
+        self.openssl("x509", "-req", "-in", self.folder / "request", "-CA", self.folder / f"{authority}.crt", "-CAkey",
+                     self.folder / f"{authority}.key", "-CAcreateserial", "-days", "1", "-extfile", extensions, "-out",
+                     self.folder / f"{name}.crt")
+
+    def client(self, name, ca="ours"):
+        credentials = tls_credentials(self.folder / f"{name}.crt", self.folder / f"{name}.key", self.folder / f"{ca}.crt")
+        client = Client(self.service.address, timeout_s=5, max_attempts=1, credentials=credentials)
+        self.addCleanup(client.close)
+        return client
+
+    def test_the_coordinator_and_decode_nodes_are_dialled_with_the_certificate(self):
+        client = self.client("client")
+        result = client.prefill([5, 6])
+        self.assertEqual(result.first_token, 6)
+        self.assertEqual(client.release(result), 42)
+
+    def test_whoever_is_not_believed_or_does_not_believe_gets_no_answer(self):
+        for client in (self.client("stranger"), self.client("client", ca="theirs"),
+                       Client(self.service.address, timeout_s=5, max_attempts=1)):
+            with self.assertRaises(HeadwaterError) as caught:
+                client.prefill([5, 6])
+            self.assertEqual(caught.exception.code, grpc.StatusCode.UNAVAILABLE)
+        self.assertEqual(self.service.requests, [])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@
 #include "base/rpc/grpc_status.h"
 #include "base/rpc/server.h"
 #include "headwater/v1/worker.grpc.pb.h"
+#include "tests/support/dial.h"
 #include "tests/support/fake_clock.h"
 
 namespace headwater {
@@ -131,7 +132,7 @@ TEST_F(RendezvousTest, RefusesKeysAndValuesOverTheLimits) {
 
 TEST_F(RendezvousTest, RefusesAGetWithoutADeadline) {
   StartWith({});
-  const auto stub = v1::RendezvousService::NewStub(DialPrivate(server_.address));
+  const auto stub = v1::RendezvousService::NewStub(DialPlaintext(server_.address));
   grpc::ClientContext context;
   v1::GetRequest request;
   request.set_key("k");

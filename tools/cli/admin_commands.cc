@@ -25,7 +25,7 @@ int CallAndShow(const CommonFlags& common, const Console& console, absl::Duratio
                                                  Response*)>& call,
                 const std::function<Json(const Response&)>& json,
                 const std::function<std::string(const Response&)>& text) {
-  const auto channel = Connect("coordinator", common.coordinator, common.connect_timeout, console);
+  const auto channel = Connect(Role::kCoordinator, common.coordinator, common, console);
   if (!channel.ok()) return ReportError(channel.status(), common, console);
   grpc::ClientContext context;
   SetDeadline(limit, &context);

@@ -44,7 +44,7 @@ class BatchRun {
  private:
   absl::Status Stream() {
     HW_ASSIGN_OR_RETURN(const auto channel,
-                        Connect("coordinator", common_.coordinator, common_.connect_timeout, console_));
+                        Connect(Role::kCoordinator, common_.coordinator, common_, console_));
     const auto stub = v1::PrefillService::NewStub(channel);
     start_ = Clock::Real()->Now();
     grpc::ClientContext context;

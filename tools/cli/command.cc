@@ -6,6 +6,8 @@
 
 #include "base/rpc/grpc_status.h"
 #include "base/rpc/server.h"
+#include "base/rpc/transport_flags.h"
+#include "base/status_macros.h"
 #include "headwater/v1/decode.grpc.pb.h"
 #include "tools/cli/exit_code.h"
 
@@ -21,6 +23,7 @@ void DeclareCommon(CommonFlags* common, FlagSet* flags) {
   flags->Duration("connect_timeout", &common->connect_timeout, absl::Milliseconds(1), absl::Hours(1),
                   "how long to wait for a connection");
   flags->Bool("json", &common->json, "write JSON, one object a line; the last line is the result");
+  DeclareTransport(&common->transport, flags);
 }
 
 int UsageError(absl::string_view command, absl::string_view message, const Console& console) {
@@ -68,17 +71,20 @@ int ReportError(const absl::Status& status, const CommonFlags& common, const Con
   return exit_code;
 }
 
-absl::StatusOr<std::shared_ptr<grpc::Channel>> Connect(const std::string& what, const std::string& address,
-                                                       absl::Duration timeout, const Console& console) {
-  const auto channel = DialPrivate(address);
-  const auto end = std::chrono::steady_clock::now() + absl::ToChronoMilliseconds(timeout);
+absl::StatusOr<std::shared_ptr<grpc::Channel>> Connect(Role server, const std::string& address,
+                                                       const CommonFlags& common, const Console& console) {
+  HW_ASSIGN_OR_RETURN(const std::shared_ptr<const Transport> transport, Transport::Create(common.transport));
+  const auto channel = DialPrivate(address, transport.get(), server);
+  const auto end = std::chrono::steady_clock::now() + absl::ToChronoMilliseconds(common.connect_timeout);
   // In slices, so that Ctrl-C is heard.
   constexpr auto kSlice = std::chrono::milliseconds(100);
   while (!channel->WaitForConnected(std::chrono::system_clock::now() + kSlice)) {
     if (console.interrupt->raised()) return absl::CancelledError("interrupted while connecting");
     if (std::chrono::steady_clock::now() >= end) {
-      return absl::UnavailableError(absl::StrCat("no ", what, " answers at ", address, " within ",
-                                                 absl::FormatDuration(timeout), " (is it running there?)"));
+      return absl::UnavailableError(absl::StrCat(
+          "no ", server == Role::kDecode ? "decode node" : "coordinator", " answers at ", address, " within ",
+          absl::FormatDuration(common.connect_timeout), " (is it running there",
+          transport == nullptr ? "?)" : ", and does it believe --tls_cert, and do you believe it?)"));
     }
   }
   return channel;

@@ -14,6 +14,7 @@
 #include <grpcpp/client_context.h>
 
 #include "base/flags.h"
+#include "base/rpc/transport.h"
 #include "headwater/v1/decode.pb.h"
 #include "tools/cli/console.h"
 #include "tools/cli/render.h"
@@ -24,6 +25,7 @@ struct CommonFlags {
   std::string coordinator = "127.0.0.1:7070";
   absl::Duration connect_timeout = absl::Seconds(10);
   bool json = false;
+  TransportOptions transport;
 };
 void DeclareCommon(CommonFlags* common, FlagSet* flags);
 
@@ -49,10 +51,10 @@ int UsageError(absl::string_view command, absl::string_view message, const Conso
 // 130 after Ctrl-C.
 int ReportError(const absl::Status& status, const CommonFlags& common, const Console& console);
 
-// A connected channel. UNAVAILABLE names what was dialled (`what`), the address and the limit; CANCELLED:
-// Ctrl-C.
-absl::StatusOr<std::shared_ptr<grpc::Channel>> Connect(const std::string& what, const std::string& address,
-                                                       absl::Duration timeout, const Console& console);
+// A connected channel to the coordinator or a decode node. UNAVAILABLE names which, the address and the
+// limit; CANCELLED: Ctrl-C; INVALID_ARGUMENT: a flag of the transport.
+absl::StatusOr<std::shared_ptr<grpc::Channel>> Connect(Role server, const std::string& address,
+                                                       const CommonFlags& common, const Console& console);
 
 void SetDeadline(absl::Duration limit, grpc::ClientContext* context);
 

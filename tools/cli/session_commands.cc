@@ -44,8 +44,8 @@ std::string CheckSession(const SessionFlags& session) {
 
 absl::StatusOr<std::string> FindAddress(const SessionFlags& session, const Console& console) {
   if (!session.decode_address.empty()) return session.decode_address;
-  HW_ASSIGN_OR_RETURN(const auto channel, Connect("coordinator", session.common.coordinator,
-                                                  session.common.connect_timeout, console));
+  HW_ASSIGN_OR_RETURN(const auto channel,
+                      Connect(Role::kCoordinator, session.common.coordinator, session.common, console));
   grpc::ClientContext context;
   SetDeadline(kLookupLimit, &context);
   v1::ListDecodeNodesResponse nodes;
@@ -61,7 +61,7 @@ absl::StatusOr<std::string> FindAddress(const SessionFlags& session, const Conso
 absl::StatusOr<std::shared_ptr<grpc::Channel>> ConnectNode(const SessionFlags& session,
                                                            const Console& console) {
   HW_ASSIGN_OR_RETURN(const std::string address, FindAddress(session, console));
-  return Connect("decode node", address, session.common.connect_timeout, console);
+  return Connect(Role::kDecode, address, session.common, console);
 }
 
 }  // namespace

@@ -100,8 +100,8 @@ class SubmitRun {
 
  private:
   absl::Status Prefill() {
-    HW_ASSIGN_OR_RETURN(const auto channel, Connect("coordinator", flags_.common.coordinator,
-                                                    flags_.common.connect_timeout, console_));
+    HW_ASSIGN_OR_RETURN(const auto channel,
+                        Connect(Role::kCoordinator, flags_.common.coordinator, flags_.common, console_));
     const absl::Time start = Clock::Real()->Now();
     HW_ASSIGN_OR_RETURN(completed_, CallPrefill(channel, flags_.request, console_,
                                                 [this](const v1::PrefillResponse& event) { Show(event); }));
@@ -132,8 +132,8 @@ class SubmitRun {
 
   absl::Status GenerateAndRelease() {
     if (flags_.generate == 0 && !flags_.release) return absl::OkStatus();
-    HW_ASSIGN_OR_RETURN(const auto channel, Connect("decode node", completed_.decode_address(),
-                                                    flags_.common.connect_timeout, console_));
+    HW_ASSIGN_OR_RETURN(const auto channel,
+                        Connect(Role::kDecode, completed_.decode_address(), flags_.common, console_));
     absl::Status status = flags_.generate > 0 ? Generate(channel) : absl::OkStatus();
     if (!flags_.release) return status;
     // Also after a generation that failed, which is then the error to report.

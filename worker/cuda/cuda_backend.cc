@@ -209,7 +209,8 @@ class Backend final : public PrefillBackend {
     options.connect_timeout = spec.connect_timeout;
     options.timeout = spec.device_timeout;
     HW_ASSIGN_OR_RETURN(std::unique_ptr<NcclGroup> group, NcclGroup::Create(options));
-    const std::unique_ptr<RendezvousClient> rendezvous = RendezvousClient::Dial(spec.rendezvous_address);
+    const std::unique_ptr<RendezvousClient> rendezvous =
+        RendezvousClient::Dial(spec.rendezvous_address, spec.transport.get());
     const JobControl::CancelHook hook(control, [&] {
       rendezvous->Abort();
       group->Abort();
