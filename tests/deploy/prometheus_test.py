@@ -24,6 +24,7 @@ promtool.need("promtool", "prometheus")
 try:
     from demo_cluster import end_with_parent, free_ports, read_metrics
     from headwater import Client
+    from make_dashboards import boards
     from watch_cluster import WORKERS, send_prompts, small_cluster
 except ImportError as error:
     print(f"SKIPPED: {error} (tools/venv.sh installs it)")
@@ -37,8 +38,10 @@ if not os.access(Path(BIN) / "headwater-coordinator", os.X_OK):
 TRAFFIC_S, REST_S, CLIENTS = 16, 4, 2
 SCRAPE_S = 0.5
 MOST_SCRAPE_S, MOST_PAGE_BYTES, MOST_SERIES = 0.05, 1 << 20, 2000
-# Nothing measures recall on CPUs, so that these have no samples here.
+# CPUs measure no recall and pack nothing, so that these have no samples here.
 ON_GPUS = {"headwater:attention_recall:p10_5m", "headwater:attention_fallbacks:per_prompt15m"}
+PANELS_ON_GPUS = {"Attention recall, p10", "Recall, p10", "Recall, mean", "Share of prompts with recall of 0.9 or less",
+                  "Fallbacks", "Prompts a packed pass"}
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -205,6 +208,23 @@ class PrometheusTest(unittest.TestCase):
         self.assertEqual(len(loaded), len(promtool.rules()))
         for rule in loaded:
             self.assertEqual((rule["health"], rule.get("lastError", "")), ("ok", ""), rule["name"])
+
+    def test_boards_show_values(self):
+        empty = set()
+        for board in boards().values():
+            for panel in json.loads(board)["panels"]:
+                for target in panel.get("targets", []):
+                    query = target["expr"].replace("$__rate_interval", "1m")
+                    query = query.replace("$job", "headwater.*").replace("$instance", ".*").replace("$policy", ".*")
+                    self.assertNotIn("$", query)
+                    if not any(math.isfinite(value) for _, value in self.prometheus.values(query)):
+                        empty.add(panel["title"])
+        self.assertEqual(empty, PANELS_ON_GPUS, "panels with a query that has no value, and those of GPUs")
+
+    def test_queries_of_the_runbook_are_evaluated(self):
+        for query in promtool.runbook_queries():
+            with self.subTest(query):
+                self.prometheus.values(query)
 
     def test_recording_rules_return_values(self):
         for rule in promtool.rules():

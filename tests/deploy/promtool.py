@@ -1,5 +1,6 @@
 """promtool and its inputs, for the tests of deploy/."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "deploy" / "alerts" / "headwater.rules.yml"
+RUNBOOK = ROOT / "docs" / "runbook.md"
 RULE_TESTS = sorted((ROOT / "deploy" / "alerts").glob("*.test.yml"))
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -44,3 +46,10 @@ def check_queries(queries: list) -> tuple:
         yaml.safe_dump({"groups": [{"name": "check", "rules": records}]}, file)
         file.flush()
         return promtool("check", "rules", file.name)
+
+
+def runbook_queries() -> list:
+    """What the runbook says to ask Prometheus."""
+    parts = re.findall(r"\*\*Look first\*\*(.*?)\*\*Do\*\*", RUNBOOK.read_text(), re.DOTALL)
+    quoted = [" ".join(query.split()) for part in parts for query in re.findall(r"`([^`]+)`", part)]
+    return [query for query in quoted if re.search(r"headwater[_:]|up\{", query)]
