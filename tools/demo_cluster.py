@@ -35,7 +35,7 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     # The kernel ends the child even where this process is killed without a chance to clean up.
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -103,7 +103,7 @@ class Cluster:
             output.flush()
             # A session of its own: Ctrl-C reaches this script alone, which then ends the processes in order.
             popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                     start_new_session=True, preexec_fn=_end_with_parent)
+                                     start_new_session=True, preexec_fn=end_with_parent)
         process = Process(name, popen, log, address, metrics)
         self.processes.append(process)
         return process

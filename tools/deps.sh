@@ -24,6 +24,17 @@ if [ "$(id -u)" -ne 0 ]; then
   exit 1
 fi
 export DEBIAN_FRONTEND=noninteractive
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+  # Daemons that packages bring (prometheus) are not started: they would take ports and cores from the tests.
+  trap 'rm -f "$policy"' EXIT
+  printf '#!/bin/sh\nexit 101\n' >"$policy"
+  chmod 755 "$policy"
+fi
 # A list that cannot be refreshed is no reason to stop: the package may be known from another one.
 apt-get update -q || echo "apt-get update reported errors; going on with the lists that are there" >&2
 apt-get install -q -y --no-install-recommends "${missing[@]}" </dev/null
+# Nor after the next boot: what is wanted of it are the programs.
+case " ${missing[*]} " in
+  *" prometheus "*) ! command -v systemctl >/dev/null || systemctl disable --quiet prometheus || true ;;
+esac

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Callable, Optional
 
-from demo_cluster import Cluster, ClusterError, Process, _end_with_parent, free_ports
+from demo_cluster import Cluster, ClusterError, Process, end_with_parent, free_ports
 
 DECODE_NODE = "decode-0"
 CALL_LIMIT_S = 15
@@ -27,7 +27,7 @@ class Prompt:
     def __init__(self, command: list, log: Path):
         with open(log, "ab") as errors:
             self._popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-                                           start_new_session=True, preexec_fn=_end_with_parent)
+                                           start_new_session=True, preexec_fn=end_with_parent)
         self._events = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
 
