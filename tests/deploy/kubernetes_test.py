@@ -5,6 +5,7 @@ import copy
 import os
 import re
 import sys
+import tempfile
 import unittest
 from pathlib import Path
 
@@ -77,6 +78,16 @@ class Rendered(unittest.TestCase):
         for name in ["base", *sorted(OVERLAYS)]:
             with self.subTest(name):
                 self.assertEqual(rules.check(Cluster(rendered(name), VERSION, FLAGS)), [])
+
+    def test_components_together(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.relpath(FOLDER, os.path.realpath(folder))
+            text = f"resources: [{path}/overlays/multi-gpu]\ncomponents:\n"
+            text += "".join(f"  - {path}/components/{name}\n" for name in ("keda", "mtls", "monitoring"))
+            (Path(folder) / "kustomization.yaml").write_text(text)
+            documents = render(KUBECTL, Path(folder))
+        self.assertEqual(rules.check(Cluster(documents, VERSION, FLAGS)), [])
+        self.assertLessEqual({"ScaledObject", "Certificate", "PodMonitor"}, {document["kind"] for document in documents})
 
     def test_what_overlays_are_for(self):
         self.assertEqual(container(rendered("base"))["image"].partition(":")[0], "headwater-cpu")
@@ -291,7 +302,7 @@ class Broken(unittest.TestCase):
         self.assertRegex("".join(schemas.schema(unknown)), "schema: Nothing/x: no schema of example.com/v1 Nothing")
 
     def test_render(self):
-        with self.assertRaisesRegex(AssertionError, "kubectl kustomize deploy/kubernetes: status 1"):
+        with self.assertRaisesRegex(AssertionError, "kubectl kustomize .*/deploy/kubernetes: status 1"):
             render(KUBECTL, FOLDER)  # has no kustomization of its own
 
     def test_numbers(self):

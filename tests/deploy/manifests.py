@@ -30,9 +30,9 @@ def find_kubectl() -> Optional[str]:
 def render(kubectl: str, folder: Path) -> list:
     run = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
     if run.returncode != 0:
-        raise AssertionError(f"kubectl kustomize {folder.relative_to(ROOT)}: status {run.returncode}: {run.stderr.strip()}")
+        raise AssertionError(f"kubectl kustomize {folder}: status {run.returncode}: {run.stderr.strip()}")
     if run.stderr.strip():  # deprecated fields, for example
-        raise AssertionError(f"kubectl kustomize {folder.relative_to(ROOT)} warns: {run.stderr.strip()}")
+        raise AssertionError(f"kubectl kustomize {folder} warns: {run.stderr.strip()}")
     return [document for document in yaml.safe_load_all(run.stdout) if document]
 
 
