@@ -34,52 +34,23 @@ done
 [ ${#parts[@]} -gt 0 ] || parts=(demo test again)
 dir=${dir:-$(mktemp -d -u "${TMPDIR:-/tmp}/headwater-clean-room.XXXXXX")}
 [ ! -e "$dir" ] || { echo "clean_room: $dir exists already" >&2; exit 1; }
-command -v debootstrap >/dev/null || { echo "clean_room: debootstrap is not installed (apt-get install debootstrap)" >&2; exit 1; }
+. "$root/tools/bare_debian.sh"
 
 finish() {
   status=$?
-  umount -R "$dir/proc" "$dir/dev/pts" "$dir/dev/shm" 2>/dev/null || true
+  unmount_bare "$dir"
   if [ $keep = yes ]; then echo "the chroot is kept in $dir"; else rm -rf --one-file-system "$dir"; fi
   exit $status
 }
 trap finish EXIT
 
-# The machine's own mirror of Debian 12, as its package lists name it.
-mirror=$(apt-get indextargets --format '$(CODENAME) $(COMPONENT) $(REPO_URI)' 'Created-By: Packages' |
-  awk '$1 == "bookworm" && $2 == "main" { print $3; exit }')
-[ -n "$mirror" ] || { echo "clean_room: no Debian 12 package list here (run apt-get update)" >&2; exit 1; }
 echo "== debootstrap bookworm (minbase) into $dir"
-debootstrap --variant=minbase bookworm "$dir" "$mirror" >"$dir.debootstrap.log" 2>&1 || { tail "$dir.debootstrap.log" >&2; exit 1; }
-rm -f "$dir.debootstrap.log"
-
-# What lets the chroot reach the same registries: sources, keys, proxies, certificates, name resolution.
-copy() { # copy PATH...: into the chroot, where it exists here
-  local path
-  for path in "$@"; do
-    [ -e "$path" ] || continue
-    mkdir -p "$dir$(dirname "$path")"
-    rm -rf "${dir:?}$path"
-    cp -rL "$path" "$dir$path"
-  done
-}
-rm -f "$dir/etc/apt/sources.list"
-copy /etc/apt/sources.list /etc/apt/sources.list.d /etc/apt/keyrings /etc/apt/trusted.gpg.d /etc/apt/auth.conf.d \
-  /etc/pip.conf /root/.config/pip /root/.pip /usr/local/share/ca-certificates /etc/ssl/certs/ca-certificates.crt \
-  /etc/resolv.conf /etc/hosts
-cp -n /usr/share/keyrings/* "$dir/usr/share/keyrings/" 2>/dev/null || true
-apt-config dump | grep -E '^Acquire::(http|https|ftp|Retries|Check-|ForceIPv)' >"$dir/etc/apt/apt.conf.d/99clean-room" || true
-environment=(HOME=/root LANG=C.UTF-8 PATH=/usr/sbin:/usr/bin:/sbin:/bin TERM=dumb)
-while IFS= read -r name; do
-  environment+=("$name=${!name}")
-done < <(compgen -e | grep -iE '^((https?|no|all|ftp)_proxy|PIP_.*|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE)$' || true)
-
-mkdir -p "$dir/src" "$dir/dev/pts" "$dir/dev/shm"
+bare_debian "$dir"
+mkdir -p "$dir/src"
 git clone --quiet --no-hardlinks "$root" "$dir/src/headwater"
-mount -t proc proc "$dir/proc"
-mount -t devpts -o newinstance,ptmxmode=0666 devpts "$dir/dev/pts"
-mount -t tmpfs -o mode=1777 tmpfs "$dir/dev/shm"
+mount_bare "$dir"
 
-inside() { chroot "$dir" /usr/bin/env -i "${environment[@]}" bash -c "$1" </dev/null; }
+inside() { chroot "$dir" /usr/bin/env -i "${bare_environment[@]}" bash -c "$1" </dev/null; }
 outcomes=()
 timed() { # timed NAME COMMAND
   local begin=$SECONDS status=0
