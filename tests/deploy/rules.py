@@ -5,13 +5,11 @@ from typing import Iterator
 
 from manifests import LEADER, ROOT, Cluster, Peer, Pod, matches, quantity, seconds
 
-# Flags that the programs' --help does not have yet. One that has appeared there must leave this list.
-PENDING = {"health", "roles", "tls_ca", "tls_cert", "tls_key"}
 # What these need between the end of a drain and their own end. The coordinator's is in its main.cc, after Drain().
 SPARE_S = {"headwater-coordinator": 20, "headwater-worker": 10}
 LABELS = tuple(f"app.kubernetes.io/{name}" for name in ("name", "instance", "component", "part-of", "version"))
 # Objects that the operator makes, and README says so.
-EXTERNAL = {("PersistentVolumeClaim", "headwater-models"), ("ConfigMap", "headwater-roles")}
+EXTERNAL = {("PersistentVolumeClaim", "headwater-models")}
 TLS_FLAGS = {"tls_cert": "tls.crt", "tls_key": "tls.key", "tls_ca": "ca.crt"}
 ROLES = {"client", "decode", "worker", "admin", "coordinator"}
 SHM_BYTES = 8 * 2**30
@@ -186,14 +184,8 @@ def flags(cluster: Cluster) -> Iterator[str]:
             continue
         for argument in pod.container.get("args", []):
             name = argument.removeprefix("--").partition("=")[0]
-            if not argument.startswith("--") or name not in set(cluster.flags.get(pod.program, {})) | PENDING:
+            if not argument.startswith("--") or name not in cluster.flags.get(pod.program, {}):
                 yield f"flags: {pod.name} has '{argument}', which {pod.program} --help does not list"
-
-
-def pending(known: dict) -> Iterator[str]:
-    for program, found in known.items():
-        for name in sorted(PENDING & set(found)):
-            yield f"pending: {program} --help lists --{name} now: take it out of PENDING"
 
 
 def disruption(cluster: Cluster) -> Iterator[str]:
@@ -330,15 +322,15 @@ def _monitor(cluster: Cluster, monitor: dict) -> Iterator[str]:
 
 def identities(cluster: Cluster) -> Iterator[str]:
     """TLS: all programs or none; files that are mounted; certificates whose SPIFFE id says the role."""
-    secure = [pod for pod in cluster.pods if any(flag in pod.flags for flag in [*TLS_FLAGS, "roles"])]
+    secure = [pod for pod in cluster.pods if any(flag in pod.flags for flag in TLS_FLAGS)]
     for pod in cluster.pods if secure else []:
         mounts = {mount["mountPath"]: mount["name"] for mount in pod.container.get("volumeMounts", [])}
         volumes = {volume["name"]: volume for volume in pod.spec.get("volumes", [])}
-        for flag, file in {**TLS_FLAGS, "roles": "roles.txtpb"}.items():
+        for flag, file in TLS_FLAGS.items():
             folder, _, found = pod.flags.get(flag, "").rpartition("/")
             volume = volumes.get(mounts.get(folder, ""), {})
-            if found != file or not ("secret" in volume or (flag == "roles" and "configMap" in volume)):
-                yield f"identities: {pod.name} has --{flag}={pod.flags.get(flag)}, not {file} of a mounted volume"
+            if found != file or "secret" not in volume:
+                yield f"identities: {pod.name} has --{flag}={pod.flags.get(flag)}, not {file} of a mounted secret"
         secrets = {volume["secret"]["secretName"] for volume in volumes.values() if "secret" in volume}
         if secrets != {f"headwater-{pod.component}-tls"}:
             yield f"identities: {pod.name} mounts the secrets {sorted(secrets)}, not headwater-{pod.component}-tls alone"
