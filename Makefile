@@ -5,14 +5,14 @@
 
 help:
 	@echo "make demo       prefill a real model's long prompt on two workers and let a decode node continue it"
-	@echo "                  [MODEL=dir] [PROMPT=file.txt] [QUESTION=text] [WORKERS=2]"
+	@echo "                  [MODEL=dir] [PROMPT=file.txt] [QUESTION=text] [WORKERS=2] [TLS=1]"
 	@echo "make test       build (preset dev) and run every test that is not labelled slow"
 	@echo "make test-full  also the slow tests, the repeated fault tests, and the asan and tsan builds"
 	@echo "make deps       install the Debian packages of tools/packages.txt (as root; else print the command)"
 	@echo "make format     clang-format the sources       make lint    clang-tidy, layering, protos"
 	@echo "make clean      remove build/ and .demo/ (keeps .venv and .cache)"
 
-export MODEL PROMPT QUESTION WORKERS
+export MODEL PROMPT QUESTION WORKERS TLS
 
 demo:
 	@bash tools/demo.sh

@@ -36,6 +36,8 @@ ABSL_FLAG(std::string, kv_dir, "/dev/shm", "directory in which the store makes i
 ABSL_FLAG(std::string, sink, "memory", "memory, or verify: the receiver checks blocks and drops them");
 ABSL_FLAG(int, layers, 64,
           "layers of 8 MiB: 16 blocks of 512 KiB (256 tokens, 8 heads, 128 dimensions, bf16)");
+ABSL_FLAG(std::string, tls, "",
+          "directory of tools/make_certificates.py: the stream is mutual TLS; empty: plaintext");
 ABSL_FLAG(int, repeat, 3, "timed rounds after one that warms up; the median counts");
 ABSL_FLAG(std::vector<std::string>, channels, std::vector<std::string>({"1", "2", "4"}), "connections");
 
@@ -122,7 +124,8 @@ absl::StatusOr<double> TimeTcp(const std::vector<char>& data, int connections, u
 }
 
 absl::StatusOr<Sample> TimeStream(const std::vector<char>& data, const KvGeometry& geometry, KvStore* store,
-                                  const std::string& address, int channels) {
+                                  const std::string& address, int channels,
+                                  std::shared_ptr<const Transport> worker) {
   v1::OpenSessionRequest open;
   open.set_session_id("bench");
   open.set_session_token("bench");
@@ -131,6 +134,7 @@ absl::StatusOr<Sample> TimeStream(const std::vector<char>& data, const KvGeometr
   HW_RETURN_IF_ERROR(store->OpenSession(open).status());
   KvSenderOptions options;
   options.address = address;
+  options.transport = std::move(worker);
   options.session_id = options.session_token = "bench";
   options.epoch = 1;
   options.num_channels = channels;
@@ -178,13 +182,28 @@ nlohmann::json MakeRow(int channels, uint64_t chunk_bytes, const std::vector<Sam
   row["device"] = FirstLine("sed -n 's/^model name[^:]*: //p' /proc/cpuinfo");
   row["commit"] = FirstLine("git rev-parse --short HEAD 2>/dev/null");
   row["date"] = absl::FormatTime("%Y-%m-%d", absl::Now(), absl::UTCTimeZone());
-  row["params"] = {{"transport", "grpc"},  {"sink", absl::GetFlag(FLAGS_sink)},
-                   {"channels", channels}, {"chunk_bytes", chunk_bytes},
-                   {"tls", false},         {"cores", std::thread::hardware_concurrency()}};
+  row["params"] = {{"transport", "grpc"},
+                   {"sink", absl::GetFlag(FLAGS_sink)},
+                   {"channels", channels},
+                   {"chunk_bytes", chunk_bytes},
+                   {"tls", !absl::GetFlag(FLAGS_tls).empty()},
+                   {"cores", std::thread::hardware_concurrency()}};
   row["metrics"] = {
       {"gb_per_s", Median(rate)}, {"cpu_s_per_gb", Median(cpu)}, {"first_block_ms", Median(first)}};
   row["peers"] = {{"raw_tcp", {{"gb_per_s", Median(tcp)}}}, {"memcpy", {{"gb_per_s", Median(copy)}}}};
   return row;
+}
+
+// nullptr: plaintext.
+absl::StatusOr<std::shared_ptr<const Transport>> TransportOf(const std::string& role) {
+  const std::string directory = absl::GetFlag(FLAGS_tls);
+  TransportOptions options;
+  if (!directory.empty()) {
+    options.cert = directory + "/" + role + ".crt";
+    options.key = directory + "/" + role + ".key";
+    options.ca = directory + "/ca.crt";
+  }
+  return Transport::Create(options);
 }
 
 absl::Status Run() {
@@ -211,9 +230,11 @@ absl::Status Run() {
   options.directory = directory.string();
   options.budget_bytes = geometry.total_bytes();
   HW_ASSIGN_OR_RETURN(std::unique_ptr<KvStore> store, KvStore::Open(options));
+  HW_ASSIGN_OR_RETURN(const auto decode, TransportOf("decode"));
+  HW_ASSIGN_OR_RETURN(const auto worker, TransportOf("worker"));
   Metrics metrics("bench");
   const std::unique_ptr<grpc::Service> service = MakeKvReceiver(store.get(), &metrics);
-  HW_ASSIGN_OR_RETURN(RunningServer server, StartServer("127.0.0.1:0", {service.get()}));
+  HW_ASSIGN_OR_RETURN(RunningServer server, StartServer("127.0.0.1:0", {service.get()}, decode.get()));
 
   absl::Status status;
   for (const std::string& text : absl::GetFlag(FLAGS_channels)) {
@@ -221,7 +242,7 @@ absl::Status Run() {
     std::vector<Sample> samples;
     std::vector<double> tcp, memory;
     for (int round = 0; round <= std::max(1, absl::GetFlag(FLAGS_repeat)); ++round) {
-      const auto sample = TimeStream(data, geometry, store.get(), server.address, channels);
+      const auto sample = TimeStream(data, geometry, store.get(), server.address, channels, worker);
       const auto raw = TimeTcp(data, channels, block_bytes);
       const double copied = TimeMemcpy(data, &copy);
       status = sample.ok() ? raw.status() : sample.status();

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import fetch_model
 from demo_cluster import Cluster, ClusterError, read_metrics, usable_cpus
+from make_certificates import CertificateError, make_certificates
 
-from headwater import Client, HeadwaterError, PrefillOptions, demo_prompt
+from headwater import Client, HeadwaterError, PrefillOptions, demo_prompt, tls_credentials
 from headwater.chat import ChatError, ChatTokenizer, StreamDecoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -215,6 +216,7 @@ def parse_arguments():
     parser.add_argument("--policy", default="dense")
     parser.add_argument("--bin", type=Path, default=ROOT / "build" / "release" / "bin", help="directory of the programs")
     parser.add_argument("--state", type=Path, default=ROOT / ".demo", help="directory of logs and KV files")
+    parser.add_argument("--tls", action="store_true", help="mutual TLS between all of them, with certificates made for it")
     parser.add_argument("--check", action="store_true", help="fail unless the tokens are transformers'")
     parser.add_argument("--no_fetch", action="store_true", help="end with status 77 where the model is not there yet")
     parser.add_argument("--first_step", type=int, default=1, help=argparse.SUPPRESS)
@@ -238,9 +240,15 @@ def run(arguments) -> int:
 
     steps.begin(f"Start a coordinator, {arguments.workers} workers and a decode node on loopback "
                 f"({usable_cpus()} CPUs, workers on {arguments.device}, logs in {os.path.relpath(arguments.state)}/logs)")
+    tls = credentials = None
+    if arguments.tls:
+        tls = (arguments.state / "tls").resolve()
+        make_certificates(tls)
+        credentials = tls_credentials(tls / "admin.crt", tls / "admin.key", tls / "ca.crt")
+        print(f"    mutual TLS, certificates in {os.path.relpath(tls)}")
     with Cluster(arguments.bin, model, arguments.state, arguments.workers, arguments.compute,
-                 arguments.device) as cluster, \
-            Client(cluster.coordinator) as client:
+                 arguments.device, tls) as cluster, \
+            Client(cluster.coordinator, credentials=credentials) as client:
         cluster.wait_registered(client, lambda workers, nodes: print(
             f"    {workers}/{arguments.workers} workers, {nodes}/1 decode nodes registered", flush=True))
 
@@ -287,7 +295,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; all processes have ended", file=sys.stderr)
         return 130
-    except (DemoError, ClusterError, ChatError, OSError) as error:
+    except (DemoError, ClusterError, ChatError, CertificateError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
     except HeadwaterError as error:
         print(f"demo: {error}\nthe logs of the processes are in {arguments.state}/logs", file=sys.stderr)

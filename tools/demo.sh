@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# make demo: what is needed, then tools/demo.py. MODEL, PROMPT, QUESTION and WORKERS come from the environment.
+# make demo: what is needed, then tools/demo.py. MODEL, PROMPT, QUESTION, WORKERS and TLS come from the environment.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
@@ -31,6 +31,7 @@ arguments=(--first_step=4 --steps=$steps)
 [ -z "${PROMPT:-}" ] || arguments+=("--prompt=$PROMPT")
 [ -z "${QUESTION:-}" ] || arguments+=("--question=$QUESTION")
 [ -z "${WORKERS:-}" ] || arguments+=("--workers=$WORKERS")
+[ -z "${TLS:-}" ] || arguments+=(--tls)
 if [ "$cuda" = AUTO ]; then
   if grep -q '^CMAKE_CUDA_COMPILER:[A-Z]*=/' build/release/CMakeCache.txt; then
     arguments+=(--device=cuda)

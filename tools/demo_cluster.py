@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+from make_certificates import tls_flags
+
 REGISTRATION_TIMEOUT_S = 120
 SHUTDOWN_TIMEOUT_S = 15
 LOG_TAIL_LINES = 20
@@ -56,7 +58,10 @@ class Process:
 class Cluster:
     """A context manager: leaving it ends every process."""
 
-    def __init__(self, binaries: Path, model: Path, state: Path, workers: int, compute: str = "auto", device: str = "cpu"):
+    def __init__(self, binaries: Path, model: Path, state: Path, workers: int, compute: str = "auto", device: str = "cpu",
+                 tls: Optional[Path] = None):
+        """tls: directory of make_certificates(); None: plaintext."""
+        self._tls = tls
         self._binaries = binaries
         self._model = model
         self._state = state
@@ -97,7 +102,8 @@ class Cluster:
     def _start(self, name: str, binary: str, ports, *flags: str) -> Process:
         address, metrics = f"127.0.0.1:{next(ports)}", f"127.0.0.1:{next(ports)}"
         log = self._state / "logs" / f"{name}.log"
-        command = [str(self._binaries / binary), f"--listen={address}", f"--metrics={metrics}", *flags]
+        tls = tls_flags(self._tls, binary.removeprefix("headwater-")) if self._tls else []
+        command = [str(self._binaries / binary), f"--listen={address}", f"--metrics={metrics}", *tls, *flags]
         with open(log, "wb") as output:
             output.write((" ".join(command) + "\n").encode())
             output.flush()
