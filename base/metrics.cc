@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 
+#include "base/process_stats.h"
 #include "base/version.h"
 
 namespace headwater {
@@ -51,6 +52,8 @@ absl::Status Metrics::Serve(const std::string& address) {
   try {
     exposer_ = std::make_unique<prometheus::Exposer>(address, 1);
     exposer_->RegisterCollectable(registry_);
+    process_ = std::make_shared<ProcessStats>();
+    exposer_->RegisterCollectable(process_);
   } catch (const std::exception& e) {
     return absl::UnavailableError(absl::StrCat("metrics address ", address, " cannot be bound: ", e.what()));
   }

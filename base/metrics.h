@@ -39,12 +39,13 @@ class Metrics {
                                    const prometheus::Histogram::BucketBoundaries& buckets,
                                    const MetricLabels& labels = {});
 
-  // Serves /metrics on `address` ("127.0.0.1:9070"; empty: does nothing). UNAVAILABLE: the address cannot be
-  // bound.
+  // Serves /metrics, with ProcessStats, on `address` ("127.0.0.1:9070"; empty: does nothing). UNAVAILABLE:
+  // the address cannot be bound.
   absl::Status Serve(const std::string& address);
 
  private:
   std::shared_ptr<prometheus::Registry> registry_;
+  std::shared_ptr<prometheus::Collectable> process_;
   std::unique_ptr<prometheus::Exposer> exposer_;
 };
 

@@ -141,6 +141,11 @@ SERVICE = {
               [(of("scrape_duration_seconds"), "{{instance}}")]),
         Panel("Series a page", "short", "scrape_samples_scraped", "series that Prometheus adds itself",
               [(of("scrape_samples_scraped"), "{{instance}}")]),
+        Panel("CPU", "short", "process_cpu_seconds_total", "time of GPUs", [(f"rate({of('process_cpu_seconds_total')}[$__rate_interval])", "{{instance}}")]),
+        Panel("Resident memory", "bytes", "process_resident_memory_bytes", "device memory, files in a tmpfs that are not mapped",
+              [(of("process_resident_memory_bytes"), "{{instance}}")]),
+        Panel("File descriptors of the most", "percentunit", "process_open_fds", "limits of the whole machine",
+              [(f"{of('process_open_fds')} / {of('process_max_fds')}", "{{instance}}")]),
         Panel("Versions", "short", "headwater_build_info", "processes that do not answer",
               [(f"count by (version, component) ({of('headwater_build_info')})", "{{component}} {{version}}")], "stat", 24)],
 }
