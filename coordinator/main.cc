@@ -52,7 +52,7 @@ int Run(int argc, char** argv) {
     return 0;
   }
   InitLogging(flags.log_format, LogSeverity::kINFO, "coordinator");
-  const auto transport = Transport::Create(flags.transport);
+  const auto transport = Transport::Create(flags.transport, Role::kCoordinator);
   if (!transport.ok()) return Fail(transport.status());
   LogTransport(transport->get(), flags.listen);
   auto server =

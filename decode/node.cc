@@ -38,7 +38,7 @@ absl::Status Annotate(const absl::Status& status, absl::string_view prefix) {
 
 absl::StatusOr<std::unique_ptr<DecodeNode>> DecodeNode::Start(const DecodeOptions& options) {
   auto node = absl::WrapUnique(new DecodeNode());
-  HW_ASSIGN_OR_RETURN(node->transport_, Transport::Create(options.transport));
+  HW_ASSIGN_OR_RETURN(node->transport_, Transport::Create(options.transport, Role::kDecode));
   LogTransport(node->transport_.get(), options.listen);
   // Before the model is loaded.
   HW_ASSIGN_OR_RETURN(node->health_,

@@ -128,7 +128,7 @@ class WorkerProcess final : public Worker {
 
   absl::Status Init(const WorkerOptions& options, const BackendFactory& make_backend) {
     // Addresses first: a port in use is told before the model is loaded.
-    HW_ASSIGN_OR_RETURN(transport_, Transport::Create(options.transport));
+    HW_ASSIGN_OR_RETURN(transport_, Transport::Create(options.transport, Role::kWorker));
     LogTransport(transport_.get(), options.listen);
     HW_RETURN_IF_ERROR(metrics_.Serve(options.metrics));
     // Before the model is loaded, which may take minutes.

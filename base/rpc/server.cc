@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include <grpcpp/create_channel.h>
@@ -24,6 +25,12 @@ constexpr int kMaxMetadataBytes = 8 << 10;
 absl::StatusOr<RunningServer> StartServer(const std::string& address,
                                           const std::vector<grpc::Service*>& services,
                                           const Transport* transport) {
+  // gRPC would take a larger one modulo 65536.
+  int64_t port = 0;
+  if (absl::SimpleAtoi(address.substr(address.rfind(':') + 1), &port) && (port < 0 || port > 65535)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("cannot listen on ", address, ": its port is not one from 0 to 65535"));
+  }
   grpc::EnableDefaultHealthCheckService(true);
   grpc::ServerBuilder builder;
   RunningServer running;

@@ -26,8 +26,8 @@ struct RunningServer {
 };
 
 // Serves `services` and grpc.health.v1 on `address` (host:port); without a transport in plaintext. Messages
-// up to 64 MiB, metadata up to 8 KiB. UNAVAILABLE: the address cannot be bound (port in use, no such host).
-// The services must outlive the server.
+// up to 64 MiB, metadata up to 8 KiB. INVALID_ARGUMENT: the port is over 65535. UNAVAILABLE: the address
+// cannot be bound (port in use, no such host). The services must outlive the server.
 absl::StatusOr<RunningServer> StartServer(const std::string& address,
                                           const std::vector<grpc::Service*>& services,
                                           const Transport* transport = nullptr);

@@ -136,7 +136,8 @@ absl::string_view NameOf(Role role) {
   return "";
 }
 
-absl::StatusOr<std::shared_ptr<const Transport>> Transport::Create(const TransportOptions& options) {
+absl::StatusOr<std::shared_ptr<const Transport>> Transport::Create(const TransportOptions& options,
+                                                                   std::optional<Role> own) {
   const bool any = !options.cert.empty() || !options.key.empty() || !options.ca.empty();
   for (const auto& [flag, file] : {std::pair<const char*, const std::string&>("tls_cert", options.cert),
                                    {"tls_key", options.key},
@@ -153,6 +154,11 @@ absl::StatusOr<std::shared_ptr<const Transport>> Transport::Create(const Transpo
   if (!any) return std::shared_ptr<const Transport>();
   HW_ASSIGN_OR_RETURN(CertificateInfo identity,
                       ReadCertificate(options.cert, options.key, options.ca, absl::Now()));
+  if (own.has_value() && !absl::EndsWith(identity.spiffe_id, absl::StrCat("/", NameOf(*own)))) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--tls_cert=", options.cert, ": it is of ", identity.spiffe_id,
+                     "; peers would not believe it, they want .../", NameOf(*own)));
+  }
   HW_ASSIGN_OR_RETURN(std::unique_ptr<RolesFile> roles, RolesFile::Open(options.roles, options.refresh));
   return std::shared_ptr<const Transport>(
       std::make_shared<FileTransport>(options, std::move(identity), std::move(roles)));

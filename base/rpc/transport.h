@@ -4,6 +4,7 @@
 #define HW_BASE_RPC_TRANSPORT_H_
 
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/status/statusor.h"
@@ -32,9 +33,11 @@ struct TransportOptions {
 // Thread-safe; outlives the servers and channels made with it or not, as it likes.
 class Transport {
  public:
-  // nullptr: plaintext. INVALID_ARGUMENT: ReadCertificate()'s; only some of the files are given; the policy
+  // nullptr: plaintext. own: what peers will expect this process to be, where they do. INVALID_ARGUMENT:
+  // ReadCertificate()'s; the certificate is of another role; only some of the files are given; the policy
   // cannot be read or is none.
-  static absl::StatusOr<std::shared_ptr<const Transport>> Create(const TransportOptions& options);
+  static absl::StatusOr<std::shared_ptr<const Transport>> Create(const TransportOptions& options,
+                                                                 std::optional<Role> own = std::nullopt);
   virtual ~Transport() = default;
 
   virtual const CertificateInfo& identity() const = 0;

@@ -30,6 +30,13 @@ TEST(StartServerTest, PortInUseIsNamed) {
   EXPECT_TRUE(absl::StrContains(second.status().message(), first->address)) << second.status();
 }
 
+TEST(StartServerTest, APortThatIsNoneIsNamed) {
+  const auto server = StartServer("127.0.0.1:99999", {});
+
+  EXPECT_EQ(server.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(absl::StrContains(server.status().message(), "127.0.0.1:99999")) << server.status();
+}
+
 TEST(RandomIdTest, IdsAre32HexDigitsAndDiffer) {
   std::set<std::string> ids;
   for (int i = 0; i < 100; ++i) ids.insert(RandomId());

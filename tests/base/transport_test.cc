@@ -266,6 +266,11 @@ TEST(TransportFilesTest, WhatIsWrongIsNamed) {
   EXPECT_EQ(*Transport::Create({}), nullptr);
   EXPECT_EQ(Make(files.options())->identity().spiffe_id, SpiffeId("worker"));
 
+  EXPECT_TRUE(Transport::Create(files.options(), Role::kWorker).ok());
+  const auto other_role = Transport::Create(files.options(), Role::kDecode);
+  EXPECT_EQ(other_role.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(other_role.status().message()), HasSubstr("they want .../decode"));
+
   TransportOptions options = files.options();
   options.key = "";
   EXPECT_THAT(message(options), HasSubstr("--tls_key: a file is required"));
