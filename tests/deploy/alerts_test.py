@@ -7,6 +7,8 @@ import promtool
 import yaml
 from promtool import RULE_TESTS, RULES
 
+import make_prometheus_rule  # promtool made tools/ known
+
 promtool.need("promtool")
 RUNBOOK = promtool.RUNBOOK.read_text()
 PARTS = ("Means", "Users see", "Look first", "Do")
@@ -34,6 +36,11 @@ class AlertsTest(unittest.TestCase):
         self.assertEqual(len(RULE_TESTS), 2, RULE_TESTS)
         status, output = promtool.promtool("test", "rules", *RULE_TESTS)
         self.assertEqual(status, 0, output)
+
+    def test_the_operators_rules_are_these(self):
+        path = promtool.ROOT / "deploy" / "alerts" / "prometheusrule.yaml"
+        self.assertEqual(path.read_text(), make_prometheus_rule.render(), "run tools/make_prometheus_rule.py")
+        self.assertEqual(yaml.safe_load(path.read_text())["spec"]["groups"], yaml.safe_load(RULES.read_text())["groups"])
 
     def test_each_alert_has_a_case_that_fires_and_one_that_stays_silent(self):
         self.assertGreater(len(ALERTS), 20)

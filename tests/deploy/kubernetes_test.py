@@ -103,8 +103,14 @@ class Rendered(unittest.TestCase):
         budget = find(rendered("leaderworkerset"), "PodDisruptionBudget", "headwater-worker")
         self.assertEqual(budget["spec"]["selector"]["matchLabels"][LEADER], "0")
         for name, kind in (("keda", "ScaledObject"), ("hpa", "HorizontalPodAutoscaler"), ("mtls", "Certificate"),
-                           ("monitoring", "PodMonitor"), ("monitoring", "ServiceMonitor")):
+                           ("monitoring", "PodMonitor"), ("monitoring", "ServiceMonitor"), ("monitoring", "PrometheusRule")):
             self.assertIn(kind, {document["kind"] for document in rendered(name)})
+        jobs = {line["replacement"] for document in rendered("monitoring") for kind in ("endpoints", "podMetricsEndpoints")
+                for endpoint in document.get("spec", {}).get(kind, []) for line in endpoint["relabelings"]}
+        scraped = {job["job_name"] for job in yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text())["scrape_configs"]}
+        self.assertEqual(jobs, scraped - {"headwater-decode"}, "jobs that the rules know")
+        boards = [document for document in rendered("monitoring") if document["metadata"].get("labels", {}).get("grafana_dashboard")]
+        self.assertEqual({name for board in boards for name in board["data"]}, {"service.json", "workers.json"})
         for pod in Cluster(rendered("mtls"), VERSION).pods:
             self.assertLessEqual(set(rules.TLS_FLAGS), set(pod.flags), pod.name)
 
