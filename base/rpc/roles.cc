@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <fstream>
-#include <iterator>
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
@@ -63,12 +62,14 @@ absl::Status CheckPatterns(const v1::RoleRule& rule, const char* field, const Pa
 absl::StatusOr<std::string> ReadFile(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) return absl::InvalidArgumentError("it cannot be read");
-  std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (file.bad()) return absl::InvalidArgumentError("it cannot be read");
-  if (text.size() > kMostBytes) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("it has ", text.size(), " bytes, the limit is ", kMostBytes));
+  std::string text(kMostBytes + 1, '\0');
+  file.read(text.data(), static_cast<std::streamsize>(text.size()));
+  if (file.bad() || (!file && !file.eof())) return absl::InvalidArgumentError("it cannot be read");
+  const auto bytes = static_cast<size_t>(file.gcount());
+  if (bytes > kMostBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("it has more bytes than the limit of ", kMostBytes));
   }
+  text.resize(bytes);
   return text;
 }
 
