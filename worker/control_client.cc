@@ -56,6 +56,7 @@ class GrpcControlClient final : public ControlClient {
 
   bool Drain(absl::Duration timeout) override;
   void Stop() override;
+  absl::Duration StepAge() const override { return queue_.StepAge(); }
   bool registered() const override {
     absl::MutexLock lock(&mutex_);
     return registered_;

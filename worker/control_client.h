@@ -49,6 +49,9 @@ class ControlClient {
   virtual void Stop() = 0;
 
   virtual bool registered() const = 0;
+  // Since the last step of the compute loop of what runs, the longest; 0: nothing runs. Also while there is
+  // no coordinator.
+  virtual absl::Duration StepAge() const = 0;
 };
 
 }  // namespace headwater

@@ -189,7 +189,10 @@ class WorkerProcess final : public Worker {
     return client != nullptr && client->registered();
   }
   // A prompt that computes, waits for a peer or for its KV stream steps at least every few seconds.
-  bool Steps() { return worker_metrics_.last_step_age.Value() < absl::ToDoubleSeconds(kStuck); }
+  bool Steps() {
+    const ControlClient* const client = started_;
+    return client == nullptr || client->StepAge() < kStuck;
+  }
 
   std::shared_ptr<const Transport> transport_;
   Metrics metrics_;
