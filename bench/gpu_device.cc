@@ -317,7 +317,7 @@ absl::Status FormGroup(int first_device, std::vector<Rank>* ranks) {
       absl::Status& status = statuses[static_cast<size_t>(number)];
       status = group.status();
       if (!status.ok()) return;
-      const auto rendezvous = RendezvousClient::Dial(server.address);
+      const auto rendezvous = RendezvousClient::Dial(server.address, nullptr);
       status = (*group)->Connect(rendezvous.get());
       rank.devices = *std::move(group);
     });

@@ -39,8 +39,8 @@ std::unique_ptr<grpc::Service> MakeRendezvousService(const RendezvousLimits& lim
 // A caller's side. Thread-safe.
 class RendezvousClient {
  public:
-  static std::unique_ptr<RendezvousClient> Dial(const std::string& address,
-                                                const Transport* transport = nullptr);
+  // transport: null is plaintext.
+  static std::unique_ptr<RendezvousClient> Dial(const std::string& address, const Transport* transport);
   virtual ~RendezvousClient() = default;
 
   // Both retry while the server cannot be reached, until `timeout`. Errors are the service's, and CANCELLED

@@ -29,7 +29,7 @@ absl::StatusOr<std::unique_ptr<Collectives>> GlooGroups::Join(const std::string&
   options.connect_timeout = connect_timeout;
   options.timeout = timeout;
   HW_ASSIGN_OR_RETURN(std::unique_ptr<GlooCollectives> group, GlooCollectives::Create(options));
-  const auto rendezvous = RendezvousClient::Dial(server_.address);
+  const auto rendezvous = RendezvousClient::Dial(server_.address, nullptr);
   HW_RETURN_IF_ERROR(group->Connect(rendezvous.get()));
   return std::unique_ptr<Collectives>(std::move(group));
 }

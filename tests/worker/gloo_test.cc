@@ -33,7 +33,7 @@ GlooOptions Options(const std::string& name, int rank, int world, absl::Duration
 
 TEST(GlooCollectivesTest, FormsNoGroupWithinItsTimeoutWhenAPeerNeverComes) {
   const GlooGroups groups;
-  const auto rendezvous = RendezvousClient::Dial(groups.address());
+  const auto rendezvous = RendezvousClient::Dial(groups.address(), nullptr);
   auto group = GlooCollectives::Create(Options("alone", 0, 2, absl::Milliseconds(300)));
   ASSERT_TRUE(group.ok()) << group.status();
   const absl::Time start = absl::Now();
@@ -52,7 +52,7 @@ TEST(GlooCollectivesTest, ConnectEndsWhenTheRendezvousServerIsGone) {
     const GlooGroups groups;
     address = groups.address();
   }
-  const auto rendezvous = RendezvousClient::Dial(address);
+  const auto rendezvous = RendezvousClient::Dial(address, nullptr);
   auto group = GlooCollectives::Create(Options("nowhere", 0, 2, absl::Milliseconds(300)));
   ASSERT_TRUE(group.ok()) << group.status();
 
@@ -61,7 +61,7 @@ TEST(GlooCollectivesTest, ConnectEndsWhenTheRendezvousServerIsGone) {
 
 TEST(GlooCollectivesTest, AbortEndsAConnectThatWaitsForTheRendezvous) {
   const GlooGroups groups;
-  const auto rendezvous = RendezvousClient::Dial(groups.address());
+  const auto rendezvous = RendezvousClient::Dial(groups.address(), nullptr);
   auto group = GlooCollectives::Create(Options("aborted", 0, 2, absl::Seconds(60)));
   ASSERT_TRUE(group.ok()) << group.status();
   const absl::Time start = absl::Now();
@@ -79,10 +79,10 @@ TEST(GlooCollectivesTest, AbortEndsAConnectThatWaitsForTheRendezvous) {
 // listens and the side that dials.
 TEST(GlooCollectivesTest, AbortEndsAConnectThatWaitsForAPeersSocket) {
   GlooGroups groups;
-  const auto watcher = RendezvousClient::Dial(groups.address());
+  const auto watcher = RendezvousClient::Dial(groups.address(), nullptr);
   for (const std::string name : {"a", "b", "c", "d"}) {
     // An abort ends the client, too.
-    const auto rendezvous = RendezvousClient::Dial(groups.address());
+    const auto rendezvous = RendezvousClient::Dial(groups.address(), nullptr);
     // What a rank publishes, as it stands in the rendezvous: rank 1's own sockets, closed again.
     auto peer = GlooCollectives::Create(Options(name, 1, 2, absl::Milliseconds(200)));
     ASSERT_TRUE(peer.ok());
@@ -119,7 +119,7 @@ TEST(GlooPeerNameTest, APeerThatIsGoneHasNoNameAndNothingIsThrown) {
 
 TEST(GlooCollectivesTest, RefusesAddressesThatAreNone) {
   const GlooGroups groups;
-  const auto rendezvous = RendezvousClient::Dial(groups.address());
+  const auto rendezvous = RendezvousClient::Dial(groups.address(), nullptr);
   ASSERT_TRUE(rendezvous->Put("bad/1", "short", absl::Seconds(5)).ok());
   auto group = GlooCollectives::Create(Options("bad", 0, 2, absl::Seconds(5)));
   ASSERT_TRUE(group.ok());
@@ -145,7 +145,7 @@ TEST(GlooCollectivesTest, NamesAHostThatCannotBeBound) {
   absl::Status status = group.status();
   if (group.ok()) {
     const GlooGroups groups;
-    status = (*group)->Connect(RendezvousClient::Dial(groups.address()).get());
+    status = (*group)->Connect(RendezvousClient::Dial(groups.address(), nullptr).get());
   }
   EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
   EXPECT_THAT(std::string(status.message()), HasSubstr("203.0.113.7"));

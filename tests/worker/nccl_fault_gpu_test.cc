@@ -222,7 +222,7 @@ TEST(NcclFaultGpuTest, DISABLED_IsTheRankThatIsKilled) {
   ASSERT_NE(told, nullptr);
   const std::string address(told);
   ASSERT_EQ(cudaSetDevice(1), cudaSuccess);
-  const auto rendezvous = RendezvousClient::Dial(address);
+  const auto rendezvous = RendezvousClient::Dial(address, nullptr);
   auto group = NcclGroup::Create(PairOptions("killed", 1, absl::Seconds(20)));
   ASSERT_TRUE(group.ok()) << group.status();
   ASSERT_EQ((*group)->Connect(rendezvous.get()), absl::OkStatus());

@@ -24,7 +24,7 @@ class RendezvousServer {
   ~RendezvousServer() { server_.server->Shutdown(std::chrono::system_clock::now()); }
 
   const std::string& address() const { return server_.address; }
-  std::unique_ptr<RendezvousClient> Dial() const { return RendezvousClient::Dial(server_.address); }
+  std::unique_ptr<RendezvousClient> Dial() const { return RendezvousClient::Dial(server_.address, nullptr); }
 
  private:
   std::unique_ptr<grpc::Service> service_;

@@ -27,7 +27,7 @@ class RendezvousTest : public testing::Test {
     auto server = StartServer("127.0.0.1:0", {service_.get()});
     ASSERT_TRUE(server.ok()) << server.status();
     server_ = *std::move(server);
-    client_ = RendezvousClient::Dial(server_.address);
+    client_ = RendezvousClient::Dial(server_.address, nullptr);
   }
   ~RendezvousTest() override {
     if (server_.server != nullptr) server_.server->Shutdown(std::chrono::system_clock::now());
