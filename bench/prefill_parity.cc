@@ -24,6 +24,7 @@
 #include "bench/prefill_device.h"
 #include "bench/prefill_job.h"
 #include "kernels/dtype.h"
+#include "kvtransfer/discarding_sender.h"
 #include "tools/cli/exit_code.h"
 #include "tools/cli/token_ids.h"
 
@@ -40,7 +41,7 @@ struct ParityOptions {
 };
 
 // Keeps the cache as f32.
-class KeepingSender final : public KvSender {
+class KeepingSender final : public DiscardingSender {
  public:
   explicit KeepingSender(const KvGeometry& geometry)
       : geometry_(geometry),
@@ -55,11 +56,6 @@ class KeepingSender final : public KvSender {
     done();
     return absl::OkStatus();
   }
-  absl::Status Finish() override { return absl::OkStatus(); }
-  void Cancel() override {}
-  absl::Status status() const override { return absl::OkStatus(); }
-  KvSenderStats Stats() const override { return {}; }
-  std::optional<KvShare> AckedBelow(uint32_t) const override { return std::nullopt; }
 
   absl::Span<const float> Tensor(uint32_t layer, KvKind kind) const {
     const uint64_t count = geometry_.tensor_bytes() / geometry_.element_bytes();

@@ -13,7 +13,7 @@
 namespace headwater {
 
 // Drops blocks as soon as they are handed over; none is ever acknowledged.
-class DiscardingSender final : public KvSender {
+class DiscardingSender : public KvSender {
  public:
   absl::Status Submit(const KvBlockId&, const void*, std::function<void()> done) override {
     done();

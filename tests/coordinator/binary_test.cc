@@ -9,7 +9,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "gtest/gtest.h"
-#include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
 #include <signal.h>
 
@@ -21,6 +20,7 @@
 #include "tests/integration/cluster.h"
 #include "tests/integration/process.h"
 #include "tests/support/dial.h"
+#include "tests/support/health.h"
 
 namespace headwater::testing {
 namespace {
@@ -43,11 +43,6 @@ TEST(CoordinatorBinaryTest, FlagsOutOfRangeAreNamedWithTheirLimits) {
     EXPECT_EQ(*status, 2) << test.flag << process.Log();
     EXPECT_TRUE(absl::StrContains(process.Log(), test.limit)) << process.Log();
   }
-}
-
-grpc::ByteBuffer EmptyMessage() {
-  const grpc::Slice slice;
-  return grpc::ByteBuffer(&slice, 1);
 }
 
 // A process with one worker and one decode node, both scripted.
@@ -89,30 +84,12 @@ class CoordinatorProcessTest : public ::testing::Test {
     ASSERT_TRUE(worker_->WaitForAssignments(1));
   }
 
-  // Polls grpc.health.v1, whose one-field messages are spelled out here: HealthCheckResponse{status: 2}.
   void WaitUntilNotServing() {
-    grpc::GenericStub health(DialPlaintext(address_));
     const absl::Time end = absl::Now() + absl::Seconds(10);
-    std::string answer;
-    while (answer != std::string("\x08\x02", 2) && absl::Now() < end) {
-      grpc::ClientContext context;
-      grpc::CompletionQueue queue;
-      const auto call =
-          health.PrepareUnaryCall(&context, "/grpc.health.v1.Health/Check", EmptyMessage(), &queue);
-      call->StartCall();
-      grpc::ByteBuffer response;
-      grpc::Status status;
-      call->Finish(&response, &status, nullptr);
-      void* tag = nullptr;
-      bool ok = false;
-      queue.Next(&tag, &ok);
-      grpc::Slice slice;
-      if (status.ok() && response.DumpToSingleSlice(&slice).ok()) {
-        answer.assign(reinterpret_cast<const char*>(slice.begin()), slice.size());
-      }
+    while (AskHealth(address_, "") != Health::kNotServing && absl::Now() < end) {
       absl::SleepFor(absl::Milliseconds(5));
     }
-    EXPECT_EQ(answer, std::string("\x08\x02", 2)) << "health does not turn NOT_SERVING";
+    EXPECT_EQ(AskHealth(address_, ""), Health::kNotServing) << "health does not turn NOT_SERVING";
   }
 
   int ExitCode(absl::Duration within) {
