@@ -111,6 +111,9 @@ class Rendered(unittest.TestCase):
         self.assertEqual(jobs, scraped - {"headwater-decode"}, "jobs that the rules know")
         boards = [document for document in rendered("monitoring") if document["metadata"].get("labels", {}).get("grafana_dashboard")]
         self.assertEqual({name for board in boards for name in board["data"]}, {"service.json", "workers.json"})
+        for name, protocol in (("multi-gpu", "kubernetes.io/h2c"), ("mtls", "https")):
+            ports = find(rendered(name), "Service", "headwater-coordinator")["spec"]["ports"]
+            self.assertEqual([port.get("appProtocol") for port in ports if port["name"] == "api"], [protocol], name)
         for pod in Cluster(rendered("mtls"), VERSION).pods:
             self.assertLessEqual(set(rules.TLS_FLAGS), set(pod.flags), pod.name)
 
