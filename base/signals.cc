@@ -42,9 +42,11 @@ int WaitForTerminationSignal(absl::Duration timeout) {
   }
 }
 
-void ExitOnSignalOrAfter(absl::Duration limit, int exit_code) {
-  std::thread([limit, exit_code] {
-    WaitForTerminationSignal(limit);
+void ExitOnSignalOrAfter(absl::Duration limit, int exit_code, bool forgive_sigterm) {
+  std::thread([limit, exit_code, forgive_sigterm] {
+    const absl::Time end = Clock::Real()->Now() + limit;
+    const int first = WaitForTerminationSignal(limit);
+    if (forgive_sigterm && first == SIGTERM) WaitForTerminationSignal(end - Clock::Real()->Now());
     _exit(exit_code);
   }).detach();
 }

@@ -13,9 +13,10 @@ void BlockTerminationSignals();
 // Waits for SIGTERM or SIGINT and returns it; 0: `timeout` passed. Requires BlockTerminationSignals().
 int WaitForTerminationSignal(absl::Duration timeout);
 
-// Starts a thread that ends the process with `exit_code` when another SIGTERM or SIGINT comes or `limit`
-// passes: the last resort of a shutdown.
-void ExitOnSignalOrAfter(absl::Duration limit, int exit_code);
+// Starts a thread that ends the process with `exit_code` when a SIGTERM or SIGINT comes or `limit` passes:
+// the last resort of a shutdown. `forgive_sigterm`: the first SIGTERM changes nothing, because it asks for
+// what was begun without one.
+void ExitOnSignalOrAfter(absl::Duration limit, int exit_code, bool forgive_sigterm = false);
 
 }  // namespace headwater
 

@@ -163,9 +163,16 @@ Worker* ClusterState::FindWorkerByConnection(uint64_t connection) {
   return FindByConnection(workers_, connection);
 }
 
-void ClusterState::SetDraining(Worker* worker) {
+bool ClusterState::SetDraining(Worker* worker) {
+  if (worker->draining) return false;
   worker->draining = true;
   ++version_;
+  return true;
+}
+
+size_t ClusterState::NumDraining() const {
+  return static_cast<size_t>(std::count_if(workers_.begin(), workers_.end(),
+                                           [](const auto& entry) { return entry.second.draining; }));
 }
 
 std::vector<const Worker*> ClusterState::WorkersFor(const WorkerNeeds& needs) const {
@@ -251,23 +258,28 @@ DecodeNode* ClusterState::FindDecodeNodeByConnection(uint64_t connection) {
   return FindByConnection(decode_nodes_, connection);
 }
 
+v1::WorkerSummary ClusterState::Summarize(const Worker& worker, absl::Time now) {
+  v1::WorkerSummary out;
+  out.set_worker_id(worker.registration.worker_id());
+  out.set_incarnation(worker.registration.incarnation());
+  out.set_device(worker.registration.device());
+  *out.mutable_model() = worker.registration.model();
+  *out.mutable_memory() = worker.registration.memory();
+  SetDuration(now - worker.last_heard, out.mutable_last_heartbeat_age());
+  if (!worker.held.empty()) {
+    out.set_request_id(worker.held.begin()->first);
+    out.set_epoch(worker.held.begin()->second.epoch);
+  }
+  out.set_num_requests(static_cast<uint32_t>(worker.held.size()));
+  out.set_num_tokens(worker.held_tokens);
+  out.set_kv_unacked_bytes(worker.kv_unacked_bytes);
+  out.set_draining(worker.draining);
+  return out;
+}
+
 v1::ListWorkersResponse ClusterState::ListWorkers(absl::Time now) const {
   v1::ListWorkersResponse response;
-  for (const auto& [id, worker] : workers_) {
-    auto* out = response.add_workers();
-    out->set_worker_id(id);
-    out->set_device(worker.registration.device());
-    *out->mutable_model() = worker.registration.model();
-    *out->mutable_memory() = worker.registration.memory();
-    SetDuration(now - worker.last_heard, out->mutable_last_heartbeat_age());
-    if (!worker.held.empty()) {
-      out->set_request_id(worker.held.begin()->first);
-      out->set_epoch(worker.held.begin()->second.epoch);
-    }
-    out->set_num_requests(static_cast<uint32_t>(worker.held.size()));
-    out->set_num_tokens(worker.held_tokens);
-    out->set_kv_unacked_bytes(worker.kv_unacked_bytes);
-  }
+  for (const auto& [id, worker] : workers_) *response.add_workers() = Summarize(worker, now);
   return response;
 }
 

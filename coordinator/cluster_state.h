@@ -46,7 +46,7 @@ struct Worker {
   absl::Time last_heard;
   absl::Time idle_since;
   uint64_t kv_unacked_bytes = 0;
-  // It said that it shuts down: it finishes what it has and gets nothing new.
+  // It shuts down or was asked to: it finishes what it has and gets nothing new.
   bool draining = false;
   // One job that has it alone, or several packable ones. By request id, which is how the worker names them:
   // two tenants' requests of one id do not meet at a worker.
@@ -116,8 +116,9 @@ class ClusterState {
   Worker* FindWorkerByConnection(uint64_t connection);
   std::map<std::string, Worker>& workers() { return workers_; }
 
-  // It gets nothing new from now on.
-  void SetDraining(Worker* worker);
+  // It gets nothing new from now on. False: it did not before.
+  bool SetDraining(Worker* worker);
+  size_t NumDraining() const;
   // Changes whenever LivingWorkers() may.
   uint64_t version() const { return version_; }
 
@@ -140,6 +141,7 @@ class ClusterState {
   std::map<std::string, DecodeNode>& decode_nodes() { return decode_nodes_; }
   const std::map<std::string, DecodeNode>& decode_nodes() const { return decode_nodes_; }
 
+  static v1::WorkerSummary Summarize(const Worker& worker, absl::Time now);
   v1::ListWorkersResponse ListWorkers(absl::Time now) const;
   v1::ListDecodeNodesResponse ListDecodeNodes(absl::Time now) const;
 

@@ -23,6 +23,9 @@ CoordinatorMetrics::CoordinatorMetrics(Metrics* metrics)
       tokens_waiting(metrics->Gauge("headwater_tokens_waiting", "Prompt tokens of the waiting requests.")),
       tokens_running(metrics->Gauge("headwater_tokens_running", "Prompt tokens of the running requests.")),
       workers(metrics->Gauge("headwater_workers", "Registered workers.")),
+      draining_workers(
+          metrics->Gauge("headwater_draining_workers",
+                         "Registered workers that get nothing new and leave when they are done.")),
       decode_nodes(metrics->Gauge("headwater_decode_nodes", "Connected decode nodes.")),
       prompt_tokens_total(metrics->Counter("headwater_prompt_tokens_total",
                                            "Prompt tokens of completed requests.", {{"source", "computed"}})),

@@ -28,6 +28,7 @@ class CoordinatorMetrics {
   prometheus::Gauge& tokens_waiting;
   prometheus::Gauge& tokens_running;
   prometheus::Gauge& workers;
+  prometheus::Gauge& draining_workers;
   prometheus::Gauge& decode_nodes;
   prometheus::Counter& prompt_tokens_total;
   prometheus::Counter& retries_total;

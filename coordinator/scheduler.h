@@ -61,6 +61,8 @@ class Scheduler {
                                      const std::shared_ptr<WorkerLink>& link);
   void OnWorkerMessage(uint64_t connection, const v1::ConnectRequest& message);
   void OnWorkerClosed(uint64_t connection);
+  // Has a worker leave: see AdminService.DrainWorker. NOT_FOUND, UNKNOWN_WORKER.
+  absl::StatusOr<v1::WorkerSummary> DrainWorker(const std::string& worker_id);
 
   // Decode nodes, in the same way.
   absl::StatusOr<uint64_t> AddDecodeNode(const v1::DecodeRegistration& registration,
@@ -170,6 +172,7 @@ class Scheduler {
   void End(Job& job, const std::shared_ptr<const v1::PrefillResponse>& terminal, const absl::Status& status);
   void ReleaseWorker(const std::string& worker_id, const Job& job);
   void LoseWorker(const std::string& worker_id, const absl::Status& why);
+  bool SetDraining(Worker* worker, absl::string_view why);
   void LoseRank(Job& job, const std::string& worker_id, const absl::Status& why);
   void SetPhase(Job& job, JobPhase phase);
   void Notify(const Job& job, v1::PrefillResponse event);

@@ -82,6 +82,7 @@ void Scheduler::LoseWorker(const std::string& worker_id, const absl::Status& why
           .Field("why", why.message())
       << "worker lost";
   metrics_->workers.Set(static_cast<double>(cluster_.workers().size()));
+  metrics_->draining_workers.Set(static_cast<double>(cluster_.NumDraining()));
   cluster_changed_ = true;
   worker->link->Close(why);
   for (const auto& [request_id, held] : worker->held) {

@@ -244,7 +244,7 @@ void Scheduler::OnRankFailed(Worker& worker, const v1::RankFailed& failed) {
           .Field("worker", rank->worker_id)
           .Field("error", failure.ToString(absl::StatusToStringMode::kWithNoExtraData))
       << "rank failed";
-  if (ReasonOf(failure) == v1::ERROR_REASON_DRAINING) cluster_.SetDraining(&worker);
+  if (ReasonOf(failure) == v1::ERROR_REASON_DRAINING) SetDraining(&worker, "it refused an assignment");
   if (StateLost(failure)) job->state_lost = true;
   rank->state = Rank::State::kStopped;
   ReleaseWorker(rank->worker_id, *job);

@@ -6,6 +6,7 @@
 #include "base/status_macros.h"
 #include "coordinator/registration.h"
 #include "coordinator/scheduler.h"
+#include "coordinator/validation.h"
 
 namespace headwater {
 namespace {
@@ -59,6 +60,7 @@ void Scheduler::OnWorkerMessage(uint64_t connection, const v1::ConnectRequest& m
   switch (message.message_case()) {
     case v1::ConnectRequest::kHeartbeat:
       worker->kv_unacked_bytes = message.heartbeat().kv_unacked_bytes();
+      if (message.heartbeat().draining()) SetDraining(worker, "it was told to end");
       break;
     case v1::ConnectRequest::kProgress:
       OnRankProgress(*worker, message.progress());
@@ -87,6 +89,36 @@ void Scheduler::OnWorkerClosed(uint64_t connection) {
   LoseWorker(id, MakeError(absl::StatusCode::kUnavailable, v1::ERROR_REASON_WORKER_LOST,
                            absl::StrCat("the stream of worker ", id, " ended")));
   Settle();
+}
+
+bool Scheduler::SetDraining(Worker* worker, absl::string_view why) {
+  if (!cluster_.SetDraining(worker)) return false;
+  metrics_->draining_workers.Set(static_cast<double>(cluster_.NumDraining()));
+  HW_LOG(INFO)
+          .Field("worker", worker->registration.worker_id())
+          .Field("requests", static_cast<int64_t>(worker->held.size()))
+      << "worker drains: " << why;
+  // Plans over living workers have one less.
+  cluster_changed_ = true;
+  return true;
+}
+
+absl::StatusOr<v1::WorkerSummary> Scheduler::DrainWorker(const std::string& worker_id) {
+  Worker* const worker = cluster_.FindWorker(worker_id);
+  if (worker == nullptr) {
+    return MakeError(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_WORKER,
+                     absl::StrCat("no worker \"", Printable(worker_id), "\" is registered"),
+                     {{"value", Printable(worker_id)}});
+  }
+  if (SetDraining(worker, "an administrator asked for it")) {
+    v1::ConnectResponse message;
+    message.mutable_drain();
+    // Where this does not go out, the end of the stream follows.
+    worker->link->Send(std::move(message));
+  }
+  const v1::WorkerSummary summary = ClusterState::Summarize(*worker, clock_->Now());
+  Settle();
+  return summary;
 }
 
 absl::StatusOr<uint64_t> Scheduler::AddDecodeNode(const v1::DecodeRegistration& registration,

@@ -55,6 +55,10 @@ class GrpcControlClient final : public ControlClient {
   ~GrpcControlClient() override { Stop(); }
 
   bool Drain(absl::Duration timeout) override;
+  bool drain_requested() const override {
+    absl::MutexLock lock(&mutex_);
+    return drain_requested_;
+  }
   void Stop() override;
   absl::Duration StepAge() const override { return queue_.StepAge(); }
   bool registered() const override {
@@ -72,7 +76,7 @@ class GrpcControlClient final : public ControlClient {
   std::optional<v1::ConnectRequest> NextMessage(bool* close) ABSL_LOCKS_EXCLUDED(mutex_);
   absl::Duration UntilNextMessage() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool Woken() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    return stream_over_ || closing_ || !outbox_.empty() || posted_progress_;
+    return stream_over_ || closing_ || !outbox_.empty() || posted_progress_ || heartbeat_now_;
   }
   // Puts the job's progress, if it has any to tell, behind what is to be sent.
   void TakeProgress(const JobName& name) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -91,6 +95,10 @@ class GrpcControlClient final : public ControlClient {
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   // Drained: the writer ends the stream once the outbox is empty, and no new one is made.
   bool closing_ ABSL_GUARDED_BY(mutex_) = false;
+  bool drain_requested_ ABSL_GUARDED_BY(mutex_) = false;
+  bool draining_ ABSL_GUARDED_BY(mutex_) = false;
+  // A draining worker does not wait for its next beat to say so.
+  bool heartbeat_now_ ABSL_GUARDED_BY(mutex_) = false;
   uint64_t stream_ ABSL_GUARDED_BY(mutex_) = 0;  // number of the current stream
   grpc::ClientContext* context_ ABSL_GUARDED_BY(mutex_) = nullptr;
   bool registered_ ABSL_GUARDED_BY(mutex_) = false;
@@ -156,6 +164,7 @@ v1::ConnectRequest GrpcControlClient::Heartbeat() {
   message.mutable_heartbeat()->set_kv_unacked_bytes(kv_bytes.unacked);
   {
     absl::MutexLock lock(&mutex_);
+    message.mutable_heartbeat()->set_draining(draining_);
     if (last_progress_.has_value() && kv_bytes.acked > last_progress_->bytes_acked()) {
       last_progress_->set_bytes_acked(kv_bytes.acked);
       progress_[NameOf(*last_progress_)] = *last_progress_;
@@ -199,7 +208,8 @@ std::optional<v1::ConnectRequest> GrpcControlClient::NextMessage(bool* close) {
         progress_.clear();
         continue;
       }
-      if (registered_ && now >= next_heartbeat_) {
+      if (registered_ && (heartbeat_now_ || now >= next_heartbeat_)) {
+        heartbeat_now_ = false;
         next_heartbeat_ = now + heartbeat_interval_;
         heartbeat = true;
       } else if (!registered_ && now >= stream_start_ + options_.registration_timeout) {
@@ -232,6 +242,7 @@ bool GrpcControlClient::Handle(v1::ConnectResponse* response, uint64_t number) {
                                      : std::clamp(absl::Milliseconds(asked), kLeastHeartbeat, kMostHeartbeat);
     next_heartbeat_ = clock_->Now() + heartbeat_interval_;
     registered_ = true;
+    heartbeat_now_ = draining_;
     posted_progress_ = true;  // wakes the writer, whose next moment has changed
     return true;
   }
@@ -240,6 +251,10 @@ bool GrpcControlClient::Handle(v1::ConnectResponse* response, uint64_t number) {
     return false;
   }
   if (response->has_assignment()) queue_.Add(number, std::move(*response->mutable_assignment()));
+  if (response->has_drain()) {
+    absl::MutexLock lock(&mutex_);
+    drain_requested_ = true;
+  }
   if (response->has_abort()) queue_.Abort(number, response->abort());
   return true;
 }
@@ -328,6 +343,11 @@ void GrpcControlClient::ConnectForever() {
 }
 
 bool GrpcControlClient::Drain(absl::Duration timeout) {
+  {
+    absl::MutexLock lock(&mutex_);
+    draining_ = true;
+    heartbeat_now_ = registered_;
+  }
   queue_.StartDraining();
   const bool finished = queue_.WaitIdle(timeout);
   absl::MutexLock lock(&mutex_);

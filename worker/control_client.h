@@ -41,9 +41,13 @@ class ControlClient {
   // Stop().
   virtual ~ControlClient() = default;
 
-  // Takes no more assignments (UNAVAILABLE, DRAINING), waits for the running ones at most `timeout`, sends
-  // their results and closes the stream. False: one was still running when the timeout passed.
+  // Tells the coordinator, takes no more assignments (UNAVAILABLE, DRAINING), waits for the running ones at
+  // most `timeout`, sends their results and closes the stream. False: one was still running when the timeout
+  // passed.
   virtual bool Drain(absl::Duration timeout) = 0;
+
+  // The coordinator wants this worker to leave. Stays true.
+  virtual bool drain_requested() const = 0;
 
   // Cancels what runs, closes the stream, joins the threads. Idempotent.
   virtual void Stop() = 0;

@@ -22,6 +22,8 @@ constexpr int kExitUsage = 2;
 // The drain ended before the prefill did (EX_TEMPFAIL).
 constexpr int kExitCut = 75;
 constexpr absl::Duration kShutdownLimit = absl::Seconds(4);
+// How soon a request of the coordinator is noticed.
+constexpr absl::Duration kDrainPoll = absl::Milliseconds(50);
 
 int Fail(const absl::Status& status) {
   const std::string message = absl::StrCat("headwater-worker: ", status.message(), "\n");
@@ -58,12 +60,17 @@ int Main(int argc, char** argv) {
   auto worker = Worker::Start(options, MakeBackend);
   if (!worker.ok()) return Fail(worker.status());
   int signal_number = 0;
-  while (signal_number == 0) signal_number = WaitForTerminationSignal(absl::Hours(1));
+  bool asked = false;
+  while (signal_number == 0 && !asked) {
+    signal_number = WaitForTerminationSignal(kDrainPoll);
+    asked = (*worker)->drain_requested();
+  }
   int exit_code = 0;
-  if (signal_number == SIGTERM) {
-    HW_LOG(INFO) << "draining, at most " << absl::FormatDuration(options.drain_timeout);
+  if (signal_number != SIGINT) {
+    HW_LOG(INFO).Field("asked_by", signal_number == SIGTERM ? "signal" : "coordinator")
+        << "draining, at most " << absl::FormatDuration(options.drain_timeout);
     // A second signal ends the process, and so does a drain that outlives its own limit.
-    ExitOnSignalOrAfter(options.drain_timeout + kShutdownLimit, kExitCut);
+    ExitOnSignalOrAfter(options.drain_timeout + kShutdownLimit, kExitCut, signal_number == 0);
     if (!(*worker)->Drain(options.drain_timeout)) {
       HW_LOG(WARNING) << "a prefill was still running when the drain timeout ended";
       exit_code = kExitCut;

@@ -182,6 +182,7 @@ class WorkerProcess final : public Worker {
     health_->Leave();
     return client_->Drain(timeout);
   }
+  bool drain_requested() const override { return client_->drain_requested(); }
 
  private:
   bool Registered() {

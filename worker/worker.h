@@ -27,6 +27,8 @@ class Worker {
 
   // See ControlClient::Drain.
   virtual bool Drain(absl::Duration timeout) = 0;
+  // The coordinator asked for it.
+  virtual bool drain_requested() const = 0;
 };
 
 }  // namespace headwater

@@ -198,4 +198,17 @@ grpc::ServerUnaryReactor* AdminServiceAdapter::ListDecodeNodes(grpc::CallbackSer
   return reactor;
 }
 
+grpc::ServerUnaryReactor* AdminServiceAdapter::DrainWorker(grpc::CallbackServerContext* context,
+                                                           const v1::DrainWorkerRequest* request,
+                                                           v1::DrainWorkerResponse* response) {
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  const bool posted = loop_->TryPost([this, id = request->worker_id(), response, reactor] {
+    const absl::StatusOr<v1::WorkerSummary> drained = scheduler_->DrainWorker(id);
+    if (drained.ok()) *response->mutable_worker() = *drained;
+    reactor->Finish(ToGrpcStatus(drained.status()));
+  });
+  if (!posted) reactor->Finish(ToGrpcStatus(Overloaded()));
+  return reactor;
+}
+
 }  // namespace headwater

@@ -45,6 +45,9 @@ class AdminServiceAdapter final : public v1::AdminService::CallbackService {
   grpc::ServerUnaryReactor* ListDecodeNodes(grpc::CallbackServerContext* context,
                                             const v1::ListDecodeNodesRequest* request,
                                             v1::ListDecodeNodesResponse* response) override;
+  grpc::ServerUnaryReactor* DrainWorker(grpc::CallbackServerContext* context,
+                                        const v1::DrainWorkerRequest* request,
+                                        v1::DrainWorkerResponse* response) override;
 
  private:
   Scheduler* const scheduler_;

@@ -67,6 +67,9 @@ void Cluster::StartWorker(int index) {
       absl::StrCat("--measure_rates=", options_.measure_rates ? "true" : "false"),
       absl::StrCat("--compute=", options_.compute)};
   arguments.insert(arguments.end(), options_.worker_flags.begin(), options_.worker_flags.end());
+  if (options_.flags_of_worker) {
+    for (std::string& flag : options_.flags_of_worker(index)) arguments.push_back(std::move(flag));
+  }
   workers_[static_cast<size_t>(index)] =
       std::make_unique<Process>(arguments, absl::StrCat(directory_, "/worker", index, ".log"));
 }

@@ -30,6 +30,8 @@ struct ClusterOptions {
   std::vector<std::string> coordinator_flags;
   std::vector<std::string> worker_flags;
   std::vector<std::string> decode_flags;
+  // Of one worker alone, besides worker_flags.
+  std::function<std::vector<std::string>(int index)> flags_of_worker;
   // Port that workers reach the decode node's KV service at instead of its own (a proxy's); 0: none. Called
   // with the decode node's port before it starts.
   std::function<int(int decode_port)> kv_proxy_port;

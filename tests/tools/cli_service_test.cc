@@ -199,6 +199,24 @@ class FakeDecode final : public v1::DecodeService::Service {
 class FakeAdmin final : public v1::AdminService::Service {
  public:
   std::string decode_address;
+  // Lists that still have the worker after it was told to leave; after them a new process has its name.
+  int lists_until_gone = 2;
+  bool draining = false;
+
+  grpc::Status DrainWorker(grpc::ServerContext* /*context*/, const v1::DrainWorkerRequest* request,
+                           v1::DrainWorkerResponse* response) override {
+    if (request->worker_id() != "w0") {
+      return ToGrpcStatus(MakeError(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_WORKER,
+                                    "no such worker", {{"value", request->worker_id()}}));
+    }
+    draining = true;
+    v1::WorkerSummary& worker = *response->mutable_worker();
+    worker.set_worker_id("w0");
+    worker.set_incarnation("first");
+    worker.set_num_requests(2);
+    worker.set_num_tokens(512);
+    return grpc::Status::OK;
+  }
 
   grpc::Status ListWorkers(grpc::ServerContext* /*context*/, const v1::ListWorkersRequest* /*request*/,
                            v1::ListWorkersResponse* response) override {
@@ -207,6 +225,9 @@ class FakeAdmin final : public v1::AdminService::Service {
     worker.set_device("cpu");
     worker.mutable_model()->set_name("tiny");
     worker.set_request_id("busy-with-this");
+    worker.set_num_requests(1);
+    worker.set_incarnation(draining && lists_until_gone-- <= 0 ? "second" : "first");
+    worker.set_draining(draining);
     return grpc::Status::OK;
   }
   grpc::Status ListDecodeNodes(grpc::ServerContext* /*context*/,
@@ -415,6 +436,27 @@ TEST_F(CliServiceTest, GenerateAndReleaseFindTheNode) {
   EXPECT_THAT(unknown_session.err, HasSubstr("UNKNOWN_SESSION"));
   EXPECT_EQ(release.exit_code, 0) << release.err;
   EXPECT_THAT(decode_.released, ElementsAre("s"));
+}
+
+TEST_F(CliServiceTest, DrainWaitsUntilThatProcessHasLeft) {
+  EXPECT_THAT(Run({"workers"}).out, HasSubstr("busy"));
+  const Outcome drained = Run({"drain", "w0"});
+  EXPECT_EQ(drained.exit_code, 0) << drained.err;
+  EXPECT_THAT(drained.out, AllOf(HasSubstr("w0 drains: 2 requests of 512 tokens"), HasSubstr("has left")));
+  EXPECT_EQ(admin_.lists_until_gone, -1) << "asked until another process had the name";
+  EXPECT_THAT(Run({"workers"}).out, HasSubstr("draining"));
+
+  admin_.lists_until_gone = 1'000'000;
+  const Outcome late = Run({"drain", "w0", "--timeout=300ms", "--json"});
+  EXPECT_EQ(late.exit_code, 4);
+  EXPECT_THAT(late.err, AllOf(HasSubstr("w0"), HasSubstr("300ms"), HasSubstr("goes on draining")));
+  const Outcome no_wait = Run({"drain", "w0", "--nowait", "--json"});
+  EXPECT_EQ(no_wait.events.back()["left"], false);
+  EXPECT_EQ(no_wait.exit_code, 0);
+  const Outcome unknown = Run({"drain", "w9"});
+  EXPECT_EQ(unknown.exit_code, 3);
+  EXPECT_THAT(unknown.err, HasSubstr("UNKNOWN_WORKER"));
+  EXPECT_EQ(Run({"drain"}).exit_code, 2);
 }
 
 TEST_F(CliServiceTest, ListsAndCancels) {

@@ -380,6 +380,35 @@ TEST_F(ControlClientTest, DrainLetsTheRunningJobEndAndRefusesTheRest) {
   EXPECT_TRUE(coordinator_.WaitClosed());
 }
 
+TEST_F(ControlClientTest, ADrainingWorkerSaysSoAtOnce) {
+  const auto says_draining = [](const v1::ConnectRequest& m) { return m.heartbeat().draining(); };
+  // Its next heartbeat is a minute away.
+  FakeCoordinator patient(0, true, 60'000);
+  client_ = ControlClient::Start(Options(patient.address()), &runner_);
+  ASSERT_TRUE(patient.NextRegistration().has_value());
+  patient.SendAssignment(Assignment("running"));
+  ASSERT_TRUE(runner_.WaitStarted(1));
+  EXPECT_TRUE(patient.Pending().empty());
+  std::thread drain([&] { client_->Drain(kPlenty); });
+
+  EXPECT_TRUE(patient.Next(says_draining).has_value());
+  runner_.LetOneEnd();
+  drain.join();
+  EXPECT_TRUE(patient.WaitClosed());
+  client_->Stop();
+}
+
+TEST_F(ControlClientTest, PassesOnThatTheCoordinatorWantsItToLeave) {
+  Connect();
+  EXPECT_FALSE(client_->drain_requested());
+  v1::ConnectResponse message;
+  message.mutable_drain();
+  coordinator_.Send(message);
+  coordinator_.SendAbort("unknown", 1);
+  ASSERT_TRUE(coordinator_.NextResult().has_value()) << "what was sent before was taken";
+  EXPECT_TRUE(client_->drain_requested());
+}
+
 TEST_F(ControlClientTest, DrainSaysWhenTheRunningJobDoesNotEndInTime) {
   Connect();
   coordinator_.SendAssignment(Assignment("running"));

@@ -25,6 +25,7 @@ constexpr Subcommand kSubcommands[] = {
     {"generate", "generate from a prefilled cache", RunGenerate},
     {"release", "free a prefilled cache", RunRelease},
     {"workers", "list workers", RunWorkers},
+    {"drain", "have a worker finish what it has and leave", RunDrain},
     {"nodes", "list decode nodes", RunNodes},
     {"bench", "time this machine: 'bench prefill'", RunBench},
 };

@@ -36,6 +36,7 @@ int RunCancel(absl::Span<const std::string> arguments, const Console& console);
 int RunGenerate(absl::Span<const std::string> arguments, const Console& console);
 int RunRelease(absl::Span<const std::string> arguments, const Console& console);
 int RunWorkers(absl::Span<const std::string> arguments, const Console& console);
+int RunDrain(absl::Span<const std::string> arguments, const Console& console);
 int RunNodes(absl::Span<const std::string> arguments, const Console& console);
 // Where it succeeds the process becomes the benchmark's program.
 int RunBench(absl::Span<const std::string> arguments, const Console& console);

@@ -240,6 +240,7 @@ Json ToJson(const v1::ListWorkersResponse& workers) {
     json["last_heartbeat_age"] = ToSeconds(worker.last_heartbeat_age());
     json["request_id"] = worker.request_id();
     json["epoch"] = worker.epoch();
+    json["draining"] = worker.draining();
     json["num_requests"] = worker.num_requests();
     json["num_tokens"] = worker.num_tokens();
     json["kv_unacked_bytes"] = worker.kv_unacked_bytes();
@@ -339,9 +340,10 @@ std::string RenderCompleted(const v1::PrefillCompleted& completed, absl::Duratio
 
 std::string RenderWorkers(const v1::ListWorkersResponse& workers) {
   std::vector<std::vector<std::string>> rows = {
-      {"WORKER", "DEVICE", "MODEL", "MEMORY", "HEARTBEAT", "REQUEST", "EPOCH", "UNACKED"}};
+      {"WORKER", "STATE", "DEVICE", "MODEL", "MEMORY", "HEARTBEAT", "REQUEST", "EPOCH", "UNACKED"}};
   for (const v1::WorkerSummary& worker : workers.workers()) {
-    rows.push_back({worker.worker_id(), worker.device(), worker.model().name(),
+    const char* const state = worker.draining() ? "draining" : worker.num_requests() > 0 ? "busy" : "idle";
+    rows.push_back({worker.worker_id(), state, worker.device(), worker.model().name(),
                     RenderBytes(worker.memory().budget_bytes()), Seconds(worker.last_heartbeat_age()),
                     RequestsOf(worker), worker.request_id().empty() ? "-" : absl::StrCat(worker.epoch()),
                     RenderBytes(worker.kv_unacked_bytes())});
