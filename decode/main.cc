@@ -16,6 +16,8 @@ namespace headwater {
 namespace {
 
 constexpr int kExitUsage = 2;
+// The drain ended before the generations did, or the shutdown met its limit (EX_TEMPFAIL).
+constexpr int kExitCut = 75;
 constexpr absl::Duration kShutdownLimit = absl::Seconds(5);
 
 int Fail(const absl::Status& status) {
@@ -44,19 +46,21 @@ int Main(int argc, char** argv) {
   if (!node.ok()) return Fail(node.status());
   int signal_number = 0;
   while (signal_number == 0) signal_number = WaitForTerminationSignal(absl::Hours(1));
+  int exit_code = 0;
   if (signal_number == SIGTERM) {
     HW_LOG(INFO) << "draining, at most " << absl::FormatDuration(options.drain_timeout);
     // A second signal, or a drain that outlives its own limit, ends the process.
-    ExitOnSignalOrAfter(options.drain_timeout + kShutdownLimit, 1);
+    ExitOnSignalOrAfter(options.drain_timeout + kShutdownLimit, kExitCut);
     if (!(*node)->Drain(options.drain_timeout)) {
       HW_LOG(WARNING) << "generations were still running when the drain timeout ended";
+      exit_code = kExitCut;
     }
   } else {
-    ExitOnSignalOrAfter(kShutdownLimit, 1);
+    ExitOnSignalOrAfter(kShutdownLimit, kExitCut);
   }
   *node = nullptr;
   HW_LOG(INFO) << "stopped";
-  return 0;
+  return exit_code;
 }
 
 }  // namespace
