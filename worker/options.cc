@@ -127,8 +127,8 @@ void Declare(WorkerOptions* o, FlagSet* flags) {
              "there when one is lost; fewer than egress_buffers: a slow decode node may leave the ranks "
              "without a common one; 0: never, it starts anew");
   flags->Int("max_gpus", &o->max_gpus, 1, 64,
-             "most GPUs, this one among them, that may share a prompt; only prompts under the policies dense "
-             "and probe are shared");
+             "most GPUs, this one among them, that may share a prompt; prompts under the policies a_shape and "
+             "vertical_slash are not shared");
   flags->Bool("measure_rates", &o->measure_rates,
               "measure at the start how fast this worker computes, for the planner's cost model, which takes "
               "a second or so; off: it plans as if nothing were known");
