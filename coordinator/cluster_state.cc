@@ -90,6 +90,9 @@ bool SameModel(v1::ServedModel a, v1::ServedModel b) {
       model->clear_intermediate_size();
     }
   }
+  // Nor do those from before a field that a later version states.
+  a.DiscardUnknownFields();
+  b.DiscardUnknownFields();
   return google::protobuf::util::MessageDifferencer::Equals(a, b);
 }
 

@@ -245,6 +245,11 @@ TEST(ClusterStateTest, AWorkerThatDoesNotStateTheShapeServesTheSameModel) {
   stated.mutable_model()->set_intermediate_size(14336);
   EXPECT_TRUE(cluster.AddWorker(WorkerOf(old)).ok());
   EXPECT_TRUE(cluster.AddWorker(WorkerOf(stated)).ok());
+  // Nor does a later version's that states more.
+  v1::WorkerRegistration later = MakeWorker("later");
+  *later.mutable_model() = stated.model();
+  later.mutable_model()->GetReflection()->MutableUnknownFields(later.mutable_model())->AddVarint(999, 7);
+  EXPECT_TRUE(cluster.AddWorker(WorkerOf(later)).ok());
   // What is stated must be the same.
   stated.set_worker_id("other");
   stated.mutable_model()->set_hidden_size(2048);
