@@ -38,6 +38,7 @@ struct CoordinatorOptions {
   absl::Duration open_timeout = absl::Seconds(10);
   absl::Duration commit_timeout = absl::Seconds(30);
   absl::Duration abort_session_timeout = absl::Seconds(5);
+  absl::Duration abort_away_timeout = absl::Milliseconds(500);  // at a node that is not connected
 
   // Clients.
   absl::Duration progress_interval = absl::Milliseconds(100);

@@ -181,7 +181,11 @@ void Scheduler::CloseSession(Job& job, const absl::Status& status) {
   v1::AbortSessionRequest request;
   request.set_session_id(job.session_id);
   request.set_session_token(job.session_token);
-  decode_->AbortSession(KvAddress(job), std::move(request), options_.abort_session_timeout,
+  // A node that is away frees the session by its lease; the client does not wait for it.
+  const DecodeNode* const node = cluster_.FindDecodeNode(job.decode_node);
+  const bool away = node == nullptr || !node->connected;
+  const absl::Duration timeout = away ? options_.abort_away_timeout : options_.abort_session_timeout;
+  decode_->AbortSession(KvAddress(job), std::move(request), timeout,
                         [this, serial = job.serial](const absl::Status& answer) {
                           Job* closing = FindJob(serial);
                           if (closing == nullptr) return;
