@@ -65,6 +65,8 @@ absl::Status ParseCoordinatorFlags(absl::Span<const std::string> arguments, Coor
   Count(&set, "max_epochs", &o.max_epochs, kMostEpochs, "tries of a prompt whose workers are lost");
   Count(&set, "context_parallel_min_tokens", &o.context_parallel_min_tokens, kMostQueue,
         "shorter prompts run on one worker");
+  set.Bytes("trace_memory", &o.trace_memory, "64MiB",
+            "for the timelines of ended requests ('headwater trace'); 0: none are kept");
   Wait(&set, "drain_timeout", &flags->drain_timeout, "time for accepted requests after SIGTERM");
   HW_RETURN_IF_ERROR(set.Parse(arguments));
   if (set.help_requested()) {

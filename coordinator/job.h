@@ -18,6 +18,7 @@
 #include "coordinator/links.h"
 #include "coordinator/resume.h"
 #include "coordinator/validation.h"
+#include "headwater/v1/admin.pb.h"
 #include "headwater/v1/prefill.pb.h"
 #include "headwater/v1/worker.pb.h"
 
@@ -98,6 +99,7 @@ struct Job {
   v1::PrefillPlan plan;
   v1::PlanExplanation explanation;  // where the request asks for it
   std::vector<Rank> ranks;
+  std::vector<v1::EpochTrace> epoch_traces;  // the last is this epoch's
   absl::Time epoch_started_at;
   absl::Time computed_at;
   absl::Time last_progress_at;

@@ -45,6 +45,8 @@ struct CoordinatorOptions {
   // Idempotency: how long, and how many, ended requests are remembered.
   absl::Duration retention = absl::Minutes(10);
   size_t max_retained = 100'000;
+  // Of the timelines of ended requests.
+  uint64_t trace_memory = uint64_t{64} << 20;
 };
 
 }  // namespace headwater

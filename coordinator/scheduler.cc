@@ -38,7 +38,8 @@ Scheduler::Scheduler(const CoordinatorOptions& options, const Clock* clock, Deco
       clock_(clock),
       decode_(decode),
       metrics_(metrics),
-      table_(options.retention, options.max_retained) {}
+      table_(options.retention, options.max_retained),
+      traces_(options.trace_memory) {}
 
 Job* Scheduler::FindJob(uint64_t serial) {
   const auto it = jobs_.find(serial);
@@ -261,6 +262,16 @@ void Scheduler::TickJob(Job& job, absl::Time now) {
     case JobPhase::kClosing:
       return;
   }
+}
+
+absl::StatusOr<v1::RequestTrace> Scheduler::GetTrace(const JobKey& key) const {
+  const RequestTable::Record* const record = table_.Find(key);
+  if (record != nullptr && record->terminal == nullptr) return MakeRequestTrace(*jobs_.at(record->serial));
+  if (const v1::RequestTrace* const kept = traces_.Find(key)) return *kept;
+  return MakeError(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_REQUEST,
+                   absl::StrCat("no timeline of request ", Printable(key.request_id),
+                                " is kept: it is unknown, or it ended too long ago"),
+                   {{"value", Printable(key.request_id)}, {"limit", absl::StrCat(options_.trace_memory)}});
 }
 
 void Scheduler::BeginDrain() {

@@ -27,6 +27,7 @@
 #include "coordinator/options.h"
 #include "coordinator/request_table.h"
 #include "coordinator/share_history.h"
+#include "coordinator/trace.h"
 #include "headwater/v1/admin.pb.h"
 
 namespace headwater {
@@ -70,6 +71,8 @@ class Scheduler {
   void OnDecodeHeartbeat(uint64_t connection, const v1::DecodeHeartbeat& heartbeat);
   void OnDecodeClosed(uint64_t connection);
 
+  // NOT_FOUND, UNKNOWN_REQUEST: neither running nor kept.
+  absl::StatusOr<v1::RequestTrace> GetTrace(const JobKey& key) const;
   v1::ListWorkersResponse ListWorkers() const { return cluster_.ListWorkers(clock_->Now()); }
   v1::ListDecodeNodesResponse ListDecodeNodes() const { return cluster_.ListDecodeNodes(clock_->Now()); }
 
@@ -187,6 +190,7 @@ class Scheduler {
   ClusterState cluster_;
   RequestTable table_;
   ShareHistory shares_;
+  TraceStore traces_;
   uint64_t next_serial_ = 1;
   uint64_t next_connection_ = 1;
   std::map<uint64_t, std::unique_ptr<Job>> jobs_;

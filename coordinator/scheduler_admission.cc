@@ -132,6 +132,7 @@ v1::PrefillResponse Scheduler::MakeAccepted(const Job& job) const {
   auto* accepted = event.mutable_accepted();
   accepted->set_request_id(job.key.request_id);
   *accepted->mutable_plan() = job.plan;
+  accepted->set_trace_id(job.prepared.trace.trace_id);
   if (job.request().explain()) *accepted->mutable_explanation() = job.explanation;
   if (job.phase == JobPhase::kQueued) {
     const auto it = queue_.find(QueueKey(-job.request().priority(), job.serial));
@@ -279,6 +280,10 @@ absl::Status Scheduler::StartEpoch(Job& job, FreePlan free) {
     job.ranks.emplace_back().worker_id = worker_id;
   }
   job.away_since.reset();
+  v1::EpochTrace& trace = job.epoch_traces.emplace_back();
+  trace.set_epoch(job.epoch);
+  *trace.mutable_plan() = job.plan;
+  trace.set_started_us(TraceMicros(job.arrived, now));
   SetPhase(job, JobPhase::kOpening);
   HW_LOG(INFO)
           .Field("request_id", job.key.request_id)
@@ -288,6 +293,7 @@ absl::Status Scheduler::StartEpoch(Job& job, FreePlan free) {
           .Field("workers", absl::StrJoin(job.plan.worker_ids(), ","))
           .Field("decode_node", job.decode_node)
           .Field("resume_layer", job.resume_layer())
+          .Field("trace_id", job.prepared.trace.trace_id)
       << "epoch started";
   OpenSession(job);
   return absl::OkStatus();

@@ -130,6 +130,7 @@ void Scheduler::Stop(Job& job, const absl::Status& status) {
       break;
   }
   const uint64_t serial = job.serial;
+  job.epoch_traces.back().set_given_up(ReasonName(ReasonOf(status.ok() ? job.last_loss : status)));
   SetPhase(job, JobPhase::kStopping);
   job.stop_status = status;
   job.stop_deadline = clock_->Now() + options_.abort_wait;
@@ -160,6 +161,7 @@ void Scheduler::CheckStopped(uint64_t serial) {
   for (const Rank& rank : job->ranks) {
     if (rank.state == Rank::State::kAssigned || rank.state == Rank::State::kReserved) return;
   }
+  job->epoch_traces.back().set_ended_us(TraceMicros(job->arrived, clock_->Now()));
   if (!job->stop_status.ok()) {
     CloseSession(*job, job->stop_status);
   } else if (job->epoch >= options_.max_epochs) {
@@ -249,6 +251,8 @@ void Scheduler::Complete(Job& job) {
   *out->mutable_plan() = job.plan;
   out->set_retries(job.epoch - 1);
   out->set_resume_layer(job.resume_layer());
+  out->set_trace_id(job.prepared.trace.trace_id);
+  job.epoch_traces.back().set_ended_us(TraceMicros(job.arrived, now));
 
   const double egress_seconds = Seconds(out->stages().egress_stall()) + Seconds(out->stages().egress_tail());
   metrics_->queue_seconds.Observe(Seconds(out->stages().queue()));
@@ -280,6 +284,11 @@ void Scheduler::End(Job& job, const std::shared_ptr<const v1::PrefillResponse>& 
     const bool restartable = absl::IsUnavailable(status) || absl::IsResourceExhausted(status) ||
                              (job.abandoned && absl::IsCancelled(status));
     table_.End(job.key, terminal, restartable, clock_->Now());
+    v1::RequestTrace trace = MakeRequestTrace(job);
+    trace.set_ended_us(TraceMicros(job.arrived, clock_->Now()));
+    trace.set_code(absl::StatusCodeToString(status.code()));
+    if (!status.ok()) trace.set_reason(ReasonName(ReasonOf(status)));
+    traces_.Put(job.key, std::move(trace));
     for (const auto& watcher : job.watchers) watcher->OnEvent(terminal);
   } else {
     table_.Forget(job.key);
@@ -294,6 +303,7 @@ void Scheduler::End(Job& job, const std::shared_ptr<const v1::PrefillResponse>& 
           .Field("code", absl::StatusCodeToString(status.code()))
           .Field("reason", status.ok() ? "" : ReasonName(ReasonOf(status)))
           .Field("seconds", absl::ToDoubleSeconds(clock_->Now() - job.arrived))
+          .Field("trace_id", job.prepared.trace.trace_id)
       << (status.ok() ? "request completed" : absl::StrCat("request failed: ", status.message()));
 }
 

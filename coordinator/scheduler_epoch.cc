@@ -67,6 +67,7 @@ void Scheduler::OpenSession(Job& job) {
   request.set_resume_layer(job.resume_layer());
   *request.mutable_layout() = job.layout;
   request.set_session_token(job.session_token);
+  request.set_traceparent(job.prepared.trace.Traceparent());
   job.session_maybe_open = true;
   job.call_in_flight = true;
   decode_->OpenSession(KvAddress(job), std::move(request), options_.open_timeout,
@@ -127,6 +128,8 @@ v1::PrefillAssignment Scheduler::MakeAssignment(const Job& job, uint32_t rank,
   destination->set_session_token(job.session_token);
   out.set_top_logprobs(job.request().top_logprobs());
   out.set_tenant(job.key.tenant);
+  out.set_traceparent(job.prepared.trace.Traceparent());
+  out.set_tracestate(job.prepared.trace.state);
   if (job.resume.has_value()) *out.mutable_resume() = job.resume->point;
   if (job.deadline != absl::InfiniteFuture()) {
     out.set_deadline_ms(
@@ -139,6 +142,8 @@ void Scheduler::AssignRanks(Job& job) {
   SetPhase(job, JobPhase::kRunning);
   if (job.resume.has_value()) metrics_->resumed_epochs_total.Increment();
   job.epoch_started_at = clock_->Now();
+  job.epoch_traces.back().set_resume_layer(job.resume_layer());
+  job.epoch_traces.back().set_assigned_us(TraceMicros(job.arrived, job.epoch_started_at));
   const Worker* first = cluster_.FindWorker(job.ranks.front().worker_id);
   HW_CHECK(first != nullptr);
   const std::string rendezvous = first->registration.rendezvous_address();
@@ -214,7 +219,9 @@ void Scheduler::OnRankCompleted(Worker& worker, const v1::RankCompleted& complet
   Rank* rank = FindRank(worker, completed.request_id(), completed.epoch(), completed.rank(), &job);
   if (rank == nullptr) return;
   const absl::Status valid = CheckCompletion(*job, completed);
+  AddRankTimeline(*job, completed.rank(), completed.trace(), clock_->Now(), &job->epoch_traces.back());
   rank->completed = completed;
+  rank->completed.clear_trace();
   rank->state = valid.ok() ? Rank::State::kCompleted : Rank::State::kStopped;
   ReleaseWorker(rank->worker_id, *job);
   if (job->phase == JobPhase::kStopping) {
@@ -243,6 +250,7 @@ void Scheduler::OnRankFailed(Worker& worker, const v1::RankFailed& failed) {
           .Field("rank", failed.rank())
           .Field("worker", rank->worker_id)
           .Field("error", failure.ToString(absl::StatusToStringMode::kWithNoExtraData))
+          .Field("trace_id", job->prepared.trace.trace_id)
       << "rank failed";
   if (ReasonOf(failure) == v1::ERROR_REASON_DRAINING) SetDraining(&worker, "it refused an assignment");
   if (StateLost(failure)) job->state_lost = true;
@@ -262,6 +270,7 @@ void Scheduler::OnRankFailed(Worker& worker, const v1::RankFailed& failed) {
 
 void Scheduler::StartCommit(Job& job) {
   job.computed_at = clock_->Now();
+  job.epoch_traces.back().set_computed_us(TraceMicros(job.arrived, job.computed_at));
   const absl::StatusOr<RankSums> sums = SumRanks(job);
   if (!sums.ok()) {
     Stop(job, sums.status());

@@ -157,7 +157,8 @@ std::string Printable(absl::string_view text) {
 }
 
 absl::StatusOr<PreparedRequest> PrepareRequest(const v1::PrefillRequest& request,
-                                               const CoordinatorOptions& options) {
+                                               const CoordinatorOptions& options,
+                                               absl::string_view traceparent, absl::string_view tracestate) {
   HW_RETURN_IF_ERROR(CheckNames(request));
   if (request.token_ids().empty()) {
     return Refuse(v1::ERROR_REASON_EMPTY_PROMPT, "token_ids", "empty", "at least 1 token");
@@ -180,6 +181,7 @@ absl::StatusOr<PreparedRequest> PrepareRequest(const v1::PrefillRequest& request
   if (filled->request_id().empty()) filled->set_request_id(RandomId());
   if (filled->kv_dtype() == v1::KV_DTYPE_UNSPECIFIED) filled->set_kv_dtype(v1::KV_DTYPE_BF16);
   prepared.request = std::move(filled);
+  prepared.trace = ContinueTrace(traceparent, tracestate);
   return prepared;
 }
 

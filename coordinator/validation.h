@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 
+#include "base/trace_context.h"
 #include "coordinator/options.h"
 #include "headwater/v1/prefill.pb.h"
 #include "headwater/v1/worker.pb.h"
@@ -41,11 +42,15 @@ struct PreparedRequest {
   std::string content_hash;
   uint32_t max_token_id = 0;
   uint64_t max_token_position = 0;
+  TraceContext trace;
 };
 
-// All checks that need no knowledge of the cluster. O(tokens); thread-safe.
+// All checks that need no knowledge of the cluster. O(tokens); thread-safe. traceparent, tracestate: the
+// call's; see ContinueTrace().
 absl::StatusOr<PreparedRequest> PrepareRequest(const v1::PrefillRequest& request,
-                                               const CoordinatorOptions& options);
+                                               const CoordinatorOptions& options,
+                                               absl::string_view traceparent = "",
+                                               absl::string_view tracestate = "");
 
 // Length and token range against the model, and `policy`, the request's or its workers' default, against
 // those that every worker of the model has. UNIMPLEMENTED: a quality where they serve none. O(1) in the

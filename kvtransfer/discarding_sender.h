@@ -24,6 +24,7 @@ class DiscardingSender : public KvSender {
   absl::Status status() const override { return absl::OkStatus(); }
   KvSenderStats Stats() const override { return {}; }
   std::optional<KvShare> AckedBelow(uint32_t) const override { return std::nullopt; }
+  std::vector<KvLayerTimes> LayerTimes() const override { return {}; }
 };
 
 }  // namespace headwater

@@ -2,9 +2,12 @@
 #ifndef HW_KVTRANSFER_LAYER_SHARES_H_
 #define HW_KVTRANSFER_LAYER_SHARES_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
+
+#include "absl/time/time.h"
 
 #include "kvtransfer/digest.h"
 
@@ -17,14 +20,25 @@ struct KvShare {
   uint64_t blocks = 0;
 };
 
+// Of one layer's blocks: the first one's submission and the last acknowledgement so far.
+struct KvLayerTimes {
+  absl::Time first_submitted = absl::InfiniteFuture();
+  absl::Time last_acked = absl::InfinitePast();
+};
+
 // Not thread-safe. `layer` is below num_layers.
 class LayerShares {
  public:
   explicit LayerShares(uint32_t num_layers) : layers_(num_layers) {}
 
-  void Submitted(uint32_t layer) { ++layers_[layer].open; }
-  void Acked(uint32_t layer, uint64_t block_index, uint64_t bytes, uint32_t crc32c) {
+  void Submitted(uint32_t layer, absl::Time now) {
     Layer& one = layers_[layer];
+    ++one.open;
+    one.times.first_submitted = std::min(one.times.first_submitted, now);
+  }
+  void Acked(uint32_t layer, uint64_t block_index, uint64_t bytes, uint32_t crc32c, absl::Time now) {
+    Layer& one = layers_[layer];
+    one.times.last_acked = now;
     --one.open;
     ++one.share.blocks;
     one.share.bytes += bytes;
@@ -43,11 +57,17 @@ class LayerShares {
     }
     return sum;
   }
+  std::vector<KvLayerTimes> Times() const {
+    std::vector<KvLayerTimes> times;
+    for (const Layer& layer : layers_) times.push_back(layer.times);
+    return times;
+  }
 
  private:
   struct Layer {
     uint64_t open = 0;
     KvShare share;
+    KvLayerTimes times;
   };
   std::vector<Layer> layers_;
 };

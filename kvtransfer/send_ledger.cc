@@ -87,9 +87,10 @@ absl::Status SendLedger::Submit(const KvBlockId& block, const void* data, std::f
       entry->bytes = geometry_.BytesOf(block);
       entry->done = std::move(done);
       submitted_[entry->index] = true;
-      shares_.Submitted(block.layer);
+      const absl::Time now = clock_->Now();
+      shares_.Submitted(block.layer, now);
       stats_.bytes_submitted += entry->bytes;
-      if (open_blocks_ == 0) last_progress_ = clock_->Now();
+      if (open_blocks_ == 0) last_progress_ = now;
       ++open_blocks_;
       queue_.push_back(entry.get());
       blocks_.emplace(entry->index, std::move(entry));
@@ -291,7 +292,7 @@ void SendLedger::StreamLost(int channel) {
 void SendLedger::AckedLocked(SendBlock* block) {
   const absl::Time now = clock_->Now();
   acked_[block->index] = true;
-  shares_.Acked(block->id.layer, block->index, block->bytes, block->crc32c);
+  shares_.Acked(block->id.layer, block->index, block->bytes, block->crc32c, now);
   ++stats_.blocks_acked;
   stats_.bytes_acked += block->bytes;
   last_progress_ = now;

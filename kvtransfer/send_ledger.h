@@ -71,6 +71,10 @@ class SendLedger {
     Lock lock(mutex_);
     return shares_.Below(std::min(layer, geometry_.layout().num_layers()));
   }
+  std::vector<KvLayerTimes> LayerTimes() const {
+    Lock lock(mutex_);
+    return shares_.Times();
+  }
   // OK while the sender works and after Finish.
   absl::Status status() const;
   // Ends the sender; the first status counts. No effect after Finish has returned OK.

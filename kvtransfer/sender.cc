@@ -50,6 +50,7 @@ class GrpcKvSender final : public KvSender {
   absl::Status status() const override { return ledger_->status(); }
   KvSenderStats Stats() const override { return ledger_->Stats(); }
   std::optional<KvShare> AckedBelow(uint32_t layer) const override { return ledger_->AckedBelow(layer); }
+  std::vector<KvLayerTimes> LayerTimes() const override { return ledger_->LayerTimes(); }
 
  private:
   void Wake(bool all) {

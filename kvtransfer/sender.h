@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
@@ -27,6 +28,9 @@ struct KvSenderOptions {
   std::string session_id;
   std::string session_token;
   std::string request_id;  // for logs
+  // W3C Trace Context, sent as the streams' metadata; empty: none.
+  std::string traceparent;
+  std::string tracestate;
   uint32_t epoch = 0;
   uint32_t rank = 0;
   // TCP connections; each is about one core at either end.
@@ -86,6 +90,8 @@ class KvSender {
   // What the blocks add up to that were submitted so far of layers below `layer` (at most the cache's);
   // nullopt: one of them is not acknowledged.
   virtual std::optional<KvShare> AckedBelow(uint32_t layer) const = 0;
+  // Of every layer of the cache, by the sender's clock; empty: not known.
+  virtual std::vector<KvLayerTimes> LayerTimes() const = 0;
 };
 
 }  // namespace headwater

@@ -10,6 +10,7 @@
 #include "base/log.h"
 #include "base/rpc/grpc_status.h"
 #include "base/rpc/server.h"
+#include "base/trace_context.h"
 #include "kvtransfer/frame.h"
 
 namespace headwater {
@@ -154,6 +155,8 @@ absl::Status SenderChannel::RunStream() {
 void SenderChannel::Begin(Stream* stream) {
   // The channel keeps trying to connect; the ledger's stall watch bounds it.
   stream->context.set_wait_for_ready(true);
+  if (!options_.traceparent.empty()) stream->context.AddMetadata(kTraceparent, options_.traceparent);
+  if (!options_.tracestate.empty()) stream->context.AddMetadata(kTracestate, options_.tracestate);
   grpc::GenericStub stub(channel_);
   stream->call = stub.PrepareCall(&stream->context, kPushBlocksMethod, &queue_);
   stream->call->StartCall(reinterpret_cast<void*>(Event::kStarted));

@@ -8,9 +8,11 @@
 #include "base/log.h"
 #include "base/rpc/grpc_status.h"
 #include "base/status_macros.h"
+#include "base/trace_context.h"
 #include "kernels/ops/linear.h"
 #include "worker/assignment_queue.h"
 #include "worker/prefill.h"
+#include "worker/rank_trace.h"
 #include "worker/ring_attention.h"
 
 namespace headwater {
@@ -33,6 +35,12 @@ uint64_t LocalKvBytes(const PrefillJob& job) {
   const auto first = static_cast<uint64_t>(job.resume.has_value() ? job.resume->layer : 0);
   return 2 * (geometry.layout().num_layers() - first) * static_cast<uint64_t>(NumTokens(job.local())) *
          geometry.token_bytes();
+}
+
+// Where the request has one.
+std::string TraceIdOf(const v1::PrefillAssignment& assignment) {
+  if (assignment.traceparent().empty()) return "";
+  return ContinueTrace(assignment.traceparent(), "").trace_id;
 }
 
 void FillCompleted(const PrefillJob& job, const PrefillResult& result, const KvSenderStats& sent,
@@ -100,6 +108,11 @@ std::unique_ptr<KvSender> PrefillExecutor::MakeSender(const v1::PrefillAssignmen
   options.session_id = assignment.destination().session_id();
   options.session_token = assignment.destination().session_token();
   options.request_id = job.request_id;
+  if (!assignment.traceparent().empty()) {
+    const TraceContext trace = ContinueTrace(assignment.traceparent(), assignment.tracestate());
+    options.traceparent = trace.Traceparent();
+    options.tracestate = trace.state;
+  }
   options.epoch = job.epoch;
   options.rank = static_cast<uint32_t>(job.rank);
   options.num_channels = num_channels;
@@ -161,6 +174,7 @@ v1::ConnectRequest PrefillExecutor::Report(const v1::PrefillAssignment& assignme
             .Field("request_id", assignment.request_id())
             .Field("epoch", assignment.epoch())
             .Field("rank", assignment.rank())
+            .Field("trace_id", TraceIdOf(assignment))
         << "prefill ended: " << outcome.status().ToString(absl::StatusToStringMode::kWithNoExtraData);
     return MakeRankFailed(assignment.request_id(), assignment.epoch(), assignment.rank(), outcome.status());
   }
@@ -168,6 +182,8 @@ v1::ConnectRequest PrefillExecutor::Report(const v1::PrefillAssignment& assignme
   v1::ConnectRequest message;
   FillCompleted(*job, outcome->result, outcome->sent, outcome->egress_tail, total,
                 message.mutable_completed());
+  *message.mutable_completed()->mutable_trace() =
+      MakeRankTrace(outcome->result.layers, outcome->sent_layers, outcome->received, start, start + total);
   options_.metrics->prompt_tokens.Increment(static_cast<double>(NumTokens(job->local())));
   const PrefillProgress& done = outcome->result.progress;
   if (done.pairs_possible > 0) {
@@ -177,7 +193,11 @@ v1::ConnectRequest PrefillExecutor::Report(const v1::PrefillAssignment& assignme
         static_cast<double>(done.pairs_computed) / static_cast<double>(done.pairs_possible),
         report.has_value() ? &*report : nullptr);
   }
-  HW_LOG(INFO).Field("request_id", job->request_id).Field("epoch", job->epoch).Field("rank", job->rank)
+  HW_LOG(INFO)
+          .Field("request_id", job->request_id)
+          .Field("epoch", job->epoch)
+          .Field("rank", job->rank)
+          .Field("trace_id", TraceIdOf(assignment))
       << "prefilled " << NumTokens(job->local()) << " of " << job->tokens.size() << " tokens in "
       << absl::FormatDuration(total) << ", planned in " << job->plan.total_bytes() << " bytes";
   return message;
@@ -291,6 +311,8 @@ absl::Status PrefillExecutor::FinishSender(KvSender* sender, JobControl* control
   const absl::Time computed = Clock::Real()->Now();
   const JobControl::Waiting waiting(control);
   const absl::Status status = sender->Finish();
+  outcome->sent_layers = sender->LayerTimes();
+  outcome->received = control->created();
   outcome->egress_tail = Clock::Real()->Now() - computed;
   return status;
 }

@@ -62,7 +62,9 @@ class PrefillExecutor final : public AssignmentRunner {
   struct Outcome {
     PrefillResult result;
     KvSenderStats sent;
+    std::vector<KvLayerTimes> sent_layers;
     absl::Duration egress_tail;
+    absl::Time received;  // the assignment
   };
 
   // A job of a pass, from its check to its report.

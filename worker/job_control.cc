@@ -8,7 +8,10 @@
 namespace headwater {
 
 JobControl::JobControl(const Clock* clock, absl::Time deadline)
-    : clock_(clock), deadline_(deadline), last_step_nanos_(absl::ToUnixNanos(clock->Now())) {}
+    : clock_(clock),
+      deadline_(deadline),
+      created_(clock->Now()),
+      last_step_nanos_(absl::ToUnixNanos(created_)) {}
 
 void JobControl::Cancel(absl::Status why) {
   HW_CHECK(!why.ok());

@@ -34,6 +34,8 @@ class JobControl {
   // Time since the last Step(), or since construction; 0 while a Waiting lives.
   absl::Duration StepAge() const;
   absl::Time deadline() const { return deadline_; }
+  // The receipt of the assignment.
+  absl::Time created() const { return created_; }
 
   // Marks a wait for somebody else, which has a deadline of its own: the loop is not stuck meanwhile.
   class Waiting {
@@ -71,6 +73,7 @@ class JobControl {
 
   const Clock* const clock_;
   const absl::Time deadline_;
+  const absl::Time created_;
   std::atomic<int> waiting_{0};
   std::atomic<int64_t> last_step_nanos_;
   mutable absl::Mutex mutex_;

@@ -203,16 +203,18 @@ class PrefillLoop {
     HW_RETURN_IF_ERROR(Attend(layer, own_kv, &ring));
     const absl::Time attended = clock_->Now();
     HW_RETURN_IF_ERROR(FinishRows(layer));
-    const absl::Duration linear = projected - start + (clock_->Now() - attended);
+    const LayerTimes times{
+        layer, start, stalled, projected - start, ring.exchange, ring.attention, clock_->Now() - attended};
+    result_.layers.push_back(times);
 
-    result_.linear += linear;
+    result_.linear += times.linear();
     result_.attention += ring.attention;
     result_.exchange += ring.exchange;
     result_.exchange_bytes += ring.bytes;
     result_.exchange_bytes_allgather += ring.allgather_bytes;
     result_.egress_stall += stalled;
     if (context_.metrics != nullptr) {
-      context_.metrics->layer_linear.Observe(absl::ToDoubleSeconds(linear));
+      context_.metrics->layer_linear.Observe(absl::ToDoubleSeconds(times.linear()));
       context_.metrics->layer_attention.Observe(absl::ToDoubleSeconds(ring.attention));
       context_.metrics->layer_exchange.Observe(absl::ToDoubleSeconds(ring.exchange));
       context_.metrics->layer_egress_stall.Observe(absl::ToDoubleSeconds(stalled));

@@ -85,6 +85,16 @@ struct PrefillContext {
   std::function<void(const absl::Status&)> ended;
 };
 
+// Where a rank's time in one layer went.
+struct LayerTimes {
+  int32_t layer = 0;
+  absl::Time begin;             // by the host's clock
+  absl::Duration egress_stall;  // before it
+  // One after the other, but for what prefill.cc computes between the waits of an exchange.
+  absl::Duration project, exchange, attention, mlp;
+  absl::Duration linear() const { return project + mlp; }
+};
+
 struct PrefillResult {
   // Set on the rank that holds the last token: at least one, best first.
   std::vector<TokenScore> top;
@@ -93,6 +103,7 @@ struct PrefillResult {
   absl::Duration attention;
   absl::Duration exchange;
   absl::Duration egress_stall;
+  std::vector<LayerTimes> layers;  // that were computed
   // K/V received from other ranks, and what strategy allgather would have brought.
   uint64_t exchange_bytes = 0;
   uint64_t exchange_bytes_allgather = 0;

@@ -72,6 +72,17 @@ JobKey KeyOf(const PreparedRequest& prepared) {
   return {prepared.request->tenant(), prepared.request->request_id()};
 }
 
+absl::string_view Metadata(const grpc::CallbackServerContext& context, const char* name) {
+  const auto it = context.client_metadata().find(name);
+  return it == context.client_metadata().end() ? "" : absl::string_view(it->second.data(), it->second.size());
+}
+
+absl::StatusOr<PreparedRequest> Prepare(const grpc::CallbackServerContext& context,
+                                        const v1::PrefillRequest& request,
+                                        const CoordinatorOptions& options) {
+  return PrepareRequest(request, options, Metadata(context, kTraceparent), Metadata(context, kTracestate));
+}
+
 grpc::ServerUnaryReactor* FinishNow(grpc::CallbackServerContext* context, const absl::Status& status) {
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
   reactor->Finish(ToGrpcStatus(status));
@@ -81,9 +92,9 @@ grpc::ServerUnaryReactor* FinishNow(grpc::CallbackServerContext* context, const 
 }  // namespace
 
 grpc::ServerWriteReactor<v1::PrefillResponse>* PrefillServiceAdapter::Prefill(
-    grpc::CallbackServerContext*, const v1::PrefillRequest* request) {
+    grpc::CallbackServerContext* context, const v1::PrefillRequest* request) {
   auto stream = std::make_shared<SingleStream>();
-  auto prepared = PrepareRequest(*request, scheduler_->options());
+  auto prepared = Prepare(*context, *request, scheduler_->options());
   if (!prepared.ok()) {
     scheduler_->CountRejection(prepared.status());
     stream->Start([] {});
@@ -101,7 +112,7 @@ grpc::ServerWriteReactor<v1::PrefillResponse>* PrefillServiceAdapter::Prefill(
 }
 
 grpc::ServerWriteReactor<v1::BatchPrefillResponse>* PrefillServiceAdapter::BatchPrefill(
-    grpc::CallbackServerContext*, const v1::BatchPrefillRequest* request) {
+    grpc::CallbackServerContext* context, const v1::BatchPrefillRequest* request) {
   auto stream = std::make_shared<BatchStream>();
   const absl::Status valid = CheckBatch(*request, scheduler_->options());
   if (!valid.ok()) {
@@ -117,7 +128,7 @@ grpc::ServerWriteReactor<v1::BatchPrefillResponse>* PrefillServiceAdapter::Batch
   for (int i = 0; i < request->items_size(); ++i) {
     const auto watcher = std::make_shared<ItemWatcher>(stream, items_left, static_cast<uint32_t>(i),
                                                        request->items(i).request_id());
-    auto prepared = PrepareRequest(request->items(i), scheduler_->options());
+    auto prepared = Prepare(*context, request->items(i), scheduler_->options());
     if (prepared.ok()) {
       watches.push_back({KeyOf(*prepared), watcher});
       submissions.emplace_back(*std::move(prepared), watcher);
@@ -206,6 +217,20 @@ grpc::ServerUnaryReactor* AdminServiceAdapter::DrainWorker(grpc::CallbackServerC
     const absl::StatusOr<v1::WorkerSummary> drained = scheduler_->DrainWorker(id);
     if (drained.ok()) *response->mutable_worker() = *drained;
     reactor->Finish(ToGrpcStatus(drained.status()));
+  });
+  if (!posted) reactor->Finish(ToGrpcStatus(Overloaded()));
+  return reactor;
+}
+
+grpc::ServerUnaryReactor* AdminServiceAdapter::GetTrace(grpc::CallbackServerContext* context,
+                                                        const v1::GetTraceRequest* request,
+                                                        v1::GetTraceResponse* response) {
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  const JobKey key{request->tenant(), request->request_id()};
+  const bool posted = loop_->TryPost([this, key, response, reactor] {
+    absl::StatusOr<v1::RequestTrace> trace = scheduler_->GetTrace(key);
+    if (trace.ok()) *response->mutable_trace() = *std::move(trace);
+    reactor->Finish(ToGrpcStatus(trace.status()));
   });
   if (!posted) reactor->Finish(ToGrpcStatus(Overloaded()));
   return reactor;

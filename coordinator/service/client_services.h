@@ -48,6 +48,8 @@ class AdminServiceAdapter final : public v1::AdminService::CallbackService {
   grpc::ServerUnaryReactor* DrainWorker(grpc::CallbackServerContext* context,
                                         const v1::DrainWorkerRequest* request,
                                         v1::DrainWorkerResponse* response) override;
+  grpc::ServerUnaryReactor* GetTrace(grpc::CallbackServerContext* context, const v1::GetTraceRequest* request,
+                                     v1::GetTraceResponse* response) override;
 
  private:
   Scheduler* const scheduler_;

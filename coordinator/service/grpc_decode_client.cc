@@ -5,6 +5,7 @@
 
 #include "base/rpc/grpc_status.h"
 #include "base/rpc/server.h"
+#include "base/trace_context.h"
 
 namespace headwater {
 namespace {
@@ -64,6 +65,9 @@ void GrpcDecodeClient::OpenSession(const std::string& kv_address, v1::OpenSessio
                                    absl::Duration timeout, Done done) {
   StartCall<v1::OpenSessionRequest, v1::OpenSessionResponse>(
       kv_address, std::move(request), timeout, false, std::move(done), [](auto* call, auto finish) {
+        if (!call->request.traceparent().empty()) {
+          call->context.AddMetadata(kTraceparent, call->request.traceparent());
+        }
         call->stub->async()->OpenSession(&call->context, &call->request, &call->response, std::move(finish));
       });
 }

@@ -79,10 +79,11 @@ class Client:
     def prefill(self, token_ids: Optional[Sequence[int]] = None, *, text: Optional[str] = None,
                 messages: Optional[Sequence[Mapping]] = None, options: PrefillOptions = PrefillOptions(),
                 request_id: Optional[str] = None, on_progress: Optional[OnProgress] = None,
-                timeout_s: Optional[float] = None) -> PrefillResult:
+                timeout_s: Optional[float] = None, traceparent: Optional[str] = None) -> PrefillResult:
         """Prefills one prompt: token ids, plain text, or chat messages, and waits for its end.
 
         on_progress is called in this thread, first when the request is accepted. Leaving by an exception cancels the call.
+        traceparent: of the caller's span (W3C Trace Context); without it the service begins a trace.
         """
         ids = self._tokens(token_ids, text, messages)
         request = options.to_request(request_id or uuid.uuid4().hex, ids)
@@ -90,7 +91,7 @@ class Client:
         attempt = 1
         while True:
             try:
-                return self._prefill_once(request, on_progress, end)
+                return self._prefill_once(request, on_progress, end, traceparent)
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
             pause = self._backoff(attempt, error)
@@ -164,8 +165,9 @@ class Client:
             raise ValueError("text and messages need Client(..., tokenizer=MODEL_DIR)")
         return self._tokenizer.encode_text(text) if text is not None else self._tokenizer.encode_chat(messages)
 
-    def _prefill_once(self, request, on_progress, end: float) -> PrefillResult:
-        call = self._prefill.Prefill(request, timeout=max(0.0, end - time.monotonic()))
+    def _prefill_once(self, request, on_progress, end: float, traceparent: Optional[str]) -> PrefillResult:
+        metadata = [("traceparent", traceparent)] if traceparent else None
+        call = self._prefill.Prefill(request, timeout=max(0.0, end - time.monotonic()), metadata=metadata)
         try:
             for response in call:
                 ended = self._event(response, on_progress)

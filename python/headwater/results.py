@@ -265,6 +265,7 @@ class PrefillResult:
     worker_ids: List[str]
     retries: int
     resume_layer: int  # the first that the last epoch computed
+    trace_id: str  # W3C Trace Context; logs of all processes name it
 
     @classmethod
     def from_completed(cls, event: prefill_pb2.PrefillCompleted) -> "PrefillResult":
@@ -281,7 +282,7 @@ class PrefillResult:
             partition=_PARTITION_NAMES.get(event.plan.partition, ""),
             strategy=_STRATEGY_NAMES.get(event.plan.strategy, ""), exchange_bytes=event.exchange_bytes,
             exchange_bytes_allgather=event.exchange_bytes_allgather, worker_ids=list(event.plan.worker_ids),
-            retries=event.retries, resume_layer=event.resume_layer)
+            retries=event.retries, resume_layer=event.resume_layer, trace_id=event.trace_id)
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,15 @@ class FakeAdmin final : public v1::AdminService::Service {
   int lists_until_gone = 2;
   bool draining = false;
 
+  grpc::Status GetTrace(grpc::ServerContext* /*context*/, const v1::GetTraceRequest* request,
+                        v1::GetTraceResponse* response) override {
+    if (request->request_id() != "r1" || request->tenant() != "t") {
+      return ToGrpcStatus(MakeError(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_REQUEST, "none"));
+    }
+    response->mutable_trace()->set_request_id("r1");
+    response->mutable_trace()->set_ended_us(7);
+    return grpc::Status::OK;
+  }
   grpc::Status DrainWorker(grpc::ServerContext* /*context*/, const v1::DrainWorkerRequest* request,
                            v1::DrainWorkerResponse* response) override {
     if (request->worker_id() != "w0") {
@@ -457,6 +466,16 @@ TEST_F(CliServiceTest, DrainWaitsUntilThatProcessHasLeft) {
   EXPECT_EQ(unknown.exit_code, 3);
   EXPECT_THAT(unknown.err, HasSubstr("UNKNOWN_WORKER"));
   EXPECT_EQ(Run({"drain"}).exit_code, 2);
+}
+
+TEST_F(CliServiceTest, WritesATimeline) {
+  const Outcome trace = Run({"trace", "r1", "--tenant=t"});
+  EXPECT_EQ(trace.exit_code, 0) << trace.err;
+  EXPECT_EQ(Json::parse(trace.out)["otherData"]["request_id"], "r1");
+  EXPECT_EQ(Run({"trace", "r1", "--tenant=t", "--json"}).events.back()["trace"]["ended_us"], "7");
+  EXPECT_EQ(Run({"trace", "r1"}).exit_code, 3);
+  EXPECT_EQ(Run({"trace"}).exit_code, 2);
+  EXPECT_EQ(Run({"submit", "--token_ids=1", "--traceparent=00-1-2-3"}).exit_code, 2);
 }
 
 TEST_F(CliServiceTest, ListsAndCancels) {

@@ -43,6 +43,7 @@ class FakeService(prefill_pb2_grpc.PrefillServiceServicer, decode_pb2_grpc.Decod
     def __init__(self):
         self.address = ""
         self.requests = []
+        self.metadata = {}  # of the last Prefill call
         self.refusals = []  # (code, reason, keyword arguments) for the next Prefill calls
         self.failure = None  # google.rpc.Status of a terminal event
         self.hang = False
@@ -53,13 +54,14 @@ class FakeService(prefill_pb2_grpc.PrefillServiceServicer, decode_pb2_grpc.Decod
             request_id=request.request_id, num_tokens=len(request.token_ids), decode_node="d0",
             decode_address=self.address, session_id=f"s-{request.request_id}", first_token=request.token_ids[0] + 1,
             top_logprobs=[types_pb2.TokenLogprob(token_id=7, logprob=-0.5)], tokens_per_second=10.0, density=0.25,
-            kv_bytes=1 << 40, kv_blocks=6, kv_digest="ab", plan=types_pb2.PrefillPlan(
+            kv_bytes=1 << 40, kv_blocks=6, kv_digest="ab", trace_id="0a" * 16, plan=types_pb2.PrefillPlan(
                 world_size=2, partition=types_pb2.PARTITION_ZIGZAG, strategy=types_pb2.STRATEGY_SPARSE,
                 worker_ids=["w0", "w1"]), exchange_bytes=5, exchange_bytes_allgather=9,
             stages=types_pb2.StageTimes(total={"seconds": 2, "nanos": 500_000_000})))
 
     def Prefill(self, request, context):
         self.requests.append(request)
+        self.metadata = dict(context.invocation_metadata())
         if self.hang and not context.add_callback(self.cancelled.set):
             self.cancelled.set()  # ended before this line
         if self.refusals:
@@ -145,6 +147,14 @@ class ClientTest(unittest.TestCase):
         self.assertEqual(result.worker_ids, ["w0", "w1"])
         self.assertEqual(result.top_logprobs, [(7, -0.5)])
         self.assertEqual(result.stages_s["total"], 2.5)
+
+    def test_a_trace_goes_on_in_the_service(self):
+        traceparent = f"00-{'0a' * 16}-{'0b' * 8}-01"
+        result = self.client.prefill([5], traceparent=traceparent)
+        self.assertEqual(self.service.metadata["traceparent"], traceparent)
+        self.assertEqual(result.trace_id, "0a" * 16)
+        self.client.prefill([5])
+        self.assertNotIn("traceparent", self.service.metadata)
 
     def test_prefill_sends_its_options(self):
         options = PrefillOptions(model="m", priority=-3, deadline_s=1.5, policy="a_shape",

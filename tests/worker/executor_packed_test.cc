@@ -80,6 +80,7 @@ class HeldSender final : public KvSender {
     return stats;
   }
   std::optional<KvShare> AckedBelow(uint32_t) const override { return std::nullopt; }
+  std::vector<KvLayerTimes> LayerTimes() const override { return {}; }
 
  private:
   Gate* const gate_;

@@ -54,6 +54,7 @@ class MemorySink final : public KvSender {
   absl::Status status() const override;
   KvSenderStats Stats() const override;
   std::optional<KvShare> AckedBelow(uint32_t layer) const override;
+  std::vector<KvLayerTimes> LayerTimes() const override { return {}; }
 
   // Most blocks that were submitted and not acknowledged.
   uint64_t most_outstanding() const;

@@ -27,6 +27,7 @@ constexpr Subcommand kSubcommands[] = {
     {"workers", "list workers", RunWorkers},
     {"drain", "have a worker finish what it has and leave", RunDrain},
     {"nodes", "list decode nodes", RunNodes},
+    {"trace", "write a request's timeline for Perfetto", RunTrace},
     {"bench", "time this machine: 'bench prefill'", RunBench},
 };
 

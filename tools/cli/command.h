@@ -37,6 +37,7 @@ int RunGenerate(absl::Span<const std::string> arguments, const Console& console)
 int RunRelease(absl::Span<const std::string> arguments, const Console& console);
 int RunWorkers(absl::Span<const std::string> arguments, const Console& console);
 int RunDrain(absl::Span<const std::string> arguments, const Console& console);
+int RunTrace(absl::Span<const std::string> arguments, const Console& console);
 int RunNodes(absl::Span<const std::string> arguments, const Console& console);
 // Where it succeeds the process becomes the benchmark's program.
 int RunBench(absl::Span<const std::string> arguments, const Console& console);

@@ -7,6 +7,7 @@
 #include <grpcpp/client_context.h>
 
 #include "base/rpc/grpc_status.h"
+#include "base/trace_context.h"
 #include "headwater/v1/prefill.grpc.pb.h"
 #include "tools/cli/command.h"
 
@@ -65,10 +66,12 @@ absl::Status FailureOf(const v1::PrefillFailed& failed) {
 }
 
 absl::StatusOr<v1::PrefillCompleted> CallPrefill(
-    const std::shared_ptr<grpc::Channel>& channel, const v1::PrefillRequest& request, const Console& console,
+    const std::shared_ptr<grpc::Channel>& channel, const v1::PrefillRequest& request,
+    const std::string& traceparent, const Console& console,
     const std::function<void(const v1::PrefillResponse&)>& on_event) {
   const auto stub = v1::PrefillService::NewStub(channel);
   grpc::ClientContext context;
+  if (!traceparent.empty()) context.AddMetadata(kTraceparent, traceparent);
   if (request.has_deadline()) {
     SetDeadline(absl::Seconds(request.deadline().seconds()) + kDeadlineGrace, &context);
   }

@@ -179,6 +179,7 @@ Json CompletedToJson(const v1::PrefillCompleted& completed) {
   json["exchange_bytes"] = completed.exchange_bytes();
   json["exchange_bytes_allgather"] = completed.exchange_bytes_allgather();
   json["kv_digest"] = completed.kv_digest();
+  json["trace_id"] = completed.trace_id();
   json["layout"] = LayoutToJson(completed.layout());
   json["plan"] = PlanToJson(completed.plan());
   return json;
@@ -191,6 +192,7 @@ Json EventToJson(const v1::PrefillResponse& response) {
       json["event"] = "accepted";
       json["request_id"] = response.accepted().request_id();
       json["queue_position"] = response.accepted().queue_position();
+      json["trace_id"] = response.accepted().trace_id();
       if (response.accepted().has_plan()) json["plan"] = PlanToJson(response.accepted().plan());
       if (response.accepted().has_explanation()) {
         json["explanation"] = ExplanationToJson(response.accepted().explanation());
@@ -314,6 +316,7 @@ std::string RenderCompleted(const v1::PrefillCompleted& completed, absl::Duratio
                           completed.kv_blocks(), " blocks verified, ", completed.kv_blocks_resent(),
                           " resent, ", completed.kv_stream_resumes(), " stream resumes")},
       {"digest", completed.kv_digest()},
+      {"trace", completed.trace_id()},
       {"attention", RenderAttention(completed.attention())},
       {"plan", absl::StrCat(plan.world_size(), " rank(s) (", absl::StrJoin(plan.worker_ids(), ", "), "), ",
                             PartitionWord(plan.partition()), ", ", StrategyWord(plan.strategy()),

@@ -8,6 +8,7 @@
 #include "base/clock.h"
 #include "base/rpc/server.h"
 #include "base/status_macros.h"
+#include "base/trace_context.h"
 #include "tools/cli/command.h"
 #include "tools/cli/exit_code.h"
 #include "tools/cli/prefill_call.h"
@@ -27,6 +28,7 @@ struct SubmitFlags {
   std::string tokens_file;
   std::string token_ids;
   std::string request_id;
+  std::string traceparent;
   std::string stop_token_ids;
   int64_t generate = 0;
   bool release = false;
@@ -48,6 +50,15 @@ void Declare(SubmitFlags* submit, FlagSet* flags) {
       "explain", &submit->explain,
       "print every plan that came into question, what each was predicted to take, and why one was taken");
   flags->Bool("release", &submit->release, "free the cache at the end");
+  flags->Custom(
+      "traceparent", "", "the trace that this request belongs to (W3C Trace Context); empty: a new one",
+      [submit](absl::string_view text) {
+        if (ContinueTrace(text, "").parent_id.empty()) {
+          return absl::InvalidArgumentError("wanted is 00-<32 hex digits>-<16 hex digits>-<2 hex digits>");
+        }
+        submit->traceparent = std::string(text);
+        return absl::OkStatus();
+      });
   DeclareCommon(&submit->common, flags);
 }
 
@@ -103,7 +114,7 @@ class SubmitRun {
     HW_ASSIGN_OR_RETURN(const auto channel,
                         Connect(Role::kCoordinator, flags_.common.coordinator, flags_.common, console_));
     const absl::Time start = Clock::Real()->Now();
-    HW_ASSIGN_OR_RETURN(completed_, CallPrefill(channel, flags_.request, console_,
+    HW_ASSIGN_OR_RETURN(completed_, CallPrefill(channel, flags_.request, flags_.traceparent, console_,
                                                 [this](const v1::PrefillResponse& event) { Show(event); }));
     ttft_ = Clock::Real()->Now() - start;
     return absl::OkStatus();

@@ -77,15 +77,16 @@ std::vector<int64_t> CudaLayerLog::NonFiniteRows(int32_t layer, int64_t chunk_to
   return rows;
 }
 
-absl::Status CudaLayerLog::ReadTimes(int32_t layer, Times* times) const {
+absl::Status CudaLayerLog::ReadTimes(int32_t layer, int32_t first_layer, absl::Time begin,
+                                     LayerTimes* times) const {
   const Events& at = events(layer);
-  absl::Duration before, after;
-  HW_RETURN_IF_ERROR(Between(at.begin, at.projected, &before));
+  absl::Duration since_first;
+  HW_RETURN_IF_ERROR(Between(events(first_layer).begin, at.begin, &since_first));
+  times->begin = begin + since_first;
+  HW_RETURN_IF_ERROR(Between(at.begin, at.projected, &times->project));
   if (gathers_) HW_RETURN_IF_ERROR(Between(at.projected, at.gathered, &times->exchange));
   HW_RETURN_IF_ERROR(Between(gathers_ ? at.gathered : at.projected, at.attended, &times->attention));
-  HW_RETURN_IF_ERROR(Between(at.attended, at.end, &after));
-  times->linear = before + after;
-  return absl::OkStatus();
+  return Between(at.attended, at.end, &times->mlp);
 }
 
 CudaLayerLog::Searches CudaLayerLog::CountSearches(int32_t layer, const CudaPattern& pattern) const {

@@ -14,6 +14,7 @@
 
 #include "model/cuda/device_buffer.h"
 #include "worker/cuda/cuda_pattern.h"
+#include "worker/prefill.h"
 
 namespace headwater {
 
@@ -67,11 +68,8 @@ class CudaLayerLog {
   // Of a layer that has run: rows of the pass that are not finite, the first of each chunk. chunk_tokens:
   // rows of a chunk.
   std::vector<int64_t> NonFiniteRows(int32_t layer, int64_t chunk_tokens) const;
-  // Likewise.
-  struct Times {
-    absl::Duration linear, exchange, attention;  // exchange: what attention waited for it
-  };
-  absl::Status ReadTimes(int32_t layer, Times* times) const;
+  // Likewise: all but `layer` and egress_stall. first_layer, which began at `begin`: of the pass.
+  absl::Status ReadTimes(int32_t layer, int32_t first_layer, absl::Time begin, LayerTimes* times) const;
   struct Searches {
     CudaPattern::Blocks blocks;
     uint32_t overflows = 0;

@@ -154,6 +154,8 @@ class CudaPass {
   int64_t num_rows_ = 0;
   std::vector<CudaChunk> chunks_;
   absl::Time start_;
+  absl::Time compute_begin_;            // when the stream got the first layer; it was idle then
+  std::vector<absl::Duration> stalls_;  // by layer: what it waited for the egress of one before it
   DeviceBuffer memory_;
   int32_t* ids_ = nullptr;
   int32_t* positions_ = nullptr;

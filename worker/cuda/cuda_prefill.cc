@@ -159,6 +159,7 @@ absl::Status CudaPass::Prepare() {
   at += plan.pattern.total_bytes() + plan.policy.total_bytes();
   if (TakesCheckpoints()) HW_RETURN_IF_ERROR(BeginCheckpoints(at));
   const int64_t searches = CeilDiv(num_rows_, kLeastQueries) + static_cast<int64_t>(tokens_.size());
+  stalls_.resize(static_cast<size_t>(config_.num_layers));
   HW_RETURN_IF_ERROR(log_.Init(config_.num_layers, std::max<int64_t>(1, RowChunks(num_rows_)),
                                pattern_ ? searches : 0, shared()));
   if (shared()) PlanExchange();
@@ -225,6 +226,8 @@ absl::Status CudaPass::RunLayer(int32_t layer) {
   }
   HW_RETURN_IF_ERROR(CheckFinishedLayers());
   for (CudaSequence& sequence : sequences_) sequence.result.egress_stall += stalled;
+  stalls_[static_cast<size_t>(layer)] = stalled;
+  if (layer == first_layer_) compute_begin_ = Clock::Real()->Now();
   if (checkpoints_) HW_RETURN_IF_ERROR(checkpoints_->StartLayer(layer, hidden_, stream_));
   const CudaLayerLog::Events& events = log_.events(layer);
   char* const k = kv_[layer % kCudaKvBuffers];
@@ -304,20 +307,23 @@ absl::Status CudaPass::CheckFinishedLayers() {
       // one's logits at the latest.
       EndNonFinite(egress_.get(), checked_, TokenOf(row), &sequences_);
     }
-    CudaLayerLog::Times times;
-    HW_RETURN_IF_ERROR(log_.ReadTimes(checked_, &times));
+    LayerTimes times;
+    times.layer = checked_;
+    times.egress_stall = stalls_[static_cast<size_t>(checked_)];
+    HW_RETURN_IF_ERROR(log_.ReadTimes(checked_, first_layer_, compute_begin_, &times));
     for (CudaSequence& sequence : sequences_) {
-      sequence.result.linear += times.linear;
+      sequence.result.layers.push_back(times);
+      sequence.result.linear += times.linear();
       sequence.result.exchange += times.exchange;
       sequence.result.attention += times.attention;
     }
     if (context_.metrics != nullptr) {
-      context_.metrics->layer_linear.Observe(absl::ToDoubleSeconds(times.linear));
+      context_.metrics->layer_linear.Observe(absl::ToDoubleSeconds(times.linear()));
       context_.metrics->layer_attention.Observe(absl::ToDoubleSeconds(times.attention));
       if (shared()) context_.metrics->layer_exchange.Observe(absl::ToDoubleSeconds(times.exchange));
     }
     if (pattern_ || policy_pass_ != nullptr) TakeDensity(checked_);
-    LearnSpeed(checked_, times.linear, times.attention);
+    LearnSpeed(checked_, times.linear(), times.attention);
   }
   return absl::OkStatus();
 }
