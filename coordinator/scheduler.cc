@@ -38,7 +38,8 @@ Scheduler::Scheduler(const CoordinatorOptions& options, const Clock* clock, Deco
       clock_(clock),
       decode_(decode),
       metrics_(metrics),
-      table_(options.retention, options.max_retained) {}
+      table_(options.retention, options.max_retained),
+      history_(clock->Now()) {}
 
 Job* Scheduler::FindJob(uint64_t serial) {
   const auto it = jobs_.find(serial);
