@@ -115,6 +115,7 @@ class ClusterState {
   Worker* FindWorker(absl::string_view worker_id);
   Worker* FindWorkerByConnection(uint64_t connection);
   std::map<std::string, Worker>& workers() { return workers_; }
+  const std::map<std::string, Worker>& workers() const { return workers_; }
 
   // It gets nothing new from now on. False: it did not before.
   bool SetDraining(Worker* worker);

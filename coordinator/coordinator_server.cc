@@ -16,6 +16,9 @@ namespace {
 // The scheduler ticks several times a second.
 constexpr absl::Duration kStuck = absl::Seconds(10);
 
+// The page asks again.
+constexpr std::chrono::seconds kSnapshotWait(1);
+
 constexpr absl::Duration kTickInterval = absl::Milliseconds(50);
 
 absl::Status Cut() {
@@ -53,6 +56,9 @@ absl::StatusOr<std::unique_ptr<CoordinatorServer>> CoordinatorServer::Start(
   HW_ASSIGN_OR_RETURN(server->health_,
                       HealthPort::Start(endpoints.health,
                                         {[loop] { return loop->TickAge() < kStuck; }, [] { return true; }}));
+  HW_ASSIGN_OR_RETURN(server->page_, PageServer::Start(endpoints.page, [owner = server.get()] {
+                        return owner->TakeSnapshot();
+                      }));
   return server;
 }
 
@@ -65,6 +71,16 @@ void CoordinatorServer::RunOnLoop(const std::function<void()>& work) {
     done.set_value();
   });
   if (posted) done.get_future().wait();
+}
+
+absl::StatusOr<Snapshot> CoordinatorServer::TakeSnapshot() {
+  const auto done = std::make_shared<std::promise<Snapshot>>();
+  std::future<Snapshot> snapshot = done->get_future();
+  const bool posted = loop_.TryPost([this, done] { done->set_value(scheduler_.TakeSnapshot({})); });
+  if (!posted || snapshot.wait_for(kSnapshotWait) != std::future_status::ready) {
+    return absl::UnavailableError("the scheduler is busy");
+  }
+  return snapshot.get();
 }
 
 void CoordinatorServer::BeginDrain() {
@@ -82,6 +98,9 @@ size_t CoordinatorServer::NumJobs() {
 size_t CoordinatorServer::Stop(absl::Duration limit) {
   if (stopped_) return 0;
   stopped_ = true;
+  // Its library takes up to 2 s to end.
+  const std::future<void> page_end =
+      std::async(std::launch::async, [page = std::move(page_)]() mutable { page.reset(); });
   size_t cut = 0;
   RunOnLoop([&] {
     cut = scheduler_.num_jobs();
@@ -94,6 +113,7 @@ size_t CoordinatorServer::Stop(absl::Duration limit) {
     running_.server->Shutdown(std::chrono::system_clock::now() + std::chrono::milliseconds(500));
     running_.server.reset();
   }
+  page_end.wait();
   decode_client_.reset();
   loop_.Stop();
   return cut;

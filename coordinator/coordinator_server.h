@@ -16,6 +16,7 @@
 #include "base/rpc/transport.h"
 #include "coordinator/coordinator_metrics.h"
 #include "coordinator/options.h"
+#include "coordinator/page/page_server.h"
 #include "coordinator/scheduler.h"
 #include "coordinator/scheduler_loop.h"
 #include "coordinator/service/client_services.h"
@@ -30,6 +31,7 @@ struct CoordinatorEndpoints {
   std::string metrics;                         // empty: none
   std::string health;                          // of HealthPort; empty: none
   std::shared_ptr<const Transport> transport;  // of `listen` and to decode nodes; null: plaintext
+  std::string page = {};                       // of PageServer; empty: none
 };
 
 // The members may be called from any one thread.
@@ -42,6 +44,7 @@ class CoordinatorServer {
   ~CoordinatorServer();
 
   const std::string& address() const { return running_.address; }
+  const std::string& page_address() const { return page_->address(); }
 
   // New requests are refused, health turns NOT_SERVING, accepted requests go on.
   void BeginDrain();
@@ -53,6 +56,8 @@ class CoordinatorServer {
 
  private:
   CoordinatorServer(const CoordinatorOptions& options, std::shared_ptr<const Transport> transport);
+  // From the page's threads. UNAVAILABLE: the scheduler did not come to it in time.
+  absl::StatusOr<Snapshot> TakeSnapshot();
   // Runs `work` on the scheduler's thread and waits for it.
   void RunOnLoop(const std::function<void()>& work);
 
@@ -68,6 +73,7 @@ class CoordinatorServer {
   DecodeRegistryAdapter decode_service_;
   RunningServer running_;
   std::unique_ptr<HealthPort> health_;
+  std::unique_ptr<PageServer> page_;
   bool stopped_ = false;
 };
 

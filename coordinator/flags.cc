@@ -49,6 +49,9 @@ absl::Status ParseCoordinatorFlags(absl::Span<const std::string> arguments, Coor
   set.String("listen", &flags->listen, "HOST:PORT of the gRPC services; port 0 takes a free one");
   set.String("metrics", &flags->metrics, "HOST:PORT of /metrics; empty: none");
   DeclareHealth(&flags->health, &set);
+  set.String(
+      "page", &flags->page,
+      "ADDRESS:PORT of the live page, plain HTTP for whoever reaches it: a private address; empty: none");
   DeclareServerTransport(&flags->transport, &set);
   set.Choice("log_format", &log_format, {"text", "json"}, "how log lines are written");
   Count(&set, "max_prompt_tokens", &o.max_prompt_tokens, kMostPromptTokens,

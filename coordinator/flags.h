@@ -19,6 +19,7 @@ struct CoordinatorFlags {
   std::string listen = "127.0.0.1:7070";
   std::string metrics = "127.0.0.1:9070";  // empty: none
   std::string health;                      // empty: none
+  std::string page;                        // empty: none
   LogFormat log_format = LogFormat::kText;
   absl::Duration drain_timeout = absl::Seconds(45);
   TransportOptions transport;

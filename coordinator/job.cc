@@ -105,6 +105,17 @@ absl::Status CheckCompletion(const Job& job, const v1::RankCompleted& completed)
   return CheckAttention(job, completed.attention());
 }
 
+void BoundLayers(const Job& job, google::protobuf::RepeatedField<float>* densities,
+                 google::protobuf::RepeatedField<float>* recalls) {
+  const bool possible = densities->size() <= static_cast<int>(job.model.num_layers() - job.resume_layer()) &&
+                        std::all_of(densities->begin(), densities->end(), IsShare);
+  // Below 0: not measured.
+  const bool measured = recalls->size() == densities->size() &&
+                        std::all_of(recalls->begin(), recalls->end(), [](float x) { return x <= 1.001f; });
+  if (!possible) densities->Clear();
+  if (!possible || !measured) recalls->Clear();
+}
+
 std::string AddDigests(const std::string& a, const std::string& b) {
   std::string sum(kDigestBytes, '\0');
   unsigned carry = 0;

@@ -154,6 +154,10 @@ struct RankSums {
 // range.
 absl::Status CheckCompletion(const Job& job, const v1::RankCompleted& completed);
 
+// Empties what a rank says of its layers where it cannot be true of `job`.
+void BoundLayers(const Job& job, google::protobuf::RepeatedField<float>* densities,
+                 google::protobuf::RepeatedField<float>* recalls);
+
 // INTERNAL: no rank, or ranks that disagree, reported the first token.
 absl::StatusOr<RankSums> SumRanks(const Job& job);
 

@@ -55,10 +55,14 @@ int Run(int argc, char** argv) {
   const auto transport = Transport::Create(flags.transport, Role::kCoordinator);
   if (!transport.ok()) return Fail(transport.status());
   LogTransport(transport->get(), flags.listen);
-  auto server =
-      CoordinatorServer::Start(flags.options, {flags.listen, flags.metrics, flags.health, *transport});
+  auto server = CoordinatorServer::Start(flags.options,
+                                         {flags.listen, flags.metrics, flags.health, *transport, flags.page});
   if (!server.ok()) return Fail(server.status());
-  HW_LOG(INFO).Field("address", (*server)->address()).Field("metrics", flags.metrics) << "serving";
+  HW_LOG(INFO)
+          .Field("address", (*server)->address())
+          .Field("metrics", flags.metrics)
+          .Field("page", (*server)->page_address())
+      << "serving";
 
   int signal_number = 0;
   while (signal_number == 0) signal_number = WaitForTerminationSignal(absl::Hours(1));

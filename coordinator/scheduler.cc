@@ -39,7 +39,8 @@ Scheduler::Scheduler(const CoordinatorOptions& options, const Clock* clock, Deco
       decode_(decode),
       metrics_(metrics),
       table_(options.retention, options.max_retained),
-      traces_(options.trace_memory) {}
+      traces_(options.trace_memory),
+      history_(clock->Now()) {}
 
 Job* Scheduler::FindJob(uint64_t serial) {
   const auto it = jobs_.find(serial);

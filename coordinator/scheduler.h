@@ -22,11 +22,13 @@
 #include "base/clock.h"
 #include "coordinator/cluster_state.h"
 #include "coordinator/coordinator_metrics.h"
+#include "coordinator/history.h"
 #include "coordinator/job.h"
 #include "coordinator/links.h"
 #include "coordinator/options.h"
 #include "coordinator/request_table.h"
 #include "coordinator/share_history.h"
+#include "coordinator/snapshot.h"
 #include "coordinator/trace.h"
 #include "headwater/v1/admin.pb.h"
 
@@ -75,6 +77,9 @@ class Scheduler {
   absl::StatusOr<v1::RequestTrace> GetTrace(const JobKey& key) const;
   v1::ListWorkersResponse ListWorkers() const { return cluster_.ListWorkers(clock_->Now()); }
   v1::ListDecodeNodesResponse ListDecodeNodes() const { return cluster_.ListDecodeNodes(clock_->Now()); }
+
+  // For the live page.
+  Snapshot TakeSnapshot(const SnapshotLimits& limits) const;
 
   // Acts on all deadlines that have passed. To be called several times a second.
   void Tick();
@@ -180,6 +185,10 @@ class Scheduler {
   void SetPhase(Job& job, JobPhase phase);
   void Notify(const Job& job, v1::PrefillResponse event);
 
+  // scheduler_snapshot.cc
+  WorkerView ViewOfWorker(const std::string& id, const Worker& worker, absl::Time now) const;
+  void AddPeers(const SnapshotLimits& limits, Snapshot* out) const;
+
   Job* FindJob(uint64_t serial);
 
   const CoordinatorOptions options_;
@@ -191,6 +200,7 @@ class Scheduler {
   RequestTable table_;
   ShareHistory shares_;
   TraceStore traces_;
+  History history_;
   uint64_t next_serial_ = 1;
   uint64_t next_connection_ = 1;
   std::map<uint64_t, std::unique_ptr<Job>> jobs_;

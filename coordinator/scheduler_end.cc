@@ -83,6 +83,7 @@ void Scheduler::LoseWorker(const std::string& worker_id, const absl::Status& why
       << "worker lost";
   metrics_->workers.Set(static_cast<double>(cluster_.workers().size()));
   metrics_->draining_workers.Set(static_cast<double>(cluster_.NumDraining()));
+  history_.AddLostWorker(worker_id, why, clock_->Now());
   cluster_changed_ = true;
   worker->link->Close(why);
   for (const auto& [request_id, held] : worker->held) {
@@ -281,6 +282,7 @@ void Scheduler::End(Job& job, const std::shared_ptr<const v1::PrefillResponse>& 
   const auto owned = std::move(jobs_.extract(job.serial).mapped());
   if (job.accepted) {
     metrics_->CountEnd(status);
+    history_.AddEnded(job, *terminal, status, clock_->Now());
     const bool restartable = absl::IsUnavailable(status) || absl::IsResourceExhausted(status) ||
                              (job.abandoned && absl::IsCancelled(status));
     table_.End(job.key, terminal, restartable, clock_->Now());

@@ -194,6 +194,7 @@ void Scheduler::OnRankProgress(Worker& worker, const v1::RankProgress& progress)
   rank->progress = progress;
   rank->progress.clear_checkpoint();
   rank->progress.mutable_attention()->clear_groups();  // progress carries none, and they would be kept
+  BoundLayers(*job, rank->progress.mutable_layer_densities(), rank->progress.mutable_layer_recalls());
   // Where the epoch is being given up, only the checkpoints count.
   if (job->phase != JobPhase::kRunning) return;
   job->progress_pending = true;
@@ -222,6 +223,7 @@ void Scheduler::OnRankCompleted(Worker& worker, const v1::RankCompleted& complet
   AddRankTimeline(*job, completed.rank(), completed.trace(), clock_->Now(), &job->epoch_traces.back());
   rank->completed = completed;
   rank->completed.clear_trace();
+  BoundLayers(*job, rank->completed.mutable_layer_densities(), rank->completed.mutable_layer_recalls());
   rank->state = valid.ok() ? Rank::State::kCompleted : Rank::State::kStopped;
   ReleaseWorker(rank->worker_id, *job);
   if (job->phase == JobPhase::kStopping) {

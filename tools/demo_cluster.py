@@ -59,8 +59,10 @@ class Cluster:
     """A context manager: leaving it ends every process."""
 
     def __init__(self, binaries: Path, model: Path, state: Path, workers: int, compute: str = "auto", device: str = "cpu",
-                 tls: Optional[Path] = None):
+                 tls: Optional[Path] = None, coordinator_flags: tuple = (), worker_flags: tuple = ()):
         """tls: directory of make_certificates(); None: plaintext."""
+        self._coordinator_flags = coordinator_flags
+        self._worker_flags = worker_flags
         self._tls = tls
         self._binaries = binaries
         self._model = model
@@ -82,12 +84,13 @@ class Cluster:
         ports = iter(free_ports(2 * (self._num_workers + 2)))
         threads = max(1, usable_cpus() // self._num_workers)
         try:
-            self.coordinator = self._start("coordinator", "headwater-coordinator", ports).address
+            self.coordinator = self._start("coordinator", "headwater-coordinator", ports,
+                                           *self._coordinator_flags).address
             for index in range(self._num_workers):
                 self._start(f"worker-{index}", "headwater-worker", ports, f"--worker_id=w{index}",
                             f"--coordinator={self.coordinator}", f"--model={self._model}",
                             f"--threads={threads}", f"--compute={self._compute}",
-                            "--device=" + (f"cuda:{index}" if self._device == "cuda" else "cpu"))
+                            "--device=" + (f"cuda:{index}" if self._device == "cuda" else "cpu"), *self._worker_flags)
             self._start("decode", "headwater-decode", ports, f"--coordinator={self.coordinator}",
                         "--decode_node=decode-0", f"--model={self._model}", f"--kv_dir={kv}",
                         f"--compute={self._compute}")

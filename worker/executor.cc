@@ -43,6 +43,16 @@ std::string TraceIdOf(const v1::PrefillAssignment& assignment) {
   return ContinueTrace(assignment.traceparent(), "").trace_id;
 }
 
+// To RankProgress or RankCompleted.
+template <typename Message>
+void FillLayers(const PrefillProgress& progress, Message* out) {
+  const bool measured = progress.recalls > 0;
+  for (const PrefillProgress::Layer& layer : progress.layers) {
+    out->add_layer_densities(layer.density);
+    if (measured) out->add_layer_recalls(layer.recall);
+  }
+}
+
 void FillCompleted(const PrefillJob& job, const PrefillResult& result, const KvSenderStats& sent,
                    absl::Duration egress_tail, absl::Duration total, v1::RankCompleted* completed) {
   completed->set_request_id(job.request_id);
@@ -55,6 +65,7 @@ void FillCompleted(const PrefillJob& job, const PrefillResult& result, const KvS
   completed->set_kv_stream_resumes(sent.stream_resumes);
   completed->set_pairs_computed(result.progress.pairs_computed);
   completed->set_pairs_possible(result.progress.pairs_possible);
+  FillLayers(result.progress, completed);
   if (result.attention_report.has_value()) *completed->mutable_attention() = *result.attention_report;
   v1::StageTimes* const stages = completed->mutable_stages();
   SetDuration(result.linear, stages->mutable_linear());
@@ -150,6 +161,7 @@ PrefillContext PrefillExecutor::MakeContext(const PrefillJob& job, KvSender* sen
     message.set_bytes_total(bytes_total);
     message.set_pairs_computed(done.pairs_computed);
     message.set_pairs_possible(done.pairs_possible);
+    FillLayers(done, &message);
     if (done.checkpoint.has_value()) {
       v1::RankCheckpoint* const checkpoint = message.mutable_checkpoint();
       checkpoint->set_layer(done.checkpoint->layer);

@@ -79,7 +79,14 @@ class PrefillLoop {
     }
     for (int32_t layer = first_layer_; layer < config_.num_layers; ++layer) {
       HW_RETURN_IF_ERROR(StartCheckpoint(layer));
+      const PrefillProgress& done = result_.progress;
+      const uint64_t computed = done.pairs_computed, possible = done.pairs_possible;
       HW_RETURN_IF_ERROR(RunLayer(layer));
+      // Ranks without the last token have nothing to read in the last layer.
+      if (done.pairs_possible > possible) {
+        result_.progress.layers.push_back({static_cast<float>(done.pairs_computed - computed) /
+                                           static_cast<float>(done.pairs_possible - possible)});
+      }
       HW_RETURN_IF_ERROR(FinishCheckpoint(layer));
       result_.progress.layers_done = static_cast<uint32_t>(layer) + 1;
       if (context_.progress) context_.progress(result_.progress);

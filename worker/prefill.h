@@ -56,6 +56,12 @@ struct PrefillProgress {
   // Of recalls measured so far; none: 0.
   double recall_sum = 0;
   uint64_t recalls = 0;
+  // Of each layer whose attention is known, from the first one that the job computes.
+  struct Layer {
+    float density = 0;
+    float recall = -1;  // mean; below 0: not measured
+  };
+  std::vector<Layer> layers;
   // The newest checkpoint below which this rank's KV is acknowledged.
   struct Checkpoint {
     uint32_t layer = 0;

@@ -5,16 +5,13 @@ import contextlib
 import io
 import json
 import os
-import random
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 import unittest
 import unittest.mock
-from array import array
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,40 +19,13 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import group_faults  # noqa: E402
 from group_faults_cluster import DeviceMemory  # noqa: E402
+from small_model import VOCAB, write_model  # noqa: E402
 
 BIN = os.environ.get("HEADWATER_BIN", "")
-HIDDEN, HEAD_DIM, Q_HEADS, KV_HEADS, INTERMEDIATE, VOCAB = 64, 32, 4, 2, 128, 256
 RUN = {"run": 1, "worker": "w1", "disturbed_at_layer": 9, "error": "", "device_mib_over": None, "buried": True,
        "abort_s": 0.25, "abort_code": "UNAVAILABLE", "restart_s": 0.5, "recovered_s": 2.0, "retries": 1, "resume_layer": 4,
        "digest": "aa", "first_token": 7, "world_size": 1, "ttft_s": 3.0}
 UNDISTURBED = {"first_token": 7, "kv_digest": "dd", "ttft": 1.5}
-
-
-def write_model(folder: Path, layers: int) -> None:
-    """A small random Llama, as tests/support/tiny_model.h has it."""
-    source = random.Random(1)
-    tensors = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
-    for layer in range(layers):
-        for name, shape in {"input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,),
-                            "self_attn.q_proj": (Q_HEADS * HEAD_DIM, HIDDEN), "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-                            "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN), "self_attn.o_proj": (HIDDEN, Q_HEADS * HEAD_DIM),
-                            "mlp.gate_proj": (INTERMEDIATE, HIDDEN), "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-                            "mlp.down_proj": (HIDDEN, INTERMEDIATE)}.items():
-            tensors[f"model.layers.{layer}.{name}.weight"] = shape
-    header, data = {}, bytearray()
-    for name, shape in tensors.items():
-        begin = len(data)
-        count = shape[0] * (shape[1] if len(shape) == 2 else 1)
-        deviation = 1.0 if name.startswith("model.embed") else 0.2  # uniform
-        data += array("f", [1.0 if len(shape) == 1 else source.uniform(-deviation, deviation) for _ in range(count)]).tobytes()
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, len(data)]}
-    text = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers, "num_attention_heads": Q_HEADS,
-        "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "vocab_size": VOCAB, "max_position_embeddings": 65536,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "torch_dtype": "float32"}))
 
 
 class Folder(unittest.TestCase):

@@ -82,6 +82,9 @@ TEST_F(ExecutorTest, PrefillsOverTwoRanksIntoACacheThatCommits) {
     ASSERT_TRUE(result.has_completed()) << result.DebugString();
     EXPECT_GT(result.completed().kv_blocks(), 0u);
     EXPECT_EQ(result.completed().pairs_computed(), result.completed().pairs_possible());
+    EXPECT_GE(result.completed().layer_densities_size(), fixture_.model().config().num_layers - 1);
+    for (const float density : result.completed().layer_densities()) EXPECT_EQ(density, 1);
+    EXPECT_EQ(result.completed().layer_recalls_size(), 0) << "nothing measured it";
     EXPECT_EQ(result.completed().exchange_bytes(), result.completed().exchange_bytes_allgather());
   }
   // Rank 0 has 104 tokens, rank 1 the other 96; in the last layer only rank 0 has a query.

@@ -227,6 +227,12 @@ TEST_F(PrefillTest, AShapeAgreesWithTheReferenceOverTwoRanksAndIsSparse) {
   for (const PrefillResult& result : group->results) {
     computed += result.progress.pairs_computed;
     possible += result.progress.pairs_possible;
+    ASSERT_FALSE(result.progress.layers.empty());
+    for (const PrefillProgress::Layer& layer : result.progress.layers) {
+      EXPECT_GT(layer.density, 0);
+      EXPECT_LT(layer.density, 1);
+      EXPECT_LT(layer.recall, 0) << "nothing measured it";
+    }
   }
   EXPECT_LT(computed, possible * 8 / 10);
   EXPECT_GT(computed, 0u);
@@ -240,13 +246,18 @@ TEST_F(PrefillTest, CountsEveryPairOfADensePrompt) {
 
   ExpectAllOk(*group);
   uint64_t possible = 0;
+  size_t layers_known = 0;
   for (const PrefillResult& result : group->results) {
     EXPECT_EQ(result.progress.pairs_computed, result.progress.pairs_possible);
+    for (const PrefillProgress::Layer& layer : result.progress.layers) EXPECT_EQ(layer.density, 1);
+    layers_known += result.progress.layers.size();
     EXPECT_EQ(result.progress.layers_done, static_cast<uint32_t>(model_->config().num_layers));
     possible += result.progress.pairs_possible;
   }
   // 4 tiles: 1 + 2 + 3 + 4 blocks a head and layer; the last layer computes the last token's tile only.
   const auto layers = static_cast<uint64_t>(model_->config().num_layers);
+  // Only the last token's rank reads anything in the last layer.
+  EXPECT_EQ(layers_known, 2 * layers - 1);
   EXPECT_EQ(possible, (10 * (layers - 1) + 4) * static_cast<uint64_t>(model_->config().num_q_heads));
 }
 

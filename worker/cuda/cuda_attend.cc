@@ -122,28 +122,45 @@ void CudaPass::LogOverflows(int32_t layer, uint32_t overflows) {
       << " query tiles found no room; these tiles are computed densely";
 }
 
-void CudaPass::TakeDensity(int32_t layer) {
+double CudaPass::TakeDensity(int32_t layer) {
   PrefillProgress& progress = sequences_[0].result.progress;
   if (policy_pass_ != nullptr) {
-    if (IsLast(layer)) return;  // the policy was not told of it
+    if (IsLast(layer)) return 1;  // the policy was not told of it
     const CudaPolicyLog::Read read = policy_pass_->Take(layer, &progress);
     LogOverflows(layer, read.overflows);
     density_ = std::max(kLeastDensity, read.density);
     // What the loop attends to is counted as it is enqueued.
-    if (!read.by_policy) return;
+    if (!read.by_policy) return 1;
     const uint64_t pairs = Pairs();
     progress.pairs_computed += static_cast<uint64_t>(read.density * static_cast<double>(pairs));
     progress.pairs_possible += pairs;
-    return;
+    return read.density;
   }
   constexpr uint64_t kPairs = uint64_t{128} * kernels::kStatsBlockTokens;
   const CudaLayerLog::Searches found = log_.CountSearches(layer, *pattern_);
   LogOverflows(layer, found.overflows);
-  if (found.blocks.possible == 0) return;
+  if (found.blocks.possible == 0) return 1;
   progress.pairs_computed += found.blocks.computed * kPairs;
   progress.pairs_possible += found.blocks.possible * kPairs;
-  density_ = std::max(
-      kLeastDensity, static_cast<double>(found.blocks.computed) / static_cast<double>(found.blocks.possible));
+  const double density =
+      static_cast<double>(found.blocks.computed) / static_cast<double>(found.blocks.possible);
+  density_ = std::max(kLeastDensity, density);
+  return density;
+}
+
+void CudaPass::NoteLayer(int32_t layer) {
+  PrefillProgress::Layer read{1};
+  if (pattern_ || policy_pass_ != nullptr) {
+    const PrefillProgress& progress = sequences_[0].result.progress;
+    const double sum = progress.recall_sum;
+    const uint64_t recalls = progress.recalls;
+    read.density = static_cast<float>(TakeDensity(layer));
+    if (progress.recalls > recalls) {
+      read.recall =
+          static_cast<float>((progress.recall_sum - sum) / static_cast<double>(progress.recalls - recalls));
+    }
+  }
+  for (CudaSequence& sequence : sequences_) sequence.result.progress.layers.push_back(read);
 }
 
 // Of a whole layer: the last one computes one row's attention. Short prompts' kernels do not fill the device.

@@ -129,7 +129,10 @@ class CudaPass {
   absl::Status AttendPacked(const char* k, const char* v);
   absl::Status AttendPolicy(int32_t layer, const char* k, const char* v, char** out);
   // Of a layer that has run.
-  void TakeDensity(int32_t layer);
+  // Returns the share of the layer's pairs that was read.
+  double TakeDensity(int32_t layer);
+  // Adds a layer that has run to what progress tells.
+  void NoteLayer(int32_t layer);
   void LogOverflows(int32_t layer, uint32_t overflows);
   void LearnSpeed(int32_t layer, absl::Duration linear, absl::Duration attention);
 

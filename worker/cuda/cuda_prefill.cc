@@ -322,7 +322,7 @@ absl::Status CudaPass::CheckFinishedLayers() {
       context_.metrics->layer_attention.Observe(absl::ToDoubleSeconds(times.attention));
       if (shared()) context_.metrics->layer_exchange.Observe(absl::ToDoubleSeconds(times.exchange));
     }
-    if (pattern_ || policy_pass_ != nullptr) TakeDensity(checked_);
+    NoteLayer(checked_);
     LearnSpeed(checked_, times.linear(), times.attention);
   }
   return absl::OkStatus();
