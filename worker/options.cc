@@ -126,9 +126,10 @@ void Declare(WorkerOptions* o, FlagSet* flags) {
              "a group keeps what goes into every so many layers, on two ranks each, so that a prompt goes on "
              "there when one is lost; fewer than egress_buffers: a slow decode node may leave the ranks "
              "without a common one; 0: never, it starts anew");
-  flags->Int("max_gpus", &o->max_gpus, 1, 64,
-             "most GPUs, this one among them, that may share a prompt; prompts under the policies a_shape and "
-             "vertical_slash are not shared");
+  flags->Int(
+      "max_gpus", &o->max_gpus, 1, 64,
+      "most GPUs, this one among them, that may share a prompt; prompts under the policies a_shape and "
+      "vertical_slash are not shared");
   flags->Bool("measure_rates", &o->measure_rates,
               "measure at the start how fast this worker computes, for the planner's cost model, which takes "
               "a second or so; off: it plans as if nothing were known");
