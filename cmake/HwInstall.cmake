@@ -6,6 +6,22 @@ include(CMakePackageConfigHelpers)
 set(hw_programs headwater headwater-coordinator headwater-worker headwater-decode headwater-bench-prefill)
 install(TARGETS ${hw_programs} RUNTIME COMPONENT runtime)
 
+# Their bill of materials: asks dpkg which packages their libraries are of, and a program for its version.
+find_program(HW_DPKG_QUERY dpkg-query)
+if(HW_DPKG_QUERY AND NOT HW_SANITIZE)
+  find_package(Python3 REQUIRED COMPONENTS Interpreter)
+  set(hw_sbom ${PROJECT_BINARY_DIR}/sbom.spdx.json)
+  list(TRANSFORM hw_programs REPLACE "(.+)" "$<TARGET_FILE:\\1>" OUTPUT_VARIABLE hw_program_files)
+  add_custom_command(OUTPUT ${hw_sbom}
+    COMMAND Python3::Interpreter ${PROJECT_SOURCE_DIR}/tools/make_sbom.py --output ${hw_sbom}
+            ${hw_program_files}
+    DEPENDS ${hw_programs}
+            ${PROJECT_SOURCE_DIR}/tools/make_sbom.py ${PROJECT_SOURCE_DIR}/tools/requirements.txt
+    COMMENT "SBOM" VERBATIM)
+  add_custom_target(sbom ALL DEPENDS ${hw_sbom})
+  install(FILES ${hw_sbom} DESTINATION ${CMAKE_INSTALL_DATADIR}/headwater COMPONENT runtime)
+endif()
+
 # The root of includes is include/headwater: "kvtransfer/store.h", "headwater/v1/kv.pb.h".
 set(hw_include ${CMAKE_INSTALL_INCLUDEDIR}/headwater)
 set(hw_package ${CMAKE_INSTALL_LIBDIR}/cmake/Headwater)
