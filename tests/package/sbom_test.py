@@ -68,6 +68,7 @@ class Parts(unittest.TestCase):
         version = facts.version()
         self.assertIn(f"project(headwater VERSION {version} ", (ROOT / "CMakeLists.txt").read_text())
         self.assertIn(f'\nversion = "{version}"\n', (ROOT / "python/pyproject.toml").read_text())
+        self.assertTrue((ROOT / "deploy/packages/changelog").read_text().startswith(f"headwater ({version}) "))
 
 
 class Document(unittest.TestCase):
