@@ -1,5 +1,6 @@
 # cmake -DSOURCE=DIR -DOUTPUT=FILE -P HwCommit.cmake: writes the commit of the sources, with a '+' where they were changed since,
 # as a header; leaves the file alone where it says so already.
+cmake_minimum_required(VERSION 3.25)
 set(ENV{GIT_OPTIONAL_LOCKS} 0)
 # Sources unpacked within another project's tree are not of its commit.
 cmake_path(GET SOURCE PARENT_PATH above)
