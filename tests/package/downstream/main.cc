@@ -20,7 +20,22 @@
 
 namespace {
 
-using namespace headwater;
+namespace v1 = headwater::v1;
+using headwater::BlockName;
+using headwater::DialPrivate;
+using headwater::KvBlockId;
+using headwater::KvDigest;
+using headwater::KvGeometry;
+using headwater::KvKind;
+using headwater::KvSender;
+using headwater::KvSenderOptions;
+using headwater::KvStore;
+using headwater::KvStoreOptions;
+using headwater::MakeKvReceiver;
+using headwater::Metrics;
+using headwater::RandomId;
+using headwater::Role;
+using headwater::StartServer;
 
 constexpr char kSession[] = "session-1";
 
