@@ -101,7 +101,8 @@ def package_entry(identifier: str, name: str, **more) -> dict:
 
 
 def purl(locator: str) -> list:
-    return [{"referenceCategory": "PACKAGE-MANAGER", "referenceType": "purl", "referenceLocator": locator.replace("+", "%2B")}]
+    return [{"referenceCategory": "PACKAGE-MANAGER", "referenceType": "purl",
+             "referenceLocator": locator.replace("+", "%2B")}]
 
 
 def project_entry(program: str) -> dict:
@@ -114,8 +115,8 @@ def project_entry(program: str) -> dict:
 
 
 def debian_entry(package: str, files: list, extracted: dict) -> dict:
-    fields = output_of("dpkg-query", "--show", "--showformat=${Package}\\t${Version}\\t${Architecture}\\t${Maintainer}", package)
-    name, version, architecture, maintainer = fields.split("\t")
+    form = "\\t".join(f"${{{field}}}" for field in ("Package", "Version", "Architecture", "Maintainer"))
+    name, version, architecture, maintainer = output_of("dpkg-query", "--show", f"--showformat={form}", package).split("\t")
     contact = re.fullmatch(r"(.*\S) <(\S+)>", maintainer)
     return package_entry(
         f"deb-{name}", name, versionInfo=version, licenseDeclared=licence_expression(licence_names(name), extracted),
@@ -141,8 +142,8 @@ def make(programs: list, requirements: str) -> dict:
     libraries = loaded_libraries(programs)
     owned = owners(libraries)
     for path, package in sorted(owned.items()):
-        packages.setdefault(package, []).append(path)
-    debian = [debian_entry(package, [Path(path).name for path in paths], extracted) for package, paths in sorted(packages.items())]
+        packages.setdefault(package, []).append(Path(path).name)
+    debian = [debian_entry(package, files, extracted) for package, files in sorted(packages.items())]
     static = [debian_entry(package, [], extracted) for package in COMPILED_IN]
     others = [package_entry(f"file-{Path(path).name}", Path(path).name, comment="loaded; of no Debian package",
                             checksums=[{"algorithm": "SHA256",

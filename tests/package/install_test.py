@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -62,7 +61,8 @@ class Install(unittest.TestCase):
         for name in facts.PROGRAMS:
             said = run(self.prefix / "bin" / name, "--version")
             self.assertEqual(said.returncode, 0, said.stderr)
-            self.assertRegex(said.stdout, rf"^{name} {re.escape(facts.version())} \(commit ([0-9a-f]{{12}}\+?|unknown), protocol \d+\)\n$")
+            version = re.escape(facts.version())
+            self.assertRegex(said.stdout, rf"^{name} {version} \(commit ([0-9a-f]{{12}}\+?|unknown), protocol \d+\)\n$")
             asked = run(self.prefix / "bin" / name, "--help")
             self.assertEqual((asked.returncode, "version" in asked.stdout), (0, True), name)
 

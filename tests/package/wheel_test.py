@@ -1,5 +1,5 @@
-"""Tests of the Python wheel: built from a copy of the sources, installed into an environment that has the packages which it asks
-for and no others, and used by python/examples/prefill.py with a live cluster of CPU processes."""
+"""Tests of the Python wheel: built from a copy of the sources, installed into an environment that has the packages which it
+asks for and no others, and used by python/examples/prefill.py with a live cluster of CPU processes."""
 
 import importlib.metadata
 import json
@@ -89,7 +89,8 @@ class Wheel(unittest.TestCase):
         self.assertIn("headwater/py.typed", self.names)
         # Every module of the sources, and nothing of anyone else.
         modules = {str(path.relative_to(ROOT / "python")) for path in (ROOT / "python/headwater").rglob("*.py")}
-        self.assertEqual({name for name in self.names if name.endswith(".py") and not name.startswith("headwater/v1/")}, modules)
+        written = {name for name in self.names if name.endswith(".py") and not name.startswith("headwater/v1/")}
+        self.assertEqual(written, modules)
         self.assertEqual({name.split("/")[0] for name in self.names}, {"headwater", f"headwater-{facts.version()}.dist-info"})
 
     def test_nothing_names_the_machine(self):
@@ -118,7 +119,8 @@ class Wheel(unittest.TestCase):
             # Another client of the same service must get the same tokens.
             (self.folder / "prompt").write_text(words.replace(",", " "))
             line = output_of(BUILD / "bin/headwater", "submit", f"--coordinator={cluster.coordinator}",
-                             f"--tokens={self.folder / 'prompt'}", f"--generate={NEW_TOKENS}", "--json", "--release", timeout=60)
+                             f"--tokens={self.folder / 'prompt'}", f"--generate={NEW_TOKENS}", "--json", "--release",
+                             timeout=60)
             refused = subprocess.run([*example, cluster.coordinator, "--tokens", "9999"], capture_output=True, text=True,
                                      check=False, timeout=60)
         match = re.fullmatch(r"prefilled 700 tokens on (w\d(?:, w\d)?): ([1-9]\d*) bytes of KV at decode-0\n"
