@@ -21,6 +21,12 @@ def run(*command, **words) -> subprocess.CompletedProcess:
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, **words)
 
 
+def where_the_build_looks() -> dict:
+    """An environment in which installed programs, which have no search path, find NVIDIA's libraries as the build does."""
+    paths = re.findall(r"RUNPATH.*\[(.*)\]", run("readelf", "--dynamic", BUILD / "bin/headwater-worker").stdout)
+    return {**os.environ, "LD_LIBRARY_PATH": ":".join(paths)}
+
+
 def missing_headers(include: Path) -> set:
     """What headers of the root `include` include of the project's own parts, and is not there."""
     parts = {path.name for path in (ROOT / "kvtransfer", ROOT / "base")} | {"headwater"}
@@ -59,11 +65,11 @@ class Install(unittest.TestCase):
 
     def test_programs_say_their_version(self):
         for name in facts.PROGRAMS:
-            said = run(self.prefix / "bin" / name, "--version")
+            said = run(self.prefix / "bin" / name, "--version", env=where_the_build_looks())
             self.assertEqual(said.returncode, 0, said.stderr)
             version = re.escape(facts.version())
             self.assertRegex(said.stdout, rf"^{name} {version} \(commit ([0-9a-f]{{12}}\+?|unknown), protocol \d+\)\n$")
-            asked = run(self.prefix / "bin" / name, "--help")
+            asked = run(self.prefix / "bin" / name, "--help", env=where_the_build_looks())
             self.assertEqual((asked.returncode, "version" in asked.stdout), (0, True), name)
 
     def test_headers_of_the_library_and_no_others(self):

@@ -1,11 +1,14 @@
 """Tests of tools/make_sbom.py, and of the bill of materials of this build: required fields, and nothing that is linked is
 missing."""
 
+import hashlib
 import json
 import re
 import subprocess
 import sys
+import tempfile
 import unittest
+from pathlib import Path
 
 import packaging_facts as facts
 from packaging_facts import BUILD, ROOT
@@ -69,6 +72,28 @@ class Parts(unittest.TestCase):
             with self.assertRaisesRegex(SystemExit, "pins no version"):
                 make_sbom.python_entries(f"# comment\n{line}\n")
 
+    def test_a_library_of_no_package_is_listed_with_its_checksum(self):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "own.c").write_text("int own(void) { return 0; }\n")
+            said = "p 1.2.3 (commit 0123456789ab+, protocol 1)"
+            (folder / "main.c").write_text("int puts(const char*);\nint own(void);\n"
+                                           f'int main(void) {{ puts("{said}"); return own(); }}\n')
+            for words in (["-shared", "-fPIC", "-o", "libown.so", "own.c"],
+                          ["-o", "program", "main.c", "-L.", "-lown", "-Wl,-rpath,$ORIGIN"]):
+                subprocess.run(["gcc", *words], cwd=folder, check=True)
+            made = subprocess.run([sys.executable, ROOT / "tools/make_sbom.py", "--output", "sbom.json", "./program"],
+                                  cwd=folder, capture_output=True, text=True, check=False)
+            self.assertEqual(made.returncode, 0, made.stderr)
+            document = json.loads((folder / "sbom.json").read_text())
+            digest = hashlib.sha256((folder / "libown.so").read_bytes()).hexdigest()
+        self.assertEqual(problems(document), [])
+        packages = {package["name"]: package for package in document["packages"]}
+        self.assertEqual(packages["libown.so"]["checksums"], [{"algorithm": "SHA256", "checksumValue": digest}])
+        self.assertEqual(packages["libc6"]["comment"].split(",")[0], "loaded: libc.so.6")
+        self.assertEqual((packages["headwater"]["versionInfo"], packages["headwater"]["sourceInfo"]),
+                         ("1.2.3", "commit 0123456789ab+"))
+
     def test_one_version_everywhere(self):
         version = facts.version()
         self.assertIn(f"project(headwater VERSION {version} ", (ROOT / "CMakeLists.txt").read_text())
@@ -121,5 +146,5 @@ class Document(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    facts.need("dpkg-query", "ldd")
+    facts.need("dpkg-query", "gcc", "ldd")
     unittest.main(verbosity=2)
