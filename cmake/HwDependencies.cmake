@@ -8,7 +8,7 @@ find_package(nlohmann_json CONFIG REQUIRED)
 find_package(civetweb CONFIG REQUIRED)
 find_package(OpenSSL REQUIRED)
 find_package(Gloo CONFIG REQUIRED)
-find_library(HW_ISAL_LIBRARY isal REQUIRED)
+find_package(ISAL REQUIRED)
 # google/rpc/{status,error_details}.proto.
 find_path(HW_GOOGLEAPIS_DIR google/rpc/error_details.proto
   PATHS /usr/share/gocode/src/github.com/gogo/googleapis /usr/share/googleapis /usr/include

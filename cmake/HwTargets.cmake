@@ -4,12 +4,17 @@ add_library(hw_warnings INTERFACE)
 target_compile_options(hw_warnings INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -Wconversion -Wno-sign-conversion -Werror>)
 
-# hw_library(NAME SOURCES a.cc ... [DEPS ...] [PRIVATE_DEPS ...])
+# hw_library(NAME SOURCES a.cc ... [HEADERS a.h ...] [DEPS ...] [PRIVATE_DEPS ...]): HEADERS are those that are installed,
+# for other programs (cmake/HwInstall.cmake).
 function(hw_library name)
-  cmake_parse_arguments(ARG "" "" "SOURCES;DEPS;PRIVATE_DEPS" ${ARGN})
+  cmake_parse_arguments(ARG "" "" "SOURCES;HEADERS;DEPS;PRIVATE_DEPS" ${ARGN})
   add_library(${name} STATIC ${ARG_SOURCES})
-  target_include_directories(${name} PUBLIC ${PROJECT_SOURCE_DIR})
-  target_link_libraries(${name} PUBLIC ${ARG_DEPS} PRIVATE hw_warnings ${ARG_PRIVATE_DEPS})
+  target_compile_features(${name} PUBLIC cxx_std_20)
+  target_include_directories(${name} PUBLIC $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}>)
+  target_link_libraries(${name} PUBLIC ${ARG_DEPS} PRIVATE $<BUILD_INTERFACE:hw_warnings> ${ARG_PRIVATE_DEPS})
+  if(ARG_HEADERS)
+    target_sources(${name} PUBLIC FILE_SET HEADERS BASE_DIRS ${PROJECT_SOURCE_DIR} FILES ${ARG_HEADERS})
+  endif()
 endfunction()
 
 # What the thread sanitizer cannot see by itself: how packaged libraries, which are not instrumented, order accesses.

@@ -9,6 +9,10 @@ if(NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE RelWithDebInfo CACHE STRING "" FORCE)
 endif()
 
+# What is built says nothing of where: paths in messages and in debug information begin at the root of the sources.
+set(HW_PREFIX_MAPS -ffile-prefix-map=${PROJECT_BINARY_DIR}=build -ffile-prefix-map=${PROJECT_SOURCE_DIR}/=)
+add_compile_options("$<$<COMPILE_LANGUAGE:C,CXX>:${HW_PREFIX_MAPS}>")
+
 # -g1 keeps line numbers in stack traces at a fraction of the size and the link time of -g.
 set(CMAKE_CXX_FLAGS_RELWITHDEBINFO "-O2 -g1")
 

@@ -44,7 +44,8 @@ absl::Status ParseCoordinatorFlags(absl::Span<const std::string> arguments, Coor
   CoordinatorOptions& o = flags->options;
   std::string log_format = "text";
   FlagSet set(
-      "headwater-coordinator [flags]\n\nThe front door of a Headwater cluster: takes prompts, plans and "
+      "headwater-coordinator [flags] | --version\n\nThe front door of a Headwater cluster: takes prompts, "
+      "plans and "
       "watches them.");
   set.String("listen", &flags->listen, "HOST:PORT of the gRPC services; port 0 takes a free one");
   set.String("metrics", &flags->metrics, "HOST:PORT of /metrics; empty: none");

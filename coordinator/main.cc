@@ -13,6 +13,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/signals.h"
+#include "base/version.h"
 #include "coordinator/coordinator_server.h"
 #include "coordinator/flags.h"
 
@@ -44,6 +45,10 @@ int Run(int argc, char** argv) {
   CoordinatorFlags flags;
   std::string help;
   const std::vector<std::string> arguments(argv + 1, argv + argc);
+  if (arguments.size() == 1 && arguments[0] == "--version") {
+    std::fputs(VersionText("headwater-coordinator").c_str(), stdout);
+    return 0;
+  }
   if (const absl::Status status = ParseCoordinatorFlags(arguments, &flags, &help); !status.ok()) {
     return Fail(status);
   }

@@ -9,6 +9,7 @@
 
 #include "base/log.h"
 #include "base/signals.h"
+#include "base/version.h"
 #include "decode/node.h"
 #include "decode/options.h"
 
@@ -31,6 +32,10 @@ int Main(int argc, char** argv) {
   DecodeOptions options;
   std::string help;
   const std::vector<std::string> arguments(argv + 1, argv + argc);
+  if (arguments.size() == 1 && arguments[0] == "--version") {
+    std::fputs(VersionText("headwater-decode").c_str(), stdout);
+    return 0;
+  }
   if (const absl::Status status = ParseDecodeOptions(arguments, &options, &help); !status.ok()) {
     return Fail(status);
   }

@@ -93,7 +93,7 @@ void Declare(DecodeOptions* o, FlagSet* flags) {
 
 absl::Status ParseDecodeOptions(absl::Span<const std::string> arguments, DecodeOptions* options,
                                 std::string* help) {
-  FlagSet flags("headwater-decode --model=DIR [flags]");
+  FlagSet flags("headwater-decode --model=DIR [flags] | --version");
   Declare(options, &flags);
   HW_RETURN_IF_ERROR(flags.Parse(arguments));
   if (flags.help_requested()) {

@@ -63,7 +63,7 @@ UNWANTED = {
 INCLUDE = re.compile(r'^\s*#\s*include\s*(["<])([^">]+)[">]', re.MULTILINE)
 TARGET = re.compile(r"\b(hw_library|hw_cuda_library|hw_binary)\s*\(([^)]*)\)")
 LINKS = re.compile(r"\btarget_link_libraries\s*\(([^)]*)\)")
-KEYWORDS = {"SOURCES", "DEPS", "PRIVATE_DEPS", "OUTPUT", "PUBLIC", "PRIVATE", "INTERFACE"}
+KEYWORDS = {"SOURCES", "HEADERS", "DEPS", "PRIVATE_DEPS", "OUTPUT", "PUBLIC", "PRIVATE", "INTERFACE"}
 
 
 class Source(NamedTuple):

@@ -8,6 +8,7 @@
 
 #include "base/log.h"
 #include "base/signals.h"
+#include "base/version.h"
 #include "worker/cpu_backend.h"
 #ifdef HW_WITH_CUDA
 #include "worker/cuda/cuda_backend.h"
@@ -46,6 +47,10 @@ int Main(int argc, char** argv) {
   WorkerOptions options;
   std::string help;
   const std::vector<std::string> arguments(argv + 1, argv + argc);
+  if (arguments.size() == 1 && arguments[0] == "--version") {
+    std::fputs(VersionText("headwater-worker").c_str(), stdout);
+    return 0;
+  }
   if (const absl::Status status = ParseWorkerOptions(arguments, &options, &help); !status.ok()) {
     return Fail(status);
   }

@@ -165,7 +165,7 @@ void Declare(WorkerOptions* o, FlagSet* flags) {
 
 absl::Status ParseWorkerOptions(absl::Span<const std::string> arguments, WorkerOptions* options,
                                 std::string* help) {
-  FlagSet flags("headwater-worker --model=DIR [flags]");
+  FlagSet flags("headwater-worker --model=DIR [flags] | --version");
   Declare(options, &flags);
   HW_RETURN_IF_ERROR(flags.Parse(arguments));
   if (flags.help_requested()) {

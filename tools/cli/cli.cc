@@ -47,7 +47,7 @@ std::string Help() {
 }
 
 int Version(const Console& console) {
-  console.out << "headwater " << kVersion << " (protocol " << kProtocolVersion << ")\n";
+  console.out << VersionText("headwater");
   return kExitOk;
 }
 
