@@ -8,7 +8,7 @@ help:
 	@echo "                  [MODEL=dir] [PROMPT=file.txt] [QUESTION=text] [WORKERS=2] [TLS=1]"
 	@echo "make test       build (preset dev) and run every test that is not labelled slow"
 	@echo "make test-full  also the slow tests, the repeated fault tests, and the asan and tsan builds"
-	@echo "make deps       install the Debian packages of tools/packages.txt (as root; else print the command)"
+	@echo "make deps       install the Debian packages of tools/packages*.txt (as root; else print the command)"
 	@echo "make format     clang-format the sources       make lint    clang-tidy, layering, protos"
 	@echo "make clean      remove build/ and .demo/ (keeps .venv and .cache)"
 

@@ -7,7 +7,7 @@ steps=8
 step() { printf '[%s/%s] %s\n' "$1" "$steps" "$2"; }
 
 step 1 "Debian packages"
-bash tools/deps.sh
+bash tools/deps.sh --build
 step 2 "Python environment"
 bash tools/venv.sh
 step 3 "Build the four programs (preset release)"

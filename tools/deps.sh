@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
-# Makes sure that the Debian packages of tools/packages.txt are installed: installs them as root, else prints the command.
+# deps.sh [--build]: makes sure that the Debian packages of tools/packages.txt and, without --build, of tools/packages-test.txt
+# are installed: installs them as root, else prints the command.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 
 if ! command -v dpkg-query >/dev/null; then
-  echo "not a Debian system: packages are not checked (tools/packages.txt lists what is needed)"
+  echo "not a Debian system: packages are not checked (tools/packages*.txt list what is needed)"
   exit 0
 fi
-mapfile -t wanted < <(grep -v '^#' "$root/tools/packages.txt")
+lists=("$root/tools/packages.txt")
+case "${1:-}" in
+  "") lists+=("$root/tools/packages-test.txt") ;;
+  --build) ;;
+  *) echo "deps.sh: unknown argument '$1'; --build is the only one" >&2 && exit 2 ;;
+esac
+mapfile -t wanted < <(cat "${lists[@]}" | grep -v '^#')
 missing=()
 for package in "${wanted[@]}"; do
   status=$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null || true)

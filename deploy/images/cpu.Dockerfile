@@ -3,7 +3,7 @@
 FROM debian:bookworm-20251117-slim AS build
 WORKDIR /src
 COPY tools/packages.txt tools/deps.sh tools/
-RUN bash tools/deps.sh && rm -rf /var/lib/apt/lists/*
+RUN bash tools/deps.sh --build && rm -rf /var/lib/apt/lists/*
 COPY . .
 RUN cmake --preset release -DHW_CUDA=OFF -DBUILD_TESTING=OFF
 # replay: compile

@@ -3,7 +3,7 @@
 FROM debian:bookworm-20251117-slim AS build
 WORKDIR /src
 COPY tools/packages.txt tools/deps.sh tools/
-RUN bash tools/deps.sh && rm -rf /var/lib/apt/lists/*
+RUN bash tools/deps.sh --build && rm -rf /var/lib/apt/lists/*
 # CUDA and NCCL as PyPI has them, in the layout that CMake looks for; and a CMake that knows CUDA 13, where Debian's 3.25.1 looks for
 # libnvToolsExt, which is no more.
 COPY deploy/images/cuda-requirements.txt deploy/images/

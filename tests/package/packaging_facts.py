@@ -18,7 +18,7 @@ def need(*commands: str) -> None:
         sys.exit(77)
     for command in commands:
         if shutil.which(command) is None:
-            print(f"SKIPPED: {command} is not installed (tools/packages.txt names the packages)")
+            print(f"SKIPPED: {command} is not installed (tools/packages-test.txt names the packages)")
             sys.exit(77)
 
 
