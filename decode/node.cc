@@ -104,8 +104,8 @@ absl::Status DecodeNode::Serve(const DecodeOptions& options) {
   HW_ASSIGN_OR_RETURN(engine_, GenerationEngine::Create(engine_options));
   kv_service_ = MakeKvReceiver(store_.get(), metrics_.get());
   decode_service_ = MakeDecodeService(engine_.get());
-  absl::StatusOr<RunningServer> server =
-      StartServer(options.listen, {kv_service_.get(), decode_service_.get()}, transport_.get());
+  absl::StatusOr<RunningServer> server = StartServer(
+      options.listen, {kv_service_.get(), decode_service_.get()}, transport_.get(), kMaxBufferedKvBytes);
   if (!server.ok()) return Annotate(server.status(), absl::StrCat("--listen ", options.listen));
   server_ = *std::move(server);
   const absl::Status served = metrics_->Serve(options.metrics);
