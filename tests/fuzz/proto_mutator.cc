@@ -1,7 +1,9 @@
 #include "tests/fuzz/proto_mutator.h"
 
+#include <iterator>
 #include <limits>
 #include <string>
+#include <vector>
 
 namespace headwater::fuzz {
 namespace {
@@ -17,6 +19,15 @@ class Mutator {
  public:
   Mutator(std::mt19937_64* random, void (*mutate_bytes)(std::string*))
       : random_(*random), mutate_bytes_(mutate_bytes) {}
+
+  // A value that is there, any with the same chance however deep it lies: what limits are checked on.
+  void MutateValue(Message* message) {
+    std::vector<Value> values;
+    Collect(message, 0, &values);
+    if (values.empty()) return;
+    const Value& value = values[static_cast<size_t>(Below(static_cast<int>(values.size())))];
+    SetScalar(value.message, value.field, value.index);
+  }
 
   void Mutate(Message* message, int depth) {
     const auto* type = message->GetDescriptor();
@@ -35,6 +46,31 @@ class Mutator {
   }
 
  private:
+  struct Value {
+    Message* message;
+    const FieldDescriptor* field;
+    int index;  // -1: not repeated
+  };
+
+  void Collect(Message* message, int depth, std::vector<Value>* values) {
+    const Reflection* reflection = message->GetReflection();
+    std::vector<const FieldDescriptor*> fields;
+    reflection->ListFields(*message, &fields);
+    for (const FieldDescriptor* field : fields) {
+      const bool of_messages = field->cpp_type() == FieldDescriptor::CPPTYPE_MESSAGE;
+      const int size = field->is_repeated() ? reflection->FieldSize(*message, field) : 1;
+      for (int i = 0; i < size && i < kMostElements; ++i) {
+        if (!of_messages) {
+          values->push_back({message, field, field->is_repeated() ? i : -1});
+        } else if (depth < kDeepest) {
+          Collect(field->is_repeated() ? reflection->MutableRepeatedMessage(message, field, i)
+                                       : reflection->MutableMessage(message, field),
+                  depth + 1, values);
+        }
+      }
+    }
+  }
+
   int Below(int limit) { return static_cast<int>(random_() % static_cast<uint64_t>(limit)); }
 
   // 0, a power of two or its neighbour, a neighbour of what was there, or anything.
@@ -42,8 +78,12 @@ class Mutator {
     switch (Below(6)) {
       case 0:
         return 0;
-      case 1:
-        return (uint64_t{1} << Below(64)) + static_cast<uint64_t>(Below(3)) - 1;
+      case 1: {
+        // Where products of sizes wrap, more often.
+        constexpr int kEdges[] = {16, 31, 32, 61, 62, 63};
+        const uint64_t power = uint64_t{1} << (Below(2) == 0 ? kEdges[Below(std::size(kEdges))] : Below(64));
+        return Below(2) == 0 ? power : power + static_cast<uint64_t>(Below(3)) - 1;
+      }
       case 2:
         return uint64_t{0} - (uint64_t{1} << Below(64));
       case 3:
@@ -126,7 +166,7 @@ class Mutator {
     const Reflection* reflection = message->GetReflection();
     const bool of_messages = field->cpp_type() == FieldDescriptor::CPPTYPE_MESSAGE;
     const int size = reflection->FieldSize(*message, field);
-    const int choice = Below(4);
+    const int choice = Below(6);
     if (size == 0 || (choice == 0 && size < kMostElements)) {
       if (!of_messages) {
         SetScalar(message, field, -2);
@@ -160,7 +200,13 @@ class Mutator {
 void MutateMessage(Message* message, std::mt19937_64* random, void (*mutate_bytes)(std::string*)) {
   Mutator mutator(random, mutate_bytes);
   const int times = 1 + static_cast<int>((*random)() % 4);
-  for (int i = 0; i < times; ++i) mutator.Mutate(message, 0);
+  for (int i = 0; i < times; ++i) {
+    if ((*random)() % 2 == 0) {
+      mutator.MutateValue(message);
+    } else {
+      mutator.Mutate(message, 0);
+    }
+  }
 }
 
 }  // namespace headwater::fuzz

@@ -1,8 +1,13 @@
 // Weight files.
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <string>
 
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+
+#include "fuzz.pb.h"
 #include "model/safetensors.h"
 #include "tests/fuzz/fuzz.h"
 
@@ -17,13 +22,25 @@ std::string File(absl::string_view header, absl::string_view data) {
   return file;
 }
 
-// First byte: 0, a whole file follows; else a header follows, and so many bytes of data are added.
+// The quotes of names are the mutator's business.
+std::string Header(const WeightFile& file) {
+  std::string out = "{";
+  for (const WeightTensor& tensor : file.tensors()) {
+    absl::StrAppend(&out, out.size() > 1 ? "," : "", "\"", tensor.name(), "\":{\"dtype\":\"", tensor.dtype(),
+                    "\",\"shape\":[", absl::StrJoin(tensor.shape(), ","), "],\"data_offsets\":[",
+                    tensor.begin(), ",", tensor.end(), "]}");
+  }
+  return out + "}";
+}
+
 void Run(absl::string_view input) {
-  if (input.empty()) return;
-  const auto data_bytes = static_cast<unsigned char>(input.front());
-  const absl::string_view rest = input.substr(1);
-  const std::string text =
-      data_bytes == 0 ? std::string(rest) : File(rest, std::string(data_bytes - size_t{1}, 'd'));
+  WeightFile spec;
+  if (!spec.ParseFromArray(input.data(), static_cast<int>(input.size()))) return;
+  const std::string data(spec.data_bytes() % 4096, 'd');
+  // What has tensors stays a file of tensors, whatever the mutator makes of the other fields.
+  const std::string text = spec.tensors_size() > 0 ? File(Header(spec), data)
+                           : spec.header().empty() ? spec.raw()
+                                                   : File(spec.header(), data);
   // On the heap and of the exact size, so that a read past its end is seen.
   const auto file = std::make_unique<uint8_t[]>(text.size());
   std::memcpy(file.get(), text.data(), text.size());
@@ -41,12 +58,14 @@ void Run(absl::string_view input) {
     FUZZ_EXPECT(tensor.data >= file.get() && tensor.data + tensor.bytes <= file.get() + text.size(),
                 "tensors lie in the file");
     if (tensor.element.has_value()) {
-      uint64_t wanted = *tensor.element == kernels::DType::kF32 ? 4 : 2;
+      // A zero anywhere makes it empty, whatever the others are.
+      const bool empty = std::count(tensor.shape.begin(), tensor.shape.end(), 0) > 0;
+      uint64_t wanted = empty ? 0 : *tensor.element == kernels::DType::kF32 ? 4 : 2;
+      bool wraps = false;
       for (const int64_t size : tensor.shape) {
-        const bool wraps = __builtin_mul_overflow(wanted, static_cast<uint64_t>(size), &wanted);
-        FUZZ_EXPECT(!wraps || tensor.bytes == 0, "sizes that multiply");
+        wraps |= __builtin_mul_overflow(wanted, static_cast<uint64_t>(size), &wanted);
       }
-      FUZZ_EXPECT(wanted == tensor.bytes || tensor.bytes == 0, "as many bytes as the shape says");
+      FUZZ_EXPECT(!wraps && wanted == tensor.bytes, "as many bytes as the shape says");
     }
     for (uint64_t i = 0; i < tensor.bytes; ++i) seen = static_cast<unsigned char>(seen + tensor.data[i]);
     sum += tensor.bytes;
@@ -55,17 +74,35 @@ void Run(absl::string_view input) {
   Consume(seen);
 }
 
-std::vector<std::string> Seeds() {
-  const std::string one = R"({"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}})";
-  const std::string two =
-      R"({"__metadata__":{"format":"pt"},"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},)"
-      R"("b":{"dtype":"F16","shape":[],"data_offsets":[4,6]},"c":{"dtype":"I64","shape":[0],)"
-      R"("data_offsets":[6,6]}})";
-  return {std::string(1, '\0') + File(one, std::string(24, 'x')), std::string(1, '\x19') + one,
-          std::string(1, '\x07') + two, std::string(1, '\x01') + "{}"};
+WeightTensor* Add(WeightFile* file, const char* name, const char* dtype, uint64_t begin, uint64_t end) {
+  WeightTensor* const tensor = file->add_tensors();
+  tensor->set_name(name);
+  tensor->set_dtype(dtype);
+  tensor->set_begin(begin);
+  tensor->set_end(end);
+  return tensor;
 }
 
-const Registration kTarget({"safetensors", Run, Seeds, nullptr});
+std::vector<std::string> Seeds() {
+  WeightFile raw, text, tensors, nothing;
+  raw.set_raw(File(R"({"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}})", std::string(24, 'x')));
+  text.set_header(R"({"__metadata__":{"format":"pt"},"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},)"
+                  R"("c":{"dtype":"I64","shape":[0],"data_offsets":[4,4]}})");
+  text.set_data_bytes(4);
+  tensors.set_data_bytes(30);
+  Add(&tensors, "a", "F32", 0, 24)->add_shape(6);
+  Add(&tensors, "b", "F16", 24, 30)->add_shape(3);
+  WeightTensor* const empty = Add(&tensors, "c", "F32", 30, 30);
+  empty->add_shape(0);
+  empty->add_shape(5);
+  *nothing.add_tensors() = *empty;
+  nothing.mutable_tensors(0)->set_begin(0);
+  nothing.mutable_tensors(0)->set_end(0);
+  return {raw.SerializeAsString(), text.SerializeAsString(), tensors.SerializeAsString(),
+          nothing.SerializeAsString()};
+}
+
+const Registration kTarget({"safetensors", Run, Seeds, Prototype<WeightFile>});
 
 }  // namespace
 }  // namespace headwater::fuzz
