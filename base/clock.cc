@@ -2,6 +2,8 @@
 
 #include <chrono>
 
+#include "base/steady_waits.h"
+
 namespace headwater {
 namespace {
 
@@ -16,6 +18,7 @@ class MonotonicClock final : public Clock {
 }  // namespace
 
 const Clock* Clock::Real() {
+  LinkSteadyWaits();
   static const MonotonicClock* const clock = new MonotonicClock();
   return clock;
 }

@@ -18,6 +18,10 @@ class Clock {
   static const Clock* Real();
 };
 
+// Clock::Real()->Now(): for deadlines and durations. absl::Now(), which steps with the wall clock, is for
+// what people read and for certificates alone.
+inline absl::Time SteadyNow() { return Clock::Real()->Now(); }
+
 }  // namespace headwater
 
 #endif  // HW_BASE_CLOCK_H_

@@ -38,6 +38,11 @@ if(HW_SANITIZE)
   endif()
 endif()
 
+if(HW_FUZZ)
+  # Coverage for libFuzzer in all code of the project; what is linked from packages is not instrumented.
+  add_compile_options(-O1 -fsanitize=fuzzer-no-link)
+endif()
+
 if(NOT HW_CUDA STREQUAL "OFF")
   include(CheckLanguage)
   check_language(CUDA)

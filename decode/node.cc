@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include <grpcpp/health_check_service_interface.h>
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "base/status_macros.h"
 #include "base/version.h"
@@ -103,8 +104,8 @@ absl::Status DecodeNode::Serve(const DecodeOptions& options) {
   HW_ASSIGN_OR_RETURN(engine_, GenerationEngine::Create(engine_options));
   kv_service_ = MakeKvReceiver(store_.get(), metrics_.get());
   decode_service_ = MakeDecodeService(engine_.get());
-  absl::StatusOr<RunningServer> server =
-      StartServer(options.listen, {kv_service_.get(), decode_service_.get()}, transport_.get());
+  absl::StatusOr<RunningServer> server = StartServer(
+      options.listen, {kv_service_.get(), decode_service_.get()}, transport_.get(), kMaxBufferedKvBytes);
   if (!server.ok()) return Annotate(server.status(), absl::StrCat("--listen ", options.listen));
   server_ = *std::move(server);
   const absl::Status served = metrics_->Serve(options.metrics);
@@ -160,7 +161,7 @@ void DecodeNode::KeepHouse() {
     const int expired = store_->ExpireLeases();
     if (expired > 0) expired_total.Increment(expired);
     UpdateGauges();
-    kept_house_at_ = absl::ToUnixNanos(absl::Now());
+    kept_house_at_ = absl::ToUnixNanos(SteadyNow());
     lock.lock();
   }
 }
@@ -200,7 +201,7 @@ void DecodeNode::Leave() {
 
 bool DecodeNode::KeepsHouse() const {
   const int64_t at = kept_house_at_;
-  return at == 0 || absl::Now() - absl::FromUnixNanos(at) < kStuck;
+  return at == 0 || SteadyNow() - absl::FromUnixNanos(at) < kStuck;
 }
 
 bool DecodeNode::Drain(absl::Duration timeout) {

@@ -60,6 +60,9 @@ UNWANTED = {
     "the host of a package registry": re.compile(r"deb\.debian\.org|pypi\.org|pythonhosted\.org|registry\.npmjs"),
     "an open end without an issue, TODO(#n)": re.compile(r"\b(?:TODO(?!\(#\d+\))|FIXME|XXX|HACK)\b"),
 }
+# Deadlines and durations come from SteadyNow(); these files tell people the time, or look at certificates.
+WALL_CLOCK = re.compile(r"\babsl::Now\(\)|WaitWithDeadline|AwaitWithDeadline")
+WALL_CLOCK_FILES = ("base/log.cc", "base/rpc/transport.cc", "base/clock.h")
 INCLUDE = re.compile(r'^\s*#\s*include\s*(["<])([^">]+)[">]', re.MULTILINE)
 TARGET = re.compile(r"\b(hw_library|hw_cuda_library|hw_binary)\s*\(([^)]*)\)")
 LINKS = re.compile(r"\btarget_link_libraries\s*\(([^)]*)\)")
@@ -115,6 +118,13 @@ def target_part(path: str, name: str) -> str:
     return "base/rpc" if path.startswith("base/") and name == "hw_rpc" else part_of(path)
 
 
+def check_clock(source: Source) -> Iterator[str]:
+    if part_of(source.path) and source.path not in WALL_CLOCK_FILES:
+        for match in WALL_CLOCK.finditer(source.text):
+            line = source.text.count("\n", 0, match.start()) + 1
+            yield f"{source.path}:{line}: {match.group(0)} steps with the wall clock; base/clock.h has SteadyNow()"
+
+
 def check_links(sources: list) -> Iterator[str]:
     lists = [source for source in sources if source.path.endswith("CMakeLists.txt") and part_of(source.path)]
     owner = {name: target_part(source.path, name) for source in lists for name, _ in linked_targets(source.text)}
@@ -149,6 +159,7 @@ def check(sources: list) -> list:
         problems += check_text(source)
         if Path(source.path).suffix in {".cc", ".h", ".cu", ".cuh"} and part_of(source.path):
             problems += check_includes(source)
+            problems += check_clock(source)
     return problems
 
 

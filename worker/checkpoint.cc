@@ -79,15 +79,6 @@ void CheckpointStore::KeepOnly(const std::string& request_id, uint32_t epoch, in
 
 uint64_t CheckpointStore::bytes() const { return slots_[0].memory.capacity() + slots_[1].memory.capacity(); }
 
-int64_t MostCheckpointTokens(const std::vector<RankTokens>& partition) {
-  int64_t most = 0;
-  for (size_t rank = 0; rank < partition.size(); ++rank) {
-    const size_t left = (rank + partition.size() - 1) % partition.size();
-    most = std::max(most, NumTokens(partition[rank]) + NumTokens(partition[left]));
-  }
-  return most;
-}
-
 std::vector<CheckpointMove> PlanMoves(const ResumePoint& resume, const std::vector<RankTokens>& partition) {
   std::vector<CheckpointMove> moves;
   for (size_t owner = 0; owner < resume.partition.size(); ++owner) {

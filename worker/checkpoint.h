@@ -78,9 +78,6 @@ class CheckpointStore {
   int32_t started_ = -1;
 };
 
-// Tokens whose rows a rank of this partition holds in one checkpoint, the most of any rank: for plans.
-int64_t MostCheckpointTokens(const std::vector<RankTokens>& partition);
-
 // Rows [from_row, from_row + count) of rank `owner` of the checkpoint's epoch, which rank `from` has, go to
 // rows [to_row, to_row + count) of rank `to`.
 struct CheckpointMove {

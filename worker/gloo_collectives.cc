@@ -12,12 +12,12 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
-#include "absl/time/clock.h"
 #include "gloo/transport/context.h"
 #include "gloo/transport/tcp/address.h"
 #include "gloo/transport/tcp/device.h"
 #include "gloo/transport/unbound_buffer.h"
 
+#include "base/clock.h"
 #include "base/status_macros.h"
 #include "worker/gloo_peer_name.h"
 #include "worker/ring.h"
@@ -182,7 +182,7 @@ void GlooExchange::Interrupt() {
 
 absl::Status GlooExchange::Wait() {
   waited_ = true;
-  const absl::Time deadline = absl::Now() + group_->timeout();
+  const absl::Time deadline = SteadyNow() + group_->timeout();
   if (status_.ok()) status_ = group_->error();
   if (status_.ok() && receive_buffer_ != nullptr) status_ = WaitFor(true, deadline);
   if (status_.ok() && send_buffer_ != nullptr) status_ = WaitFor(false, deadline);
@@ -201,7 +201,7 @@ absl::Status GlooExchange::WaitFor(bool receiving, absl::Time deadline) {
   const int peer = receiving ? from_ : to_;
   absl::Status link;
   while (true) {
-    const std::chrono::milliseconds slice = GlooTimeout(std::min(deadline - absl::Now(), kLinkCheck));
+    const std::chrono::milliseconds slice = GlooTimeout(std::min(deadline - SteadyNow(), kLinkCheck));
     bool completed = false;
     const absl::Status waited = Guard("wait", [&] {
       completed = receiving ? buffer->waitRecv(nullptr, slice) : buffer->waitSend(nullptr, slice);
@@ -210,7 +210,7 @@ absl::Status GlooExchange::WaitFor(bool receiving, absl::Time deadline) {
     if (!link.ok()) return link;
     // What completed before the pair broke shows in one more wait.
     link = Guard(Describe(absl::StrCat("failed with rank ", peer)), [&] { group_->CheckLink(peer); });
-    if (link.ok() && absl::Now() >= deadline) break;
+    if (link.ok() && SteadyNow() >= deadline) break;
   }
   return absl::DeadlineExceededError(
       Describe(absl::StrCat("waited ", absl::FormatDuration(group_->timeout()), " for rank ", peer)));
@@ -245,7 +245,7 @@ absl::Status Gloo::Connect(RendezvousClient* rendezvous) {
     if (!error_.ok()) return error_;
     rendezvous_ = rendezvous;
   }
-  const absl::Time deadline = absl::Now() + options_.connect_timeout;
+  const absl::Time deadline = SteadyNow() + options_.connect_timeout;
   absl::Status status = ConnectAll(rendezvous, deadline);
   if (status.ok()) status = WaitForAll(deadline);
   operation_timeout_ = options_.timeout;
@@ -257,7 +257,7 @@ absl::Status Gloo::Connect(RendezvousClient* rendezvous) {
     formed_ = true;
     return status;
   }
-  if (absl::Now() >= deadline || absl::IsDeadlineExceeded(status)) {
+  if (SteadyNow() >= deadline || absl::IsDeadlineExceeded(status)) {
     status = absl::DeadlineExceededError(
         absl::StrCat("rank ", rank(), " of ", world_size(), " formed no group within ",
                      absl::FormatDuration(options_.connect_timeout), ": ", status.message()));
@@ -272,7 +272,7 @@ absl::Status Gloo::WaitForAll(absl::Time deadline) {
     absl::MutexLock lock(&mutex_);
     connected_ = true;
   }
-  operation_timeout_ = deadline - absl::Now();
+  operation_timeout_ = deadline - SteadyNow();
   const char here = 1;
   std::vector<char> all(static_cast<size_t>(world_size()));
   return AllGather(&here, 1, all.data());
@@ -304,12 +304,12 @@ absl::Status Gloo::Publish(RendezvousClient* rendezvous, absl::Time deadline, si
     }
   }));
   if (world_size() == 1) return absl::OkStatus();
-  return rendezvous->Put(Key(rank()), addresses, deadline - absl::Now());
+  return rendezvous->Put(Key(rank()), addresses, deadline - SteadyNow());
 }
 
 absl::Status Gloo::ConnectPeer(RendezvousClient* rendezvous, int peer, size_t address_bytes,
                                absl::Time deadline) {
-  HW_ASSIGN_OR_RETURN(const std::string addresses, rendezvous->Get(Key(peer), deadline - absl::Now()));
+  HW_ASSIGN_OR_RETURN(const std::string addresses, rendezvous->Get(Key(peer), deadline - SteadyNow()));
   if (addresses.size() != address_bytes * static_cast<size_t>(world_size() - 1)) {
     return absl::InternalError(absl::StrCat("rank ", peer, " published ", addresses.size(),
                                             " bytes of addresses; expected are ", world_size() - 1, " of ",

@@ -8,8 +8,8 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
-#include "absl/time/clock.h"
 
+#include "base/clock.h"
 #include "worker/ring.h"
 
 namespace headwater {
@@ -82,7 +82,7 @@ class Exchange final : public PendingExchange {
   }
 
   absl::Status Wait() override {
-    const absl::Time deadline = absl::Now() + group_->timeout;
+    const absl::Time deadline = SteadyNow() + group_->timeout;
     absl::MutexLock lock(&group_->mutex);
     waited_ = true;
     absl::Status status = Progress(deadline);
@@ -105,7 +105,8 @@ class Exchange final : public PendingExchange {
       if (!group_->errors[peer].ok() && (receive_done_ ? posted_.state == SendState::kPosted : true)) {
         return absl::UnavailableError(Describe(absl::StrCat("failed: rank ", peer, " has left the group")));
       }
-      if (group_->changed.WaitWithDeadline(&group_->mutex, deadline) && absl::Now() >= deadline) {
+      if (group_->changed.WaitWithTimeout(&group_->mutex, deadline - SteadyNow()) &&
+          SteadyNow() >= deadline) {
         return absl::DeadlineExceededError(
             Describe(absl::StrCat("waited ", absl::FormatDuration(group_->timeout), " for rank ", peer)));
       }

@@ -89,4 +89,13 @@ int64_t MostTokens(const std::vector<RankTokens>& partition) {
   return most;
 }
 
+int64_t MostCheckpointTokens(const std::vector<RankTokens>& partition) {
+  int64_t most = 0;
+  for (size_t rank = 0; rank < partition.size(); ++rank) {
+    const size_t left = (rank + partition.size() - 1) % partition.size();
+    most = std::max(most, NumTokens(partition[rank]) + NumTokens(partition[left]));
+  }
+  return most;
+}
+
 }  // namespace headwater

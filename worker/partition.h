@@ -33,6 +33,9 @@ absl::StatusOr<std::vector<RankTokens>> PartitionTokens(int64_t num_tokens, int 
 int64_t NumTokens(const RankTokens& tokens);
 // Of the rank that has most.
 int64_t MostTokens(const std::vector<RankTokens>& partition);
+// Tokens whose rows a rank of this partition holds in one checkpoint, its own and its left neighbour's, the
+// most of any rank: for plans.
+int64_t MostCheckpointTokens(const std::vector<RankTokens>& partition);
 
 }  // namespace headwater
 

@@ -9,10 +9,10 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "absl/synchronization/mutex.h"
-#include "absl/time/clock.h"
 #include <google/protobuf/io/tokenizer.h>
 #include <google/protobuf/text_format.h>
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "base/status_macros.h"
 
@@ -80,13 +80,13 @@ class File final : public RolesFile {
         refresh_(refresh),
         text_(std::move(text)),
         roles_(std::make_shared<const Roles>(std::move(roles))),
-        looked_(absl::Now()) {}
+        looked_(SteadyNow()) {}
 
   bool Allows(absl::string_view spiffe_id, absl::string_view method) override {
     std::shared_ptr<const Roles> roles;
     {
       const absl::MutexLock lock(&mutex_);
-      if (!path_.empty() && absl::Now() - looked_ >= refresh_) Look();
+      if (!path_.empty() && SteadyNow() - looked_ >= refresh_) Look();
       roles = roles_;
     }
     return roles->Allows(spiffe_id, method);
@@ -94,7 +94,7 @@ class File final : public RolesFile {
 
  private:
   void Look() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    looked_ = absl::Now();
+    looked_ = SteadyNow();
     absl::StatusOr<std::string> text = ReadFile(path_);
     if (text.ok() && *text == text_) return;
     absl::StatusOr<Roles> roles = text.ok() ? Roles::Parse(*text) : text.status();

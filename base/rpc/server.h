@@ -2,6 +2,7 @@
 #ifndef HW_BASE_RPC_SERVER_H_
 #define HW_BASE_RPC_SERVER_H_
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,12 +26,22 @@ struct RunningServer {
   int port = 0;
 };
 
+// What a server's connections may hold of messages that are on their way.
+inline constexpr uint64_t kMaxBufferedBytes = uint64_t{512} << 20;
+// The same where KV blocks come in, of up to 32 MiB each and many at once.
+inline constexpr uint64_t kMaxBufferedKvBytes = uint64_t{4} << 30;
+
 // Serves `services` and grpc.health.v1 on `address` (host:port); without a transport in plaintext. Messages
-// up to 64 MiB, metadata up to 8 KiB. INVALID_ARGUMENT: the port is over 65535. UNAVAILABLE: the address
-// cannot be bound (port in use, no such host). The services must outlive the server.
+// up to 64 MiB, metadata up to 8 KiB, 128 calls at once of each connection (more wait at the client), 10 s
+// for a handshake. Connections end that have no call for ten minutes, or whose peer is gone. About
+// kMaxConnections of them in the process (base/rpc/accept_limit.h); a server of no services tells of health
+// alone and may use the descriptors that are kept from the others. Streams are reset that bring more than
+// max_buffered_bytes in sum. INVALID_ARGUMENT: the port is over 65535. UNAVAILABLE: the address cannot be
+// bound (port in use, no such host). The services must outlive the server.
 absl::StatusOr<RunningServer> StartServer(const std::string& address,
                                           const std::vector<grpc::Service*>& services,
-                                          const Transport* transport = nullptr);
+                                          const Transport* transport = nullptr,
+                                          uint64_t max_buffered_bytes = kMaxBufferedBytes);
 
 // A channel with a TCP connection of its own (not shared with other channels to the same address), keepalive
 // of 10 s, and reconnection after at most 2 s. A connection whose peer answers nothing for `silence`, be it a

@@ -38,7 +38,7 @@ Cluster::Cluster(ClusterOptions options) : options_(std::move(options)), directo
                                         absl::StrCat("--listen=", coordinator_address_),
                                         absl::StrCat("--metrics=", Loopback(coordinator_metrics_port_))};
   arguments.insert(arguments.end(), options_.coordinator_flags.begin(), options_.coordinator_flags.end());
-  coordinator_ = std::make_unique<Process>(arguments, directory_ + "/coordinator.log");
+  coordinator_ = Start(arguments, "coordinator.log");
   channel_ = DialPrivate(coordinator_address_, options_.transport.get(), Role::kCoordinator);
   prefill_ = v1::PrefillService::NewStub(channel_);
   admin_ = v1::AdminService::NewStub(channel_);
@@ -53,6 +53,12 @@ Cluster::Cluster(ClusterOptions options) : options_(std::move(options)), directo
 }
 
 Cluster::~Cluster() = default;
+
+std::unique_ptr<Process> Cluster::Start(const std::vector<std::string>& arguments, const std::string& log) {
+  std::vector<std::string> command = options_.command_prefix;
+  command.insert(command.end(), arguments.begin(), arguments.end());
+  return std::make_unique<Process>(command, absl::StrCat(directory_, "/", log));
+}
 
 void Cluster::StartWorker(int index) {
   std::vector<std::string> arguments = {
@@ -70,8 +76,7 @@ void Cluster::StartWorker(int index) {
   if (options_.flags_of_worker) {
     for (std::string& flag : options_.flags_of_worker(index)) arguments.push_back(std::move(flag));
   }
-  workers_[static_cast<size_t>(index)] =
-      std::make_unique<Process>(arguments, absl::StrCat(directory_, "/worker", index, ".log"));
+  workers_[static_cast<size_t>(index)] = Start(arguments, absl::StrCat("worker", index, ".log"));
 }
 
 void Cluster::StartDecode() {
@@ -87,7 +92,7 @@ void Cluster::StartDecode() {
                                         absl::StrCat("--kv_dir=", directory_, "/kv"),
                                         "--kv_budget=2147483648"};
   arguments.insert(arguments.end(), options_.decode_flags.begin(), options_.decode_flags.end());
-  decode_ = std::make_unique<Process>(arguments, directory_ + "/decode.log");
+  decode_ = Start(arguments, "decode.log");
 }
 
 void Cluster::WaitForMembers(int workers, int decode_nodes) {

@@ -32,6 +32,8 @@ struct ClusterOptions {
   std::vector<std::string> decode_flags;
   // Of one worker alone, besides worker_flags.
   std::function<std::vector<std::string>(int index)> flags_of_worker;
+  // Goes before every process's command line ("/usr/bin/env", "NAME=value").
+  std::vector<std::string> command_prefix;
   // Port that workers reach the decode node's KV service at instead of its own (a proxy's); 0: none. Called
   // with the decode node's port before it starts.
   std::function<int(int decode_port)> kv_proxy_port;
@@ -75,6 +77,8 @@ class Cluster {
   std::string Logs() const;
 
  private:
+  std::unique_ptr<Process> Start(const std::vector<std::string>& arguments, const std::string& log);
+
   const ClusterOptions options_;
   const std::string directory_;
   std::string coordinator_address_;

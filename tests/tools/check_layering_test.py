@@ -41,6 +41,12 @@ class LayeringTest(unittest.TestCase):
                 self.assert_found(path, f'// x\n#include "{included}"\n', f"{path}:2: ")
                 self.assert_found(path, f"// x\n# include <{included}>\n", included)
 
+    def test_deadlines_by_the_wall_clock_are_found(self):
+        self.assert_found("worker/a.cc", "const auto end = absl::Now() + limit;\n", "SteadyNow()")
+        self.assert_found("decode/a.cc", "changed.WaitWithDeadline(&mutex, end);\n", "SteadyNow()")
+        self.assert_clean(("base/log.cc", "absl::Now();\n"), ("tests/a.cc", "absl::Now();\n"), ("bench/a.cc", "absl::Now();\n"),
+                          ("worker/a.cc", "SteadyNow();\n"))
+
     def test_tests_may_include_what_they_test(self):
         self.assert_clean(("tests/worker/a_test.cc", '#include "coordinator/planner.h"\n#include "worker/worker.h"\n'))
 

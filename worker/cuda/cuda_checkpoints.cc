@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 
+#include "base/clock.h"
 #include "base/status_macros.h"
 #include "worker/cuda/cuda_plan.h"
 
@@ -46,19 +47,19 @@ CudaCheckpoints::CudaCheckpoints(const CudaCheckpointOptions& options)
 absl::Status CudaCheckpoints::Init() { return ready_.Create(cudaEventDisableTiming); }
 
 absl::Status CudaCheckpoints::WaitForCopier() {
-  const absl::Time start = absl::Now();
+  const absl::Time start = SteadyNow();
   while (true) {
     HW_ASSIGN_OR_RETURN(const uint64_t copied, options_.copier->copied());
     if (copied >= added_) break;
     HW_RETURN_IF_ERROR(options_.step());
-    if (absl::Now() - start > kLongestWait) {
+    if (SteadyNow() - start > kLongestWait) {
       return absl::InternalError(absl::StrCat("the checkpoint of layer ", layer_, ": ", added_ - copied,
                                               " bytes have not left the device within ",
                                               absl::FormatDuration(kLongestWait)));
     }
     absl::SleepFor(kPoll);
   }
-  waited_ += absl::Now() - start;
+  waited_ += SteadyNow() - start;
   return absl::OkStatus();
 }
 

@@ -4,8 +4,8 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "base/status_macros.h"
 #include "worker/agreement.h"
@@ -73,7 +73,7 @@ absl::Status CudaPass::FinishCheckpoints() {
 }
 
 absl::Status CudaPass::Resume() {
-  const absl::Time start = absl::Now();
+  const absl::Time start = SteadyNow();
   const CudaPrefillPrompt& prompt = *sequences_[0].prompt;
   const auto row_bytes = static_cast<size_t>(config_.hidden_size) * sizeof(float);
   HW_RETURN_IF_ERROR(LoadCheckpoint(
@@ -86,7 +86,7 @@ absl::Status CudaPass::Resume() {
       }));
   context_.checkpoints->Clear();
   if (context_.metrics != nullptr) {
-    context_.metrics->resume_exchange.Observe(absl::ToDoubleSeconds(absl::Now() - start));
+    context_.metrics->resume_exchange.Observe(absl::ToDoubleSeconds(SteadyNow() - start));
   }
   return absl::OkStatus();
 }

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 
+#include "base/clock.h"
 #include "base/status_macros.h"
 #include "kernels/cuda/block_masks.h"
 #include "kernels/cuda/block_mass.h"
@@ -240,7 +241,7 @@ absl::Status CudaPolicyPass::FindEnough(const kernels::CudaPolicyLayer& layer) {
 }
 
 absl::Status CudaPolicyPass::Wait(int32_t layer) {
-  const absl::Time start = absl::Now();
+  const absl::Time start = SteadyNow();
   HW_RETURN_IF_ERROR(arrived_.Record(options_.stream));
   while (true) {
     const cudaError_t state = cudaEventQuery(arrived_.get());
@@ -248,13 +249,13 @@ absl::Status CudaPolicyPass::Wait(int32_t layer) {
     if (state != cudaErrorNotReady) return FromCuda(state, absl::StrCat("layer ", layer));
     (void)cudaGetLastError();  // no failure: the next launch must not take it for its own
     HW_RETURN_IF_ERROR(options_.step());
-    if (absl::Now() - start > kLongestWait) {
+    if (SteadyNow() - start > kLongestWait) {
       return absl::InternalError(absl::StrCat("layer ", layer, ": the device has not answered within ",
                                               absl::FormatDuration(kLongestWait)));
     }
     absl::SleepFor(kPoll);
   }
-  waited_ += absl::Now() - start;
+  waited_ += SteadyNow() - start;
   return absl::OkStatus();
 }
 
@@ -276,7 +277,7 @@ absl::StatusOr<ContractRules> CudaPolicyPass::RulesFor(int32_t layer) const {
   if (job_.quality.time_budget > absl::ZeroDuration()) {
     // As if one device had all of the time.
     const absl::Duration left =
-        (job_.quality.time_budget - (absl::Now() - options_.start)) * options_.group->world_size();
+        (job_.quality.time_budget - (SteadyNow() - options_.start)) * options_.group->world_size();
     rules.max_density = std::max(
         0.0, DensityWithin(left, WorkOf(config_, num_tokens_), *options_.speed, config_.num_layers - layer));
     HW_RETURN_IF_ERROR(options_.group->Least(&rules.max_density));

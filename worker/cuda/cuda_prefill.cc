@@ -5,8 +5,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "base/status_macros.h"
 #include "worker/agreement.h"
@@ -31,7 +31,7 @@ CudaPass::CudaPass(absl::Span<const CudaPrefillPrompt> prompts, const CudaPrefil
       config_(model_->config()),
       q_width_(int64_t{config_.num_q_heads} * config_.head_dim),
       kv_width_(int64_t{config_.num_kv_heads} * config_.head_dim),
-      start_(absl::Now()),
+      start_(SteadyNow()),
       pacer_([this] { return Step(); }, context.devices != nullptr),
       measure_recall_(context.measure_recall),
       first_layer_(prompts[0].job->resume.has_value() ? prompts[0].job->resume->layer : 0) {

@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 
+#include "base/clock.h"
 #include "base/status_macros.h"
 #include "model/cuda/device_buffer.h"
 #include "worker/cuda/nccl_link.h"
@@ -85,7 +86,7 @@ absl::Status Nccl::Connect(RendezvousClient* rendezvous) {
   HW_RETURN_IF_ERROR(link_.OnEnd([rendezvous] {
     if (rendezvous != nullptr) rendezvous->Abort();
   }));
-  const absl::Time deadline = absl::Now() + options_.connect_timeout;
+  const absl::Time deadline = SteadyNow() + options_.connect_timeout;
   absl::Status status = world_size() == 1 ? absl::OkStatus() : Form(rendezvous, deadline);
   // An Abort() shows as whatever it broke.
   HW_RETURN_IF_ERROR(link_.OnEnd(nullptr));
@@ -112,8 +113,8 @@ absl::Status Nccl::Form(RendezvousClient* rendezvous, absl::Time deadline) {
 // never comes.
 absl::Status Nccl::ShareId(RendezvousClient* rendezvous, absl::Time deadline, ncclUniqueId* id) {
   if (rank() != 0) {
-    HW_RETURN_IF_ERROR(rendezvous->Put(Key(absl::StrCat(rank())), "here", deadline - absl::Now()));
-    HW_ASSIGN_OR_RETURN(const std::string value, rendezvous->Get(Key("id"), deadline - absl::Now()));
+    HW_RETURN_IF_ERROR(rendezvous->Put(Key(absl::StrCat(rank())), "here", deadline - SteadyNow()));
+    HW_ASSIGN_OR_RETURN(const std::string value, rendezvous->Get(Key("id"), deadline - SteadyNow()));
     if (value.size() != sizeof(id->internal)) {
       return absl::InternalError(link_.Describe(
           "the group", absl::StrCat("has an id of ", value.size(), " bytes from rank 0; expected are ",
@@ -123,14 +124,14 @@ absl::Status Nccl::ShareId(RendezvousClient* rendezvous, absl::Time deadline, nc
     return absl::OkStatus();
   }
   for (int peer = 1; peer < world_size(); ++peer) {
-    const absl::Status came = rendezvous->Get(Key(absl::StrCat(peer)), deadline - absl::Now()).status();
+    const absl::Status came = rendezvous->Get(Key(absl::StrCat(peer)), deadline - SteadyNow()).status();
     if (!came.ok()) return absl::Status(came.code(), absl::StrCat("rank ", peer, ": ", came.message()));
   }
   if (const ncclResult_t result = ncclGetUniqueId(id); result != ncclSuccess) {
     return link_.Error(result, "ncclGetUniqueId");
   }
   return rendezvous->Put(Key("id"), absl::string_view(id->internal, sizeof(id->internal)),
-                         deadline - absl::Now());
+                         deadline - SteadyNow());
 }
 
 // NCCL connects two ranks when they first send each other something, and waits for both then. A byte from
@@ -161,7 +162,7 @@ absl::Status Nccl::WaitFor(absl::string_view what, cudaStream_t stream, absl::Ti
       HW_ASSIGN_OR_RETURN(done, WorkIsDone(cudaStreamQuery(stream), link_.Describe(what, "failed")));
     }
     if (done) return absl::OkStatus();
-    if (absl::Now() >= deadline) return absl::DeadlineExceededError(absl::StrCat(what, " waits for a peer"));
+    if (SteadyNow() >= deadline) return absl::DeadlineExceededError(absl::StrCat(what, " waits for a peer"));
     pause.Wait();
   }
 }

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "base/status_macros.h"
 
@@ -23,9 +24,9 @@ bool Failed(ncclResult_t result) { return result != ncclSuccess && result != ncc
 
 // False: the communicator is still there, to be aborted.
 bool Finalize(ncclComm_t comm) {
-  const absl::Time deadline = absl::Now() + kFinalizeTimeout;
+  const absl::Time deadline = SteadyNow() + kFinalizeTimeout;
   ncclResult_t state = ncclCommFinalize(comm);
-  while (state == ncclInProgress && absl::Now() < deadline) {
+  while (state == ncclInProgress && SteadyNow() < deadline) {
     absl::SleepFor(absl::Milliseconds(1));
     if (ncclCommGetAsyncError(comm, &state) != ncclSuccess) return false;
   }

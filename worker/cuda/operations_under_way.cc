@@ -1,8 +1,8 @@
 #include "worker/cuda/operations_under_way.h"
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 
+#include "base/clock.h"
 #include "base/status_macros.h"
 #include "model/cuda/device_buffer.h"
 
@@ -69,7 +69,7 @@ absl::Status OperationsUnderWay::Check() {
     if (oldest.begun_at == absl::InfiniteFuture()) {
       HW_ASSIGN_OR_RETURN(const bool begun, WorkIsDone(cudaEventQuery(oldest.begin), Failed(oldest.what)));
       if (!begun) return absl::OkStatus();
-      oldest.begun_at = absl::Now();
+      oldest.begun_at = SteadyNow();
     }
     if (oldest.enqueued) {
       HW_ASSIGN_OR_RETURN(const bool ended, WorkIsDone(cudaEventQuery(oldest.end), Failed(oldest.what)));
@@ -80,7 +80,7 @@ absl::Status OperationsUnderWay::Check() {
         continue;
       }
     }
-    if (absl::Now() - oldest.begun_at < timeout_) return absl::OkStatus();
+    if (SteadyNow() - oldest.begun_at < timeout_) return absl::OkStatus();
     return absl::DeadlineExceededError(
         absl::StrCat(who_, ": ", oldest.what, " did not end within ", absl::FormatDuration(timeout_)));
   }
