@@ -27,6 +27,9 @@ CoordinatorMetrics::CoordinatorMetrics(Metrics* metrics)
           metrics->Gauge("headwater_draining_workers",
                          "Registered workers that get nothing new and leave when they are done.")),
       decode_nodes(metrics->Gauge("headwater_decode_nodes", "Connected decode nodes.")),
+      decode_kv_usage_ratio(
+          metrics->Gauge("headwater_decode_kv_usage_ratio",
+                         "Used part of the KV memory of all connected decode nodes, by their heartbeats.")),
       prompt_tokens_total(metrics->Counter("headwater_prompt_tokens_total",
                                            "Prompt tokens of completed requests.", {{"source", "computed"}})),
       retries_total(metrics->Counter("headwater_retries_total", "Epochs given up and started anew.")),

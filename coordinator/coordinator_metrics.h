@@ -30,6 +30,7 @@ class CoordinatorMetrics {
   prometheus::Gauge& workers;
   prometheus::Gauge& draining_workers;
   prometheus::Gauge& decode_nodes;
+  prometheus::Gauge& decode_kv_usage_ratio;
   prometheus::Counter& prompt_tokens_total;
   prometheus::Counter& retries_total;
   prometheus::Counter& resumed_epochs_total;

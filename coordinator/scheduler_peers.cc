@@ -11,10 +11,16 @@
 namespace headwater {
 namespace {
 
-double CountConnected(const ClusterState& cluster) {
-  double connected = 0;
-  for (const auto& [id, node] : cluster.decode_nodes()) connected += node.connected ? 1 : 0;
-  return connected;
+void SetDecodeGauges(const ClusterState& cluster, CoordinatorMetrics* metrics) {
+  double connected = 0, used = 0, budget = 0;
+  for (const auto& [id, node] : cluster.decode_nodes()) {
+    if (!node.connected) continue;
+    ++connected;
+    used += static_cast<double>(node.kv_bytes_used);
+    budget += static_cast<double>(node.registration.kv_budget_bytes());
+  }
+  metrics->decode_nodes.Set(connected);
+  metrics->decode_kv_usage_ratio.Set(budget > 0 ? used / budget : 0);
 }
 
 }  // namespace
@@ -136,7 +142,7 @@ absl::StatusOr<uint64_t> Scheduler::AddDecodeNode(const v1::DecodeRegistration& 
   node.last_heard = clock_->Now();
   const uint64_t connection = node.connection;
   HW_RETURN_IF_ERROR(cluster_.AddDecodeNode(std::move(node)));
-  metrics_->decode_nodes.Set(CountConnected(cluster_));
+  SetDecodeGauges(cluster_, metrics_);
   HW_LOG(INFO).Field("decode_node", registration.decode_node()).Field("kv_address", registration.kv_address())
       << "decode node registered";
   cluster_changed_ = true;
@@ -151,6 +157,7 @@ void Scheduler::OnDecodeHeartbeat(uint64_t connection, const v1::DecodeHeartbeat
   node->kv_bytes_used = heartbeat.kv_bytes_used();
   node->sessions = heartbeat.sessions();
   node->unreported_bytes = 0;
+  SetDecodeGauges(cluster_, metrics_);
 }
 
 void Scheduler::OnDecodeClosed(uint64_t connection) {
@@ -160,7 +167,7 @@ void Scheduler::OnDecodeClosed(uint64_t connection) {
   node->connected = false;
   node->disconnected_at = clock_->Now();
   node->link.reset();
-  metrics_->decode_nodes.Set(CountConnected(cluster_));
+  SetDecodeGauges(cluster_, metrics_);
 }
 
 }  // namespace headwater
