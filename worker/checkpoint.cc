@@ -17,30 +17,41 @@ namespace {
 
 // Of rows that come from another rank, at once.
 constexpr uint64_t kBounceBytes = uint64_t{64} << 20;
+// Memory of earlier checkpoints over so many times what the next ones need is given back.
+constexpr uint64_t kMostOversize = 4;
 
 }  // namespace
 
 void CheckpointStore::Begin(const std::string& request_id, uint32_t epoch, int rank,
                             std::vector<RankTokens> partition, int64_t hidden_size) {
-  Clear();
+  Forget();
   request_id_ = request_id;
   epoch_ = epoch;
   rank_ = rank;
   partition_ = std::move(partition);
   hidden_size_ = hidden_size;
   next_ = 0;
+  for (Slot& slot : slots_) {
+    if (slot.memory.capacity() < SlotBytes() || slot.memory.capacity() / kMostOversize > SlotBytes())
+      slot.memory.Free();
+  }
+}
+
+size_t CheckpointStore::NumValues(int rank) const {
+  return static_cast<size_t>(NumTokens(partition_[static_cast<size_t>(rank)]) * hidden_size_);
+}
+
+uint64_t CheckpointStore::SlotBytes() const {
+  // Either part begins at an aligned place.
+  return (NumValues(rank_) + NumValues(left())) * sizeof(float) + 2 * MemoryPlan::kAlignment;
 }
 
 absl::StatusOr<CheckpointStore::Rows> CheckpointStore::Start(int32_t layer) {
   Slot& slot = slots_[next_];
   slot.layer = -1;
   started_ = layer;
-  const auto values = [this](int rank) {
-    return static_cast<size_t>(NumTokens(partition_[static_cast<size_t>(rank)]) * hidden_size_);
-  };
-  const size_t own = values(rank_), neighbours = values(left());
-  // Either part begins at an aligned place.
-  HW_RETURN_IF_ERROR(slot.memory.Reset((own + neighbours) * sizeof(float) + 2 * MemoryPlan::kAlignment));
+  const size_t own = NumValues(rank_), neighbours = NumValues(left());
+  HW_RETURN_IF_ERROR(slot.memory.Reset(SlotBytes()));
   const auto take = [&slot](size_t count) {
     return absl::MakeSpan(reinterpret_cast<float*>(slot.memory.Take(count * sizeof(float))), count);
   };
@@ -75,6 +86,12 @@ void CheckpointStore::KeepOnly(const std::string& request_id, uint32_t epoch, in
   }
   started_ = -1;
   if (!same) request_id_.clear();
+}
+
+void CheckpointStore::Forget() {
+  for (Slot& slot : slots_) slot.layer = -1;
+  started_ = -1;
+  request_id_.clear();
 }
 
 uint64_t CheckpointStore::bytes() const { return slots_[0].memory.capacity() + slots_[1].memory.capacity(); }

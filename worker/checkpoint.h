@@ -43,7 +43,9 @@ class CheckpointStore {
     absl::Span<float> left;  // of rank - 1 modulo the world size
   };
 
-  // Forgets what it holds. `rank` of a group with this partition takes checkpoints from now on.
+  // Forgets what it holds. `rank` of a group with this partition takes checkpoints from now on, in memory of
+  // the ones before where that fits and is not over four times what is needed: pages that the system has to
+  // give anew cost more than to write them.
   void Begin(const std::string& request_id, uint32_t epoch, int rank, std::vector<RankTokens> partition,
              int64_t hidden_size);
   // Room for a checkpoint, in place of the older one, which is none any more. RESOURCE_EXHAUSTED.
@@ -56,6 +58,8 @@ class CheckpointStore {
   // Frees every checkpoint but this one.
   void KeepOnly(const std::string& request_id, uint32_t epoch, int32_t layer);
   void Clear() { KeepOnly("", 0, -1); }
+  // Clear(), but for the memory: the next Begin() decides.
+  void Forget();
   uint64_t bytes() const;
 
  private:
@@ -64,6 +68,10 @@ class CheckpointStore {
     int32_t layer = -1;  // -1: holds none
     Rows rows;
   };
+  // Of a rank's rows.
+  size_t NumValues(int rank) const;
+  // Of one checkpoint.
+  uint64_t SlotBytes() const;
   int left() const {
     return (rank_ + static_cast<int>(partition_.size()) - 1) % static_cast<int>(partition_.size());
   }

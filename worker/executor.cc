@@ -230,6 +230,9 @@ v1::ConnectRequest PrefillExecutor::Run(const v1::PrefillAssignment& assignment,
     if (const absl::Status has = CheckProvides(*job, checkpoints_); !has.ok()) {
       return Report(assignment, nullptr, has, start);
     }
+  } else if (job->world_size() > 1 && options_.checkpoint_layers > 0) {
+    // It takes some of its own, in the same memory.
+    checkpoints_.Forget();
   } else {
     checkpoints_.Clear();
   }

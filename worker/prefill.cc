@@ -76,6 +76,8 @@ class PrefillLoop {
     if (TakesCheckpoints()) {
       context_.checkpoints->Begin(job_.request_id, job_.epoch, job_.rank, job_.partition,
                                   config_.hidden_size);
+    } else if (context_.checkpoints != nullptr) {
+      context_.checkpoints->Clear();
     }
     for (int32_t layer = first_layer_; layer < config_.num_layers; ++layer) {
       HW_RETURN_IF_ERROR(StartCheckpoint(layer));

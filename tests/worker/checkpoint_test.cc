@@ -84,6 +84,34 @@ TEST(CheckpointStoreTest, FreesWhatIsNotKept) {
   EXPECT_EQ(store.Find("r", 1, 1, 1), nullptr);
 }
 
+TEST(CheckpointStoreTest, TheNextPromptsCheckpointsTakeTheSameMemory) {
+  CheckpointStore store;
+  const auto fill = [&store](const std::string& request_id, int64_t tokens) {
+    store.Begin(request_id, 1, 0, Partition(tokens, 2, v1::PARTITION_CONTIGUOUS), kHidden);
+    const float* first = nullptr;
+    for (const int32_t layer : {1, 2}) {
+      const auto rows = store.Start(layer);
+      EXPECT_TRUE(rows.ok());
+      if (first == nullptr) first = rows->own.data();
+      store.Finish();
+    }
+    return first;
+  };
+  const float* const place = fill("a", 6400);
+  const uint64_t bytes = store.bytes();
+  store.Forget();
+  EXPECT_EQ(store.Find("a", 1, 2, 0), nullptr);
+  EXPECT_EQ(store.bytes(), bytes);
+  EXPECT_EQ(fill("b", 6400), place);
+  EXPECT_EQ(store.bytes(), bytes);
+  EXPECT_EQ(fill("c", 3200), place) << "half of it will do";
+  EXPECT_EQ(store.Find("b", 1, 2, 0), nullptr);
+  fill("d", 640);
+  EXPECT_LT(store.bytes(), bytes / 4) << "far too much is given back";
+  fill("e", 64000);
+  EXPECT_GT(store.bytes(), bytes);
+}
+
 // Every row comes once, from its owner's place to its own.
 TEST(CheckpointMovesTest, BringEveryTokenToItsPlaceOnce) {
   for (const int64_t tokens : {1, 17, 64, 333, 2500}) {

@@ -80,6 +80,8 @@ absl::Status CudaPass::RunLayers() {
   if (checkpoints_) {
     const PrefillJob& job = *sequences_[0].prompt->job;
     context_.checkpoints->Begin(job.request_id, job.epoch, job.rank, job.partition, config_.hidden_size);
+  } else if (context_.checkpoints != nullptr) {
+    context_.checkpoints->Clear();
   }
   for (int32_t layer = first_layer_; layer < config_.num_layers; ++layer) {
     HW_RETURN_IF_ERROR(RunLayer(layer));
