@@ -1,6 +1,7 @@
 #include "base/flags.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <utility>
 
@@ -32,6 +33,31 @@ int EditDistance(absl::string_view a, absl::string_view b) {
 
 absl::Status Bad(absl::string_view value, absl::string_view allowed) {
   return absl::InvalidArgumentError(absl::StrCat("'", value, "' is not ", allowed));
+}
+
+// The one spelling of a value that was accepted.
+std::string Canonical(FlagKind kind, absl::string_view text) {
+  bool truth = false;
+  int64_t number = 0;
+  double real = 0;
+  if (kind == FlagKind::kBool && absl::SimpleAtob(text, &truth)) return truth ? "true" : "false";
+  if (kind == FlagKind::kInt && absl::SimpleAtoi(text, &number)) return absl::StrCat(number);
+  if (kind == FlagKind::kReal && absl::SimpleAtod(text, &real)) {
+    char shortest[32];
+    const auto end = std::to_chars(shortest, shortest + sizeof(shortest), real);
+    return std::string(shortest, end.ptr);
+  }
+  return std::string(text);
+}
+
+std::string FormatBytes(uint64_t bytes) {
+  constexpr absl::string_view kSuffixes[] = {"", "KiB", "MiB", "GiB", "TiB"};
+  size_t i = 0;
+  while (bytes != 0 && bytes % 1024 == 0 && i + 1 < std::size(kSuffixes)) {
+    bytes /= 1024;
+    ++i;
+  }
+  return absl::StrCat(bytes, kSuffixes[i]);
 }
 
 }  // namespace
@@ -75,8 +101,6 @@ std::string NearestWord(absl::string_view word, const std::vector<std::string>& 
   return nearest;
 }
 
-void FlagSet::Add(Flag flag) { flags_.push_back(std::move(flag)); }
-
 void FlagSet::String(absl::string_view name, std::string* value, absl::string_view help) {
   Custom(name, *value, help, [value](absl::string_view text) {
     *value = std::string(text);
@@ -85,22 +109,25 @@ void FlagSet::String(absl::string_view name, std::string* value, absl::string_vi
 }
 
 void FlagSet::Bool(absl::string_view name, bool* value, absl::string_view help) {
-  Custom(name, *value ? "true" : "false", help, [value](absl::string_view text) {
-    return absl::SimpleAtob(text, value) ? absl::OkStatus() : Bad(text, "true or false");
-  });
-  flags_.back().is_bool = true;
+  Custom(
+      name, *value ? "true" : "false", help,
+      [value](absl::string_view text) {
+        return absl::SimpleAtob(text, value) ? absl::OkStatus() : Bad(text, "true or false");
+      },
+      FlagKind::kBool);
 }
 
 void FlagSet::Int(absl::string_view name, int64_t* value, int64_t least, int64_t most,
                   absl::string_view help) {
-  Custom(name, absl::StrCat(*value), help, [value, least, most](absl::string_view text) {
+  const auto set = [value, least, most](absl::string_view text) {
     int64_t number = 0;
     if (!absl::SimpleAtoi(text, &number) || number < least || number > most) {
       return Bad(text, absl::StrCat("a whole number from ", least, " to ", most));
     }
     *value = number;
     return absl::OkStatus();
-  });
+  };
+  Custom(name, absl::StrCat(*value), help, set, FlagKind::kInt);
 }
 
 void FlagSet::Bytes(absl::string_view name, uint64_t* value, absl::string_view default_text,
@@ -109,6 +136,11 @@ void FlagSet::Bytes(absl::string_view name, uint64_t* value, absl::string_view d
     return ParseBytes(text, value) ? absl::OkStatus()
                                    : Bad(text, "a number of bytes (such as 1073741824, 512MiB or 4GiB)");
   });
+  Flag& flag = flags_.back();
+  flag.show = [value] { return FormatBytes(*value); };
+  uint64_t bytes = 0;
+  if (!ParseBytes(default_text, &bytes) || bytes != *value) flag.initial.reset();
+  flag.value.text = flag.initial;
 }
 
 void FlagSet::Duration(absl::string_view name, absl::Duration* value, absl::Duration least,
@@ -128,6 +160,7 @@ void FlagSet::Duration(absl::string_view name, absl::Duration* value, absl::Dura
     *value = duration;
     return absl::OkStatus();
   });
+  flags_.back().show = [value] { return absl::FormatDuration(*value); };
 }
 
 void FlagSet::Choice(absl::string_view name, std::string* value, std::vector<std::string> choices,
@@ -143,30 +176,64 @@ void FlagSet::Choice(absl::string_view name, std::string* value, std::vector<std
 }
 
 void FlagSet::Custom(absl::string_view name, absl::string_view default_text, absl::string_view help,
-                     std::function<absl::Status(absl::string_view)> set) {
+                     std::function<absl::Status(absl::string_view)> set, FlagKind kind) {
   Flag flag;
-  flag.name = std::string(name);
-  flag.default_text = std::string(default_text);
+  flag.value.name = std::string(name);
+  flag.value.kind = kind;
+  flag.value.default_text = std::string(default_text);
+  flag.initial = flag.value.text = Canonical(kind, default_text);
   flag.help = std::string(help);
   flag.set = std::move(set);
-  Add(std::move(flag));
+  flags_.push_back(std::move(flag));
 }
 
 FlagSet::Flag* FlagSet::Find(absl::string_view name) {
   for (Flag& flag : flags_) {
-    if (flag.name == name) return &flag;
+    if (flag.value.name == name) return &flag;
   }
   return nullptr;
 }
 
+absl::Status FlagSet::Assign(absl::string_view value, absl::string_view source, Flag* flag) {
+  const absl::Status status = flag->set(value);
+  if (!status.ok()) return absl::InvalidArgumentError(absl::StrCat(source, ": ", status.message()));
+  FlagValue& now = flag->value;
+  now.text = flag->show ? flag->show() : Canonical(now.kind, value);
+  now.is_default = now.text == flag->initial;
+  now.source = std::string(source);
+  return absl::OkStatus();
+}
+
+absl::Status FlagSet::Set(absl::string_view name, absl::string_view value, absl::string_view source) {
+  Flag* const flag = Find(name);
+  if (flag == nullptr) return absl::NotFoundError(absl::StrCat(source, ": there is no flag --", name));
+  return Assign(value, source, flag);
+}
+
+absl::Status FlagSet::Refuse(absl::string_view name, absl::string_view why) const {
+  for (const Flag& flag : flags_) {
+    if (flag.value.name == name && !flag.value.source.empty()) {
+      return absl::InvalidArgumentError(absl::StrCat(flag.value.source, ": ", why));
+    }
+  }
+  return absl::InvalidArgumentError(absl::StrCat("--", name, ": ", why));
+}
+
+std::vector<FlagValue> FlagSet::Values() const {
+  std::vector<FlagValue> values;
+  for (const Flag& flag : flags_) values.push_back(flag.value);
+  return values;
+}
+
 bool FlagSet::IsSet(absl::string_view name) const {
-  return std::any_of(flags_.begin(), flags_.end(),
-                     [name](const Flag& flag) { return flag.name == name && flag.is_set; });
+  return std::any_of(flags_.begin(), flags_.end(), [name](const Flag& flag) {
+    return flag.value.name == name && !flag.value.source.empty();
+  });
 }
 
 absl::Status FlagSet::Unknown(absl::string_view name) const {
   std::vector<std::string> known;
-  for (const Flag& flag : flags_) known.push_back(flag.name);
+  for (const Flag& flag : flags_) known.push_back(flag.value.name);
   const std::string nearest = NearestWord(name, known);
   return absl::InvalidArgumentError(absl::StrCat(
       "unknown flag --", name, nearest.empty() ? "" : absl::StrCat("; did you mean --", nearest, "?"),
@@ -174,6 +241,7 @@ absl::Status FlagSet::Unknown(absl::string_view name) const {
 }
 
 absl::Status FlagSet::Parse(absl::Span<const std::string> arguments) {
+  positional_.clear();
   for (size_t i = 0; i < arguments.size(); ++i) {
     absl::string_view argument = arguments[i];
     if (argument == "--") {
@@ -196,10 +264,10 @@ absl::Status FlagSet::Parse(absl::Span<const std::string> arguments) {
     Flag* flag = Find(name);
     if (flag == nullptr && !has_value && absl::StartsWith(name, "no")) {
       flag = Find(absl::string_view(name).substr(2));
-      if (flag != nullptr && flag->is_bool) value = "false";
-      if (flag != nullptr && !flag->is_bool) flag = nullptr;
+      if (flag != nullptr && flag->is_bool()) value = "false";
+      if (flag != nullptr && !flag->is_bool()) flag = nullptr;
     } else if (flag != nullptr && !has_value) {
-      if (flag->is_bool) {
+      if (flag->is_bool()) {
         value = "true";
       } else if (i + 1 < arguments.size()) {
         value = arguments[++i];
@@ -208,11 +276,8 @@ absl::Status FlagSet::Parse(absl::Span<const std::string> arguments) {
       }
     }
     if (flag == nullptr) return Unknown(name);
-    const absl::Status status = flag->set(value);
-    if (!status.ok()) {
-      return absl::InvalidArgumentError(absl::StrCat("--", flag->name, ": ", status.message()));
-    }
-    flag->is_set = true;
+    const absl::Status status = Assign(value, absl::StrCat("--", flag->value.name), flag);
+    if (!status.ok()) return status;
   }
   return absl::OkStatus();
 }
@@ -220,8 +285,8 @@ absl::Status FlagSet::Parse(absl::Span<const std::string> arguments) {
 std::string FlagSet::Help() const {
   std::string out = absl::StrCat("usage: ", usage_, "\n\nflags:\n");
   for (const Flag& flag : flags_) {
-    absl::StrAppend(&out, "  --", flag.name, flag.is_bool ? "" : "=VALUE");
-    if (!flag.default_text.empty()) absl::StrAppend(&out, " (default ", flag.default_text, ")");
+    absl::StrAppend(&out, "  --", flag.value.name, flag.is_bool() ? "" : "=VALUE");
+    if (!flag.value.default_text.empty()) absl::StrAppend(&out, " (default ", flag.value.default_text, ")");
     absl::StrAppend(&out, "\n      ", flag.help, "\n");
   }
   return out;

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,21 @@
 #include "absl/types/span.h"
 
 namespace headwater {
+
+// What a value is in a typed file.
+enum class FlagKind { kText, kBool, kInt, kReal };
+
+// A flag with the value that it has now.
+struct FlagValue {
+  std::string name;
+  FlagKind kind = FlagKind::kText;
+  std::string default_text;  // as --help has it
+  // As Set() takes it, in one spelling for each value. Nothing: the default, which is found at the start and
+  // has no text.
+  std::optional<std::string> text;
+  bool is_default = true;  // also where it was given
+  std::string source;      // as Set() was told; empty: nothing gave it
+};
 
 // Flags are written --name=value or --name value; a bool also as --name and --noname; a '-' inside a name
 // counts as '_'. "--" ends them. A flag given twice keeps the last value. Not thread-safe. The values pointed
@@ -40,32 +56,41 @@ class FlagSet {
               absl::string_view help);
   // `set` takes the text; its error is reported with the flag's name in front.
   void Custom(absl::string_view name, absl::string_view default_text, absl::string_view help,
-              std::function<absl::Status(absl::string_view)> set);
+              std::function<absl::Status(absl::string_view)> set, FlagKind kind = FlagKind::kText);
 
   // Takes the arguments after the program's (or subcommand's) name. INVALID_ARGUMENT names the flag, its
-  // value and what is allowed; for an unknown flag, the nearest known one. --help stops parsing.
+  // value and what is allowed; for an unknown flag, the nearest known one. --help stops parsing. May be
+  // called again.
   absl::Status Parse(absl::Span<const std::string> arguments);
 
   bool help_requested() const { return help_requested_; }
   // Arguments that are not flags, in order.
   const std::vector<std::string>& positional() const { return positional_; }
-  // True where the command line gave that flag.
+  // Gives a flag its value from elsewhere than the command line; errors begin with `source`. NOT_FOUND: there
+  // is no such flag.
+  absl::Status Set(absl::string_view name, absl::string_view value, absl::string_view source);
+  // True where something gave that flag a value.
   bool IsSet(absl::string_view name) const;
+  // INVALID_ARGUMENT that begins with where that flag's value is from: why a check of its own refuses it.
+  absl::Status Refuse(absl::string_view name, absl::string_view why) const;
+  // All flags, in the order of their declaration.
+  std::vector<FlagValue> Values() const;
   // Usage line, then every flag with its default and help.
   std::string Help() const;
 
  private:
   struct Flag {
-    std::string name;
-    std::string default_text;
+    FlagValue value;
     std::string help;
-    bool is_bool = false;
-    bool is_set = false;
+    std::optional<std::string> initial;  // value.text before anything gave one
     std::function<absl::Status(absl::string_view)> set;
+    std::function<std::string()> show;  // the value's text, where that is not the one that was set
+
+    bool is_bool() const { return value.kind == FlagKind::kBool; }
   };
 
-  void Add(Flag flag);
   Flag* Find(absl::string_view name);
+  static absl::Status Assign(absl::string_view value, absl::string_view source, Flag* flag);
   absl::Status Unknown(absl::string_view name) const;
 
   std::string usage_;

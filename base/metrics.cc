@@ -47,6 +47,14 @@ prometheus::Histogram& Metrics::Histogram(const std::string& name, const std::st
   return prometheus::BuildHistogram().Name(name).Help(help).Register(*registry_).Add(labels, buckets);
 }
 
+void Metrics::AddConfig(const std::string& sha256) {
+  if (sha256.empty()) return;
+  Gauge("headwater_config_info",
+        "Always 1; the label tells which configuration, but for what names the process.",
+        {{"sha256", sha256}})
+      .Set(1);
+}
+
 absl::Status Metrics::Serve(const std::string& address) {
   if (address.empty()) return absl::OkStatus();
   try {

@@ -39,6 +39,9 @@ class Metrics {
                                    const prometheus::Histogram::BucketBoundaries& buckets,
                                    const MetricLabels& labels = {});
 
+  // Adds headwater_config_info{sha256}; nothing where that is empty.
+  void AddConfig(const std::string& sha256);
+
   // Serves /metrics, with ProcessStats, on `address` ("127.0.0.1:9070"; empty: does nothing). UNAVAILABLE:
   // the address cannot be bound.
   absl::Status Serve(const std::string& address);

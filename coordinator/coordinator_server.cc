@@ -47,6 +47,7 @@ CoordinatorServer::CoordinatorServer(const CoordinatorOptions& options,
 absl::StatusOr<std::unique_ptr<CoordinatorServer>> CoordinatorServer::Start(
     const CoordinatorOptions& options, const CoordinatorEndpoints& endpoints) {
   auto server = std::unique_ptr<CoordinatorServer>(new CoordinatorServer(options, endpoints.transport));
+  server->metrics_.AddConfig(endpoints.config_sha256);
   HW_RETURN_IF_ERROR(server->metrics_.Serve(endpoints.metrics));
   HW_ASSIGN_OR_RETURN(server->running_, StartServer(endpoints.listen,
                                                     {&server->prefill_service_, &server->admin_service_,

@@ -32,6 +32,7 @@ struct CoordinatorEndpoints {
   std::string health;                          // of HealthPort; empty: none
   std::shared_ptr<const Transport> transport;  // of `listen` and to decode nodes; null: plaintext
   std::string page = {};                       // of PageServer; empty: none
+  std::string config_sha256 = {};              // as ConfigSummary has it
 };
 
 // The members may be called from any one thread.

@@ -5,10 +5,12 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 
+#include "base/config/config.h"
 #include "base/flags.h"
 #include "base/rpc/transport_flags.h"
 #include "base/status_macros.h"
 #include "coordinator/validation.h"
+#include "headwater/v1/config.pb.h"
 
 namespace headwater {
 namespace {
@@ -18,11 +20,13 @@ constexpr int64_t kMostPromptTokens = int64_t{1} << 24;
 constexpr int64_t kMostQueue = int64_t{1} << 40;
 constexpr int64_t kMostEpochs = 1000;
 constexpr absl::Duration kLongestWait = absl::Hours(24 * 30);
+// Of one process.
+constexpr absl::string_view kOwnFlags[] = {"listen", "metrics", "health", "page"};
 
 // A whole number from 1 to `most`.
 template <typename T>
 void Count(FlagSet* set, absl::string_view name, T* value, int64_t most, absl::string_view help) {
-  set->Custom(name, absl::StrCat(*value), help, [value, most](absl::string_view text) {
+  const auto take = [value, most](absl::string_view text) {
     int64_t number = 0;
     if (!absl::SimpleAtoi(text, &number) || number < 1 || number > most) {
       return absl::InvalidArgumentError(
@@ -30,7 +34,8 @@ void Count(FlagSet* set, absl::string_view name, T* value, int64_t most, absl::s
     }
     *value = static_cast<T>(number);
     return absl::OkStatus();
-  });
+  };
+  set->Custom(name, absl::StrCat(*value), help, take, FlagKind::kInt);
 }
 
 void Wait(FlagSet* set, absl::string_view name, absl::Duration* value, absl::string_view help) {
@@ -72,7 +77,8 @@ absl::Status ParseCoordinatorFlags(absl::Span<const std::string> arguments, Coor
   set.Bytes("trace_memory", &o.trace_memory, "64MiB",
             "for the timelines of ended requests ('headwater trace'); 0: none are kept");
   Wait(&set, "drain_timeout", &flags->drain_timeout, "time for accepted requests after SIGTERM");
-  HW_RETURN_IF_ERROR(set.Parse(arguments));
+  Config config(v1::CoordinatorConfig::default_instance(), kOwnFlags, &set);
+  HW_RETURN_IF_ERROR(config.Read(arguments, ProcessEnvironment()));
   if (set.help_requested()) {
     *help = set.Help();
     return absl::OkStatus();
@@ -82,10 +88,11 @@ absl::Status ParseCoordinatorFlags(absl::Span<const std::string> arguments, Coor
         absl::StrCat("argument '", Printable(set.positional()[0]), "' is not a flag; none is wanted"));
   }
   if (flags->listen.rfind(':') == std::string::npos) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--listen: '", Printable(flags->listen), "' is not HOST:PORT"));
+    return set.Refuse("listen", absl::StrCat("'", Printable(flags->listen), "' is not HOST:PORT"));
   }
   HW_CHECK(ParseLogFormat(log_format, &flags->log_format));
+  flags->config = config.Summary();
+  if (config.print_requested()) *help = config.Print();
   return absl::OkStatus();
 }
 

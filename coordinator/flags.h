@@ -9,6 +9,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 
+#include "base/config/config.h"
 #include "base/log.h"
 #include "base/rpc/transport.h"
 #include "coordinator/options.h"
@@ -24,10 +25,12 @@ struct CoordinatorFlags {
   absl::Duration drain_timeout = absl::Seconds(45);
   TransportOptions transport;
   CoordinatorOptions options;
+  ConfigSummary config;
 };
 
-// Takes the arguments after the program's name. Where --help is among them, `help` gets the text to print.
-// INVALID_ARGUMENT names the flag, its value and what is allowed.
+// Takes the arguments after the program's name, and what --config and the environment give (Config). Where
+// --help or --print_config is among them, `help` gets the text to print. INVALID_ARGUMENT names the flag or
+// where else the value is from, the value and what is allowed.
 absl::Status ParseCoordinatorFlags(absl::Span<const std::string> arguments, CoordinatorFlags* flags,
                                    std::string* help);
 

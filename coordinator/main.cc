@@ -11,6 +11,7 @@
 #include <signal.h>
 
 #include "base/clock.h"
+#include "base/config/config.h"
 #include "base/log.h"
 #include "base/signals.h"
 #include "base/version.h"
@@ -57,11 +58,12 @@ int Run(int argc, char** argv) {
     return 0;
   }
   InitLogging(flags.log_format, LogSeverity::kINFO, "coordinator");
+  LogConfig(flags.config);
   const auto transport = Transport::Create(flags.transport, Role::kCoordinator);
   if (!transport.ok()) return Fail(transport.status());
   LogTransport(transport->get(), flags.listen);
-  auto server = CoordinatorServer::Start(flags.options,
-                                         {flags.listen, flags.metrics, flags.health, *transport, flags.page});
+  auto server = CoordinatorServer::Start(flags.options, {flags.listen, flags.metrics, flags.health,
+                                                         *transport, flags.page, flags.config.sha256});
   if (!server.ok()) return Fail(server.status());
   HW_LOG(INFO)
           .Field("address", (*server)->address())

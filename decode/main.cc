@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include "base/config/config.h"
 #include "base/log.h"
 #include "base/signals.h"
 #include "base/version.h"
@@ -46,6 +47,7 @@ int Main(int argc, char** argv) {
   LogFormat format = LogFormat::kText;
   HW_CHECK(ParseLogFormat(options.log_format, &format));
   InitLogging(format, LogSeverity::kINFO, "decode");
+  LogConfig(options.config);
 
   auto node = DecodeNode::Start(options);
   if (!node.ok()) return Fail(node.status());

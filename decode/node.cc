@@ -46,6 +46,7 @@ absl::StatusOr<std::unique_ptr<DecodeNode>> DecodeNode::Start(const DecodeOption
                       HealthPort::Start(options.health, {[raw = node.get()] { return raw->KeepsHouse(); },
                                                          [raw = node.get()] { return raw->registered(); }}));
   node->metrics_ = std::make_unique<Metrics>("decode");
+  node->metrics_->AddConfig(options.config.sha256);
   HW_RETURN_IF_ERROR(node->LoadModel(options));
   HW_RETURN_IF_ERROR(node->OpenStore(options));
   HW_RETURN_IF_ERROR(node->Serve(options));

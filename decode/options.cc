@@ -12,14 +12,19 @@
 #include "absl/strings/str_cat.h"
 #include <sys/statvfs.h>
 
+#include "base/config/config.h"
 #include "base/flags.h"
 #include "base/rpc/transport_flags.h"
 #include "base/status_macros.h"
+#include "headwater/v1/config.pb.h"
 
 namespace headwater {
 namespace {
 
 constexpr size_t kMaxNameLength = 64;
+// Of one process.
+constexpr absl::string_view kOwnFlags[] = {"decode_node", "listen", "advertise", "advertise_kv",
+                                           "metrics",     "health", "kv_dir"};
 
 bool IsName(absl::string_view text) {
   return !text.empty() && text.size() <= kMaxNameLength && std::all_of(text.begin(), text.end(), [](char c) {
@@ -27,20 +32,19 @@ bool IsName(absl::string_view text) {
   });
 }
 
-absl::Status CheckName(absl::string_view flag, const std::string& value) {
+absl::Status CheckName(const FlagSet& flags, absl::string_view flag, const std::string& value) {
   if (IsName(value)) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("--", flag, ": '", value, "' is not 1 to 64 characters of [A-Za-z0-9._-]"));
+  return flags.Refuse(flag, absl::StrCat("'", value, "' is not 1 to 64 characters of [A-Za-z0-9._-]"));
 }
 
-absl::Status CheckAddress(absl::string_view flag, const std::string& value) {
+absl::Status CheckAddress(const FlagSet& flags, absl::string_view flag, const std::string& value) {
   const size_t colon = value.rfind(':');
   uint32_t port = 0;
   if (colon != std::string::npos && colon > 0 &&
       absl::SimpleAtoi(absl::string_view(value).substr(colon + 1), &port) && port <= 65535) {
     return absl::OkStatus();
   }
-  return absl::InvalidArgumentError(absl::StrCat("--", flag, ": '", value, "' is not HOST:PORT"));
+  return flags.Refuse(flag, absl::StrCat("'", value, "' is not HOST:PORT"));
 }
 
 bool IsWildcard(const std::string& address) {
@@ -95,7 +99,8 @@ absl::Status ParseDecodeOptions(absl::Span<const std::string> arguments, DecodeO
                                 std::string* help) {
   FlagSet flags("headwater-decode --model=DIR [flags] | --version");
   Declare(options, &flags);
-  HW_RETURN_IF_ERROR(flags.Parse(arguments));
+  Config config(v1::DecodeConfig::default_instance(), kOwnFlags, &flags);
+  HW_RETURN_IF_ERROR(config.Read(arguments, ProcessEnvironment()));
   if (flags.help_requested()) {
     *help = flags.Help();
     return absl::OkStatus();
@@ -104,18 +109,19 @@ absl::Status ParseDecodeOptions(absl::Span<const std::string> arguments, DecodeO
     return absl::InvalidArgumentError(absl::StrCat("unexpected argument '", flags.positional()[0], "'"));
   }
   if (options->model.empty()) {
-    return absl::InvalidArgumentError("--model is required: the directory of a Hugging Face checkpoint");
+    return flags.Refuse("model", "the directory of a Hugging Face checkpoint is required");
   }
   if (flags.IsSet("kv_budget") && options->kv_budget_bytes == 0) {
-    return absl::InvalidArgumentError("--kv_budget: '0' is not a positive number of bytes");
+    return flags.Refuse("kv_budget", "'0' is not a positive number of bytes");
   }
-  HW_RETURN_IF_ERROR(CheckName("decode_node", options->decode_node));
-  HW_RETURN_IF_ERROR(CheckName("pool", options->pool));
-  HW_RETURN_IF_ERROR(CheckAddress("coordinator", options->coordinator));
-  HW_RETURN_IF_ERROR(CheckAddress("listen", options->listen));
-  if (!options->advertise.empty()) HW_RETURN_IF_ERROR(CheckAddress("advertise", options->advertise));
-  if (!options->advertise_kv.empty()) HW_RETURN_IF_ERROR(CheckAddress("advertise_kv", options->advertise_kv));
-  if (!options->metrics.empty()) HW_RETURN_IF_ERROR(CheckAddress("metrics", options->metrics));
+  HW_RETURN_IF_ERROR(CheckName(flags, "decode_node", options->decode_node));
+  HW_RETURN_IF_ERROR(CheckName(flags, "pool", options->pool));
+  HW_RETURN_IF_ERROR(CheckAddress(flags, "coordinator", options->coordinator));
+  HW_RETURN_IF_ERROR(CheckAddress(flags, "listen", options->listen));
+  if (!options->advertise.empty()) HW_RETURN_IF_ERROR(CheckAddress(flags, "advertise", options->advertise));
+  if (!options->advertise_kv.empty())
+    HW_RETURN_IF_ERROR(CheckAddress(flags, "advertise_kv", options->advertise_kv));
+  if (!options->metrics.empty()) HW_RETURN_IF_ERROR(CheckAddress(flags, "metrics", options->metrics));
   if (IsWildcard(options->listen) && options->advertise.empty()) {
     return absl::InvalidArgumentError(absl::StrCat("--advertise is required where --listen is ",
                                                    options->listen, ": others cannot dial that address"));
@@ -125,6 +131,8 @@ absl::Status ParseDecodeOptions(absl::Span<const std::string> arguments, DecodeO
     options->kv_dir = absl::StrCat(temporary != nullptr && *temporary != '\0' ? temporary : "/tmp",
                                    "/headwater-kv-", options->decode_node);
   }
+  options->config = config.Summary();
+  if (config.print_requested()) *help = config.Print();
   return absl::OkStatus();
 }
 

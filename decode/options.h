@@ -10,6 +10,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 
+#include "base/config/config.h"
 #include "base/rpc/transport.h"
 
 namespace headwater {
@@ -38,10 +39,12 @@ struct DecodeOptions {
   std::string log_format = "text";
   absl::Duration drain_timeout = absl::Seconds(45);
   TransportOptions transport;
+  ConfigSummary config;
 };
 
-// Reads the arguments after the program's name. INVALID_ARGUMENT names the flag, its value and what is
-// allowed. On --help, `help` is set and nothing else is checked. Fills in defaults that depend on other flags
+// Reads the arguments after the program's name, and what --config and the environment give. INVALID_ARGUMENT
+// names the flag or where else the value is from, the value and what is allowed. On --help, `help` is set and
+// nothing else is checked; on --print_config it is set, too. Fills in defaults that depend on other flags
 // (kv_dir).
 absl::Status ParseDecodeOptions(absl::Span<const std::string> arguments, DecodeOptions* options,
                                 std::string* help);

@@ -17,12 +17,13 @@ ALLOWED = {
     "proto": set(),
     "base": set(),
     "base/rpc": {"base", "proto"},
+    "base/config": {"base"},
     "kernels": set(),
     "model": {"base", "kernels"},
     "kvtransfer": {"base", "base/rpc", "proto"},
-    "worker": {"base", "base/rpc", "proto", "kernels", "model", "kvtransfer"},
-    "coordinator": {"base", "base/rpc", "proto"},
-    "decode": {"base", "base/rpc", "proto", "kernels", "model", "kvtransfer"},
+    "worker": {"base", "base/config", "base/rpc", "proto", "kernels", "model", "kvtransfer"},
+    "coordinator": {"base", "base/config", "base/rpc", "proto"},
+    "decode": {"base", "base/config", "base/rpc", "proto", "kernels", "model", "kvtransfer"},
     "tools/cli": {"base", "base/rpc", "proto"},
 }
 # Part -> third-party include prefixes that it must not use.
@@ -31,6 +32,7 @@ CUDA = ("cuda", "cublas", "nccl", "curand", "nvrtc", "nvtx")
 FORBIDDEN = {
     "base": ("grpc/", "grpcpp/", "google/", "gloo/", "oneapi/", "dnnl") + CUDA,
     "base/rpc": ("gloo/", "oneapi/", "dnnl") + CUDA,
+    "base/config": ("grpc/", "grpcpp/", "gloo/", "oneapi/", "dnnl") + CUDA,
     "kernels": SERVICE + ("gloo/", "nccl", "thread", "future", "iostream", "cstdio", "stdio.h"),
     "model": ("grpc/", "grpcpp/", "google/", "gloo/", "oneapi/", "dnnl", "nccl"),
     "kvtransfer": ("gloo/", "oneapi/", "dnnl", "nccl", "cublas"),
@@ -43,6 +45,7 @@ FORBIDDEN = {
 FORBIDDEN_LINKS = {
     "base": ("gRPC::", "gloo", "DNNL::", "CUDA::"),
     "base/rpc": ("gloo", "DNNL::", "CUDA::"),
+    "base/config": ("gRPC::", "gloo", "DNNL::", "CUDA::"),
     "kernels": ("absl::", "gRPC::", "protobuf::", "prometheus-cpp::", "nlohmann_json::", "gloo", "Threads::"),
     "model": ("gRPC::", "protobuf::", "gloo", "DNNL::"),
     "kvtransfer": ("gloo", "DNNL::"),
@@ -114,8 +117,9 @@ def linked_targets(text: str) -> Iterator[tuple]:
 
 
 def target_part(path: str, name: str) -> str:
-    # base/CMakeLists.txt defines the library of base/rpc too.
-    return "base/rpc" if path.startswith("base/") and name == "hw_rpc" else part_of(path)
+    # base/CMakeLists.txt defines the libraries of base/config and base/rpc too.
+    inner = {"hw_config": "base/config", "hw_rpc": "base/rpc"}
+    return inner.get(name, "base") if path.startswith("base/") else part_of(path)
 
 
 def check_clock(source: Source) -> Iterator[str]:

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include <signal.h>
 
+#include "base/config/config.h"
 #include "base/log.h"
 #include "base/signals.h"
 #include "base/version.h"
@@ -61,6 +62,7 @@ int Main(int argc, char** argv) {
   LogFormat format = LogFormat::kText;
   HW_CHECK(ParseLogFormat(options.log_format, &format));
   InitLogging(format, LogSeverity::kINFO, "worker");
+  LogConfig(options.config);
 
   auto worker = Worker::Start(options, MakeBackend);
   if (!worker.ok()) return Fail(worker.status());

@@ -11,33 +11,37 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include "base/config/config.h"
 #include "base/flags.h"
 #include "base/rpc/transport_flags.h"
 #include "base/status_macros.h"
+#include "headwater/v1/config.pb.h"
 
 namespace headwater {
 namespace {
 
 constexpr size_t kMaxNameLength = 64;
+// Of one process.
+constexpr absl::string_view kOwnFlags[] = {"worker_id", "listen", "advertise", "collective_host",
+                                           "metrics",   "health", "device"};
 
-absl::Status CheckName(absl::string_view flag, const std::string& value) {
+absl::Status CheckName(const FlagSet& flags, absl::string_view flag, const std::string& value) {
   const bool ok =
       !value.empty() && value.size() <= kMaxNameLength && std::all_of(value.begin(), value.end(), [](char c) {
         return absl::ascii_isalnum(static_cast<unsigned char>(c)) || c == '.' || c == '_' || c == '-';
       });
   if (ok) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("--", flag, ": '", value, "' is not 1 to 64 characters of [A-Za-z0-9._-]"));
+  return flags.Refuse(flag, absl::StrCat("'", value, "' is not 1 to 64 characters of [A-Za-z0-9._-]"));
 }
 
-absl::Status CheckAddress(absl::string_view flag, const std::string& value) {
+absl::Status CheckAddress(const FlagSet& flags, absl::string_view flag, const std::string& value) {
   const size_t colon = value.rfind(':');
   uint32_t port = 0;
   if (colon != std::string::npos && colon > 0 &&
       absl::SimpleAtoi(absl::string_view(value).substr(colon + 1), &port) && port <= 65535) {
     return absl::OkStatus();
   }
-  return absl::InvalidArgumentError(absl::StrCat("--", flag, ": '", value, "' is not HOST:PORT"));
+  return flags.Refuse(flag, absl::StrCat("'", value, "' is not HOST:PORT"));
 }
 
 // Host names may hold characters that a name may not.
@@ -69,26 +73,27 @@ int64_t UsableCores() {
   return std::max<int64_t>(1, std::thread::hardware_concurrency());
 }
 
-absl::Status CheckDevice(const std::string& device) {
+absl::Status CheckDevice(const FlagSet& flags, const std::string& device) {
   if (device == "cpu") return absl::OkStatus();
   int32_t number = -1;
   absl::string_view rest = device;
   if (absl::ConsumePrefix(&rest, "cuda:") && absl::SimpleAtoi(rest, &number) && number >= 0)
     return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("--device: '", device, "' is not cpu or cuda:N"));
+  return flags.Refuse("device", absl::StrCat("'", device, "' is not cpu or cuda:N"));
 }
 
 // From 0 to 1e6.
 void GigabytesPerSecond(absl::string_view name, double* value, absl::string_view help, FlagSet* flags) {
   constexpr double kMost = 1e6;
-  flags->Custom(name, "0", help, [value](absl::string_view text) {
+  const auto take = [value](absl::string_view text) {
     double rate = 0;
     if (!absl::SimpleAtod(text, &rate) || !(rate >= 0 && rate <= kMost)) {
       return absl::InvalidArgumentError(absl::StrCat("'", text, "' is not a number from 0 to ", kMost));
     }
     *value = rate;
     return absl::OkStatus();
-  });
+  };
+  flags->Custom(name, "0", help, take, FlagKind::kReal);
 }
 
 void Declare(WorkerOptions* o, FlagSet* flags) {
@@ -167,7 +172,8 @@ absl::Status ParseWorkerOptions(absl::Span<const std::string> arguments, WorkerO
                                 std::string* help) {
   FlagSet flags("headwater-worker --model=DIR [flags] | --version");
   Declare(options, &flags);
-  HW_RETURN_IF_ERROR(flags.Parse(arguments));
+  Config config(v1::WorkerConfig::default_instance(), kOwnFlags, &flags);
+  HW_RETURN_IF_ERROR(config.Read(arguments, ProcessEnvironment()));
   if (flags.help_requested()) {
     *help = flags.Help();
     return absl::OkStatus();
@@ -175,23 +181,24 @@ absl::Status ParseWorkerOptions(absl::Span<const std::string> arguments, WorkerO
   if (!flags.positional().empty()) {
     return absl::InvalidArgumentError(absl::StrCat("'", flags.positional()[0], "' is not a flag"));
   }
-  if (options->model.empty())
-    return absl::InvalidArgumentError("--model: a checkpoint directory is required");
+  if (options->model.empty()) return flags.Refuse("model", "a checkpoint directory is required");
   if (options->worker_id.empty()) options->worker_id = DefaultWorkerId();
   if (options->model_name.empty()) options->model_name = DefaultModelName(options->model);
   if (options->threads == 0) options->threads = UsableCores();
   if (options->kv_channels == 0) options->kv_channels = options->device == "cpu" ? 2 : 8;
-  HW_RETURN_IF_ERROR(CheckName("worker_id", options->worker_id));
-  HW_RETURN_IF_ERROR(CheckName("model_name", options->model_name));
-  HW_RETURN_IF_ERROR(CheckAddress("coordinator", options->coordinator));
-  HW_RETURN_IF_ERROR(CheckAddress("listen", options->listen));
-  if (!options->advertise.empty()) HW_RETURN_IF_ERROR(CheckAddress("advertise", options->advertise));
-  if (!options->metrics.empty()) HW_RETURN_IF_ERROR(CheckAddress("metrics", options->metrics));
-  HW_RETURN_IF_ERROR(CheckDevice(options->device));
+  HW_RETURN_IF_ERROR(CheckName(flags, "worker_id", options->worker_id));
+  HW_RETURN_IF_ERROR(CheckName(flags, "model_name", options->model_name));
+  HW_RETURN_IF_ERROR(CheckAddress(flags, "coordinator", options->coordinator));
+  HW_RETURN_IF_ERROR(CheckAddress(flags, "listen", options->listen));
+  if (!options->advertise.empty()) HW_RETURN_IF_ERROR(CheckAddress(flags, "advertise", options->advertise));
+  if (!options->metrics.empty()) HW_RETURN_IF_ERROR(CheckAddress(flags, "metrics", options->metrics));
+  HW_RETURN_IF_ERROR(CheckDevice(flags, options->device));
   if (options->device == "cpu" && options->linear != "bf16") {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--linear=", options->linear, ": only a GPU has it; --device=cpu goes by --compute"));
+    return flags.Refuse(
+        "linear", absl::StrCat("'", options->linear, "': only a GPU has it; --device=cpu goes by --compute"));
   }
+  options->config = config.Summary();
+  if (config.print_requested()) *help = config.Print();
   return absl::OkStatus();
 }
 

@@ -9,6 +9,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 
+#include "base/config/config.h"
 #include "base/rpc/transport.h"
 
 namespace headwater {
@@ -45,12 +46,14 @@ struct WorkerOptions {
   double egress_gbytes_per_s = 0;  // likewise
   std::string log_format = "text";
   TransportOptions transport;
+  ConfigSummary config;
 };
 
-// Reads the arguments after the program's name, checks them and fills in what depends on other flags
-// (worker_id, model_name, threads; `advertise` and `collective_host` need the port that was bound).
-// INVALID_ARGUMENT names the flag, its value and what is allowed; UNIMPLEMENTED: a device that this build has
-// no code for. On --help, `help` is set and nothing else is done.
+// Reads the arguments after the program's name, and what --config and the environment give, checks them and
+// fills in what depends on other flags (worker_id, model_name, threads; `advertise` and `collective_host`
+// need the port that was bound). INVALID_ARGUMENT names the flag or where else the value is from, the value
+// and what is allowed; UNIMPLEMENTED: a device that this build has no code for. On --help, `help` is set and
+// nothing else is done; on --print_config it is set, too.
 absl::Status ParseWorkerOptions(absl::Span<const std::string> arguments, WorkerOptions* options,
                                 std::string* help);
 

@@ -130,6 +130,7 @@ class WorkerProcess final : public Worker {
     // Addresses first: a port in use is told before the model is loaded.
     HW_ASSIGN_OR_RETURN(transport_, Transport::Create(options.transport, Role::kWorker));
     LogTransport(transport_.get(), options.listen);
+    metrics_.AddConfig(options.config.sha256);
     HW_RETURN_IF_ERROR(metrics_.Serve(options.metrics));
     // Before the model is loaded, which may take minutes.
     HW_ASSIGN_OR_RETURN(health_, HealthPort::Start(options.health, {[this] { return Steps(); },

@@ -30,7 +30,9 @@ class LayeringTest(unittest.TestCase):
         for path, included in (
                 ("kernels/cpu/a.cc", "base/log.h"), ("kernels/a.h", "absl/status/status.h"), ("kernels/a.cu", "thread"),
                 ("kernels/a.cc", "headwater/v1/kv.pb.h"), ("base/log.cc", "base/rpc/server.h"),
-                ("base/log.cc", "grpcpp/grpcpp.h"), ("base/rpc/server.cc", "worker/worker.h"),
+                ("base/log.cc", "grpcpp/grpcpp.h"),
+                ("base/flags.cc", "base/config/config.h"), ("base/config/config.cc", "headwater/v1/config.pb.h"),
+                ("base/config/config.cc", "grpcpp/grpcpp.h"), ("kvtransfer/a.cc", "base/config/config.h"), ("base/rpc/server.cc", "worker/worker.h"),
                 ("model/model.cc", "kvtransfer/layout.h"), ("model/model.cc", "headwater/v1/types.pb.h"),
                 ("kvtransfer/sender.cc", "kernels/dtype.h"), ("coordinator/main.cc", "kvtransfer/layout.h"),
                 ("coordinator/planner.cc", "cuda_runtime.h"), ("coordinator/planner.cc", "worker/partition.h"),
@@ -51,11 +53,13 @@ class LayeringTest(unittest.TestCase):
         self.assert_clean(("tests/worker/a_test.cc", '#include "coordinator/planner.h"\n#include "worker/worker.h"\n'))
 
     def test_links_across_the_table_are_found(self):
-        base = ("base/CMakeLists.txt", "hw_library(hw_base SOURCES a.cc)\nhw_library(hw_rpc SOURCES b.cc DEPS hw_base)\n")
+        base = ("base/CMakeLists.txt", "hw_library(hw_base SOURCES a.cc)\nhw_library(hw_rpc SOURCES b.cc DEPS hw_base)\n"
+                "hw_library(hw_config SOURCES c.cc DEPS hw_base)\n")
         kernels = ("kernels/CMakeLists.txt", "hw_library(hw_kernels SOURCES a.cc)\n")
         self.assert_clean(base, kernels, ("model/CMakeLists.txt", "hw_library(hw_model SOURCES a.cc\n  DEPS hw_base hw_kernels)\n"))
         for path, text, target in (
                 ("model/CMakeLists.txt", "hw_library(hw_model SOURCES a.cc\n PRIVATE_DEPS\n hw_rpc)", "hw_rpc of base/rpc"),
+                ("model/CMakeLists.txt", "hw_library(hw_model SOURCES a.cc DEPS hw_config)", "hw_config of base/config"),
                 ("coordinator/CMakeLists.txt", "hw_binary(c SOURCES m.cc DEPS hw_rpc hw_kernels)", "hw_kernels of kernels"),
                 ("coordinator/CMakeLists.txt", "hw_binary(c SOURCES m.cc DEPS hw_rpc CUDA::cudart)", "CUDA::cudart"),
                 ("kvtransfer/CMakeLists.txt", "hw_library(k SOURCES m.cc)\ntarget_link_libraries(k PUBLIC hw_kernels)", "hw_kernels"),
