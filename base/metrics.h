@@ -6,9 +6,11 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
+#include <prometheus/collectable.h>
 #include <prometheus/counter.h>
 #include <prometheus/exposer.h>
 #include <prometheus/gauge.h>
@@ -39,13 +41,16 @@ class Metrics {
                                    const prometheus::Histogram::BucketBoundaries& buckets,
                                    const MetricLabels& labels = {});
 
+  // Of what is served beside the metrics here. Before Serve().
+  void Add(std::shared_ptr<prometheus::Collectable> collectable);
+
   // Serves /metrics, with ProcessStats, on `address` ("127.0.0.1:9070"; empty: does nothing). UNAVAILABLE:
   // the address cannot be bound.
   absl::Status Serve(const std::string& address);
 
  private:
   std::shared_ptr<prometheus::Registry> registry_;
-  std::shared_ptr<prometheus::Collectable> process_;
+  std::vector<std::shared_ptr<prometheus::Collectable>> collectables_;
   std::unique_ptr<prometheus::Exposer> exposer_;
 };
 

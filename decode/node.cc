@@ -8,6 +8,7 @@
 #include <grpcpp/health_check_service_interface.h>
 
 #include "base/log.h"
+#include "base/rpc/transport_stats.h"
 #include "base/status_macros.h"
 #include "base/version.h"
 #include "decode/service.h"
@@ -45,6 +46,7 @@ absl::StatusOr<std::unique_ptr<DecodeNode>> DecodeNode::Start(const DecodeOption
                       HealthPort::Start(options.health, {[raw = node.get()] { return raw->KeepsHouse(); },
                                                          [raw = node.get()] { return raw->registered(); }}));
   node->metrics_ = std::make_unique<Metrics>("decode");
+  node->metrics_->Add(std::make_shared<TransportStats>(node->transport_));
   HW_RETURN_IF_ERROR(node->LoadModel(options));
   HW_RETURN_IF_ERROR(node->OpenStore(options));
   HW_RETURN_IF_ERROR(node->Serve(options));
