@@ -1,6 +1,7 @@
 #include "base/metrics.h"
 
 #include <exception>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 
@@ -55,13 +56,17 @@ void Metrics::AddConfig(const std::string& sha256) {
       .Set(1);
 }
 
+void Metrics::Add(std::shared_ptr<prometheus::Collectable> collectable) {
+  collectables_.push_back(std::move(collectable));
+}
+
 absl::Status Metrics::Serve(const std::string& address) {
   if (address.empty()) return absl::OkStatus();
   try {
     exposer_ = std::make_unique<prometheus::Exposer>(address, 1);
-    exposer_->RegisterCollectable(registry_);
-    process_ = std::make_shared<ProcessStats>();
-    exposer_->RegisterCollectable(process_);
+    Add(registry_);
+    Add(std::make_shared<ProcessStats>());
+    for (const auto& collectable : collectables_) exposer_->RegisterCollectable(collectable);
   } catch (const std::exception& e) {
     return absl::UnavailableError(absl::StrCat("metrics address ", address, " cannot be bound: ", e.what()));
   }

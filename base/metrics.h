@@ -6,9 +6,11 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
+#include <prometheus/collectable.h>
 #include <prometheus/counter.h>
 #include <prometheus/exposer.h>
 #include <prometheus/gauge.h>
@@ -41,6 +43,8 @@ class Metrics {
 
   // Adds headwater_config_info{sha256}; nothing where that is empty.
   void AddConfig(const std::string& sha256);
+  // Of what is served beside the metrics here. Before Serve().
+  void Add(std::shared_ptr<prometheus::Collectable> collectable);
 
   // Serves /metrics, with ProcessStats, on `address` ("127.0.0.1:9070"; empty: does nothing). UNAVAILABLE:
   // the address cannot be bound.
@@ -48,7 +52,7 @@ class Metrics {
 
  private:
   std::shared_ptr<prometheus::Registry> registry_;
-  std::shared_ptr<prometheus::Collectable> process_;
+  std::vector<std::shared_ptr<prometheus::Collectable>> collectables_;
   std::unique_ptr<prometheus::Exposer> exposer_;
 };
 

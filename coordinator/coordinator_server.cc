@@ -8,6 +8,7 @@
 
 #include "base/clock.h"
 #include "base/rpc/grpc_status.h"
+#include "base/rpc/transport_stats.h"
 #include "base/status_macros.h"
 
 namespace headwater {
@@ -48,6 +49,7 @@ absl::StatusOr<std::unique_ptr<CoordinatorServer>> CoordinatorServer::Start(
     const CoordinatorOptions& options, const CoordinatorEndpoints& endpoints) {
   auto server = std::unique_ptr<CoordinatorServer>(new CoordinatorServer(options, endpoints.transport));
   server->metrics_.AddConfig(endpoints.config_sha256);
+  server->metrics_.Add(std::make_shared<TransportStats>(server->transport_));
   HW_RETURN_IF_ERROR(server->metrics_.Serve(endpoints.metrics));
   HW_ASSIGN_OR_RETURN(server->running_, StartServer(endpoints.listen,
                                                     {&server->prefill_service_, &server->admin_service_,

@@ -71,6 +71,13 @@ absl::Status ParseCoordinatorFlags(absl::Span<const std::string> arguments, Coor
   Wait(&set, "reserve_wait", &o.reserve_wait,
        "how long idle workers wait for busy ones to join them on a long prompt");
   Wait(&set, "decode_grace", &o.decode_grace, "how long a decode node may be away");
+  set.Custom("decode_cidrs", "",
+             "ranges of addresses that decode nodes may register with, as 10.0.0.0/8,fd00::/8, and no names; "
+             "empty: any",
+             [&o](absl::string_view text) {
+               HW_ASSIGN_OR_RETURN(o.decode_ranges, ParseAddressRanges(text));
+               return absl::OkStatus();
+             });
   Count(&set, "max_epochs", &o.max_epochs, kMostEpochs, "tries of a prompt whose workers are lost");
   Count(&set, "context_parallel_min_tokens", &o.context_parallel_min_tokens, kMostQueue,
         "shorter prompts run on one worker");

@@ -4,8 +4,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "absl/time/time.h"
+
+#include "coordinator/address.h"
 
 namespace headwater {
 
@@ -32,7 +35,9 @@ struct CoordinatorOptions {
   // How long a rank may take to answer an abort before it is disconnected.
   absl::Duration abort_wait = absl::Seconds(10);
 
-  // Decode nodes. How long one may be away before its requests fail.
+  // Decode nodes. Where they may be; empty: anywhere that CheckPeerAddress() takes.
+  std::vector<AddressRange> decode_ranges = {};
+  // How long one may be away before its requests fail.
   absl::Duration decode_grace = absl::Seconds(30);
   absl::Duration decode_retry_interval = absl::Milliseconds(250);
   absl::Duration open_timeout = absl::Seconds(10);

@@ -4,7 +4,6 @@
 #include <string>
 
 #include "absl/strings/ascii.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 
 #include "base/rpc/grpc_status.h"
@@ -17,7 +16,6 @@ namespace {
 
 constexpr size_t kMaxFingerprintLength = 128;
 constexpr size_t kMaxModelNameLength = 128;
-constexpr size_t kMaxHostLength = 255;
 constexpr int kMaxPolicies = 64;
 constexpr uint64_t kMaxVocab = uint64_t{1} << 24;
 constexpr uint64_t kMaxPosition = uint64_t{1} << 32;
@@ -55,14 +53,11 @@ absl::Status Range(absl::string_view field, uint64_t value, uint64_t least, uint
   return Bad(field, absl::StrCat(value), absl::StrCat(least, " to ", most));
 }
 
-absl::Status Address(absl::string_view field, absl::string_view value) {
-  const size_t colon = value.rfind(':');
-  int port = 0;
-  if (colon != absl::string_view::npos && colon > 0 && colon <= kMaxHostLength &&
-      absl::SimpleAtoi(value.substr(colon + 1), &port) && port > 0 && port < 65536) {
-    return absl::OkStatus();
-  }
-  return Bad(field, absl::StrCat("\"", Printable(value), "\""), "host:port");
+absl::Status Address(absl::string_view field, absl::string_view value,
+                     const std::vector<AddressRange>& ranges = {}) {
+  const absl::Status status = CheckPeerAddress(value, ranges);
+  if (status.ok()) return status;
+  return Bad(field, absl::StrCat("\"", Printable(value), "\""), std::string(status.message()));
 }
 
 absl::Status Version(uint32_t version) {
@@ -166,13 +161,14 @@ absl::Status CheckRegistration(const v1::WorkerRegistration& registration) {
   return CheckPacking(registration);
 }
 
-absl::Status CheckRegistration(const v1::DecodeRegistration& registration) {
+absl::Status CheckRegistration(const v1::DecodeRegistration& registration,
+                               const std::vector<AddressRange>& ranges) {
   HW_RETURN_IF_ERROR(Version(registration.protocol_version()));
   HW_RETURN_IF_ERROR(Text("decode_node", registration.decode_node()));
   HW_RETURN_IF_ERROR(Text("incarnation", registration.incarnation()));
   if (!registration.pool().empty()) HW_RETURN_IF_ERROR(Text("pool", registration.pool()));
-  HW_RETURN_IF_ERROR(Address("kv_address", registration.kv_address()));
-  HW_RETURN_IF_ERROR(Address("decode_address", registration.decode_address()));
+  HW_RETURN_IF_ERROR(Address("kv_address", registration.kv_address(), ranges));
+  HW_RETURN_IF_ERROR(Address("decode_address", registration.decode_address(), ranges));
   HW_RETURN_IF_ERROR(Graphic("model_fingerprint", registration.model_fingerprint(), kMaxFingerprintLength));
   HW_RETURN_IF_ERROR(Range("kv_budget_bytes", registration.kv_budget_bytes(), 1, kMaxBytes));
   HW_RETURN_IF_ERROR(Range("number of kv_dtypes", static_cast<uint64_t>(registration.kv_dtypes_size()), 1,

@@ -4,9 +4,11 @@
 #define HW_COORDINATOR_REGISTRATION_H_
 
 #include <cstdint>
+#include <vector>
 
 #include "absl/status/status.h"
 
+#include "coordinator/address.h"
 #include "headwater/v1/decode.pb.h"
 #include "headwater/v1/worker.pb.h"
 
@@ -19,7 +21,9 @@ inline constexpr uint64_t kMaxPackedTokens = uint64_t{1} << 20;
 // INVALID_ARGUMENT, BAD_FIELD: an id, address, model shape, memory model, rate or packed pass out of range.
 // FAILED_PRECONDITION, BAD_FIELD: another protocol version.
 absl::Status CheckRegistration(const v1::WorkerRegistration& registration);
-absl::Status CheckRegistration(const v1::DecodeRegistration& registration);
+// ranges: of the addresses, as CheckPeerAddress() has it.
+absl::Status CheckRegistration(const v1::DecodeRegistration& registration,
+                               const std::vector<AddressRange>& ranges = {});
 
 }  // namespace headwater
 

@@ -129,7 +129,7 @@ absl::StatusOr<v1::WorkerSummary> Scheduler::DrainWorker(const std::string& work
 
 absl::StatusOr<uint64_t> Scheduler::AddDecodeNode(const v1::DecodeRegistration& registration,
                                                   std::shared_ptr<PeerLink> link) {
-  HW_RETURN_IF_ERROR(CheckRegistration(registration));
+  HW_RETURN_IF_ERROR(CheckRegistration(registration, options_.decode_ranges));
   DecodeNode node;
   if (const DecodeNode* earlier = cluster_.FindDecodeNode(registration.decode_node())) {
     if (earlier->connected) earlier->link->Close(absl::AbortedError("the decode node registered anew"));

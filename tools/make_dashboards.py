@@ -146,8 +146,10 @@ SERVICE = {
               [(of("process_resident_memory_bytes"), "{{instance}}")]),
         Panel("File descriptors of the most", "percentunit", "process_open_fds", "limits of the whole machine",
               [(f"{of('process_open_fds')} / {of('process_max_fds')}", "{{instance}}")]),
+        Panel("Certificates end in", "s", "headwater_tls_certificate_expiry_seconds", "processes in plaintext",
+              [(f"{of('headwater_tls_certificate_expiry_seconds')} - time()", "{{instance}}")]),
         Panel("Versions", "short", "headwater_build_info", "processes that do not answer",
-              [(f"count by (version, component) ({of('headwater_build_info')})", "{{component}} {{version}}")], "stat", 24)],
+              [(f"count by (version, component) ({of('headwater_build_info')})", "{{component}} {{version}}")], "stat", 16)],
 }
 
 WORKERS = {

@@ -37,6 +37,13 @@ ON_GPUS = (
     "asked for.\n"
     "# TYPE headwater_attention_fallbacks_total counter\n"
     'headwater_attention_fallbacks_total{reason="dense_recall"} 0\n')
+# Families of programs with --tls_cert.
+WITH_CERTIFICATES = (
+    "# HELP headwater_tls_certificate_expiry_seconds Unix time at which the certificate in use ends, with --tls_cert.\n"
+    "# TYPE headwater_tls_certificate_expiry_seconds gauge\n"
+    "# HELP headwater_tls_reload_failures_total Looks at --tls_cert, --tls_key and --tls_ca that found what cannot be used; "
+    "what was there before stays in use.\n"
+    "# TYPE headwater_tls_reload_failures_total counter\n")
 UNITS = (("microseconds", r"^exposer_request_latencies$"), ("seconds", r"_seconds$"),
          ("bytes", r"_bytes(_total|_saved_total)?$"), ("0 to 1", r"_ratio$"),
          ("tokens", r"_tokens(_total)?$|^headwater_tokens_"), ("blocks", r"_blocks_total$"), ("tiles", r"_tiles_total$"),
@@ -126,6 +133,7 @@ def run(binaries: Path) -> str:
             send_prompts(client)
         time.sleep(2)  # decode nodes write their gauges once a second
         pages = pages_of(cluster)
+    pages += [(process, WITH_CERTIFICATES) for process in ("coordinator", "decode", "worker")]
     return render(merge(pages + [("worker", ON_GPUS)]))
 
 

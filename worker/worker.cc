@@ -14,6 +14,7 @@
 #include "base/metrics.h"
 #include "base/rpc/health.h"
 #include "base/rpc/server.h"
+#include "base/rpc/transport_stats.h"
 #include "base/status_macros.h"
 #include "base/version.h"
 #include "worker/calibration.h"
@@ -131,6 +132,7 @@ class WorkerProcess final : public Worker {
     HW_ASSIGN_OR_RETURN(transport_, Transport::Create(options.transport, Role::kWorker));
     LogTransport(transport_.get(), options.listen);
     metrics_.AddConfig(options.config.sha256);
+    metrics_.Add(std::make_shared<TransportStats>(transport_));
     HW_RETURN_IF_ERROR(metrics_.Serve(options.metrics));
     // Before the model is loaded, which may take minutes.
     HW_ASSIGN_OR_RETURN(health_, HealthPort::Start(options.health, {[this] { return Steps(); },

@@ -14,6 +14,7 @@
 #include <grpcpp/security/tls_credentials_options.h>
 
 #include "base/log.h"
+#include "base/rpc/certificate_watch.h"
 #include "base/rpc/roles.h"
 #include "base/status_macros.h"
 
@@ -22,10 +23,15 @@ namespace {
 
 namespace tls = grpc::experimental;
 
+// Seconds in which gRPC sees what CertificateWatch has taken.
+constexpr unsigned kLookInMemory = 1;
+
 // The peer's chain has been checked; what remains is whom it names.
 class RoleVerifier final : public tls::ExternalCertificateVerifier {
  public:
-  explicit RoleVerifier(Role role) : suffix_(absl::StrCat("/", NameOf(role))) {}
+  // watch: what the credentials read their files from, which so lives as long as they do.
+  RoleVerifier(Role role, std::shared_ptr<const CertificateWatch> watch)
+      : suffix_(absl::StrCat("/", NameOf(role))), watch_(std::move(watch)) {}
 
   bool Verify(tls::TlsCustomVerificationCheckRequest* request, std::function<void(grpc::Status)> /*callback*/,
               grpc::Status* status) override {
@@ -42,12 +48,15 @@ class RoleVerifier final : public tls::ExternalCertificateVerifier {
 
  private:
   const std::string suffix_;
+  const std::shared_ptr<const CertificateWatch> watch_;
 };
 
 // Asks the roles for every call, on the thread that has it.
 class Guard final : public grpc::AuthMetadataProcessor {
  public:
-  explicit Guard(std::unique_ptr<RolesFile> roles) : roles_(std::move(roles)) {}
+  // watch: as RoleVerifier's.
+  Guard(std::unique_ptr<RolesFile> roles, std::shared_ptr<const CertificateWatch> watch)
+      : roles_(std::move(roles)), watch_(std::move(watch)) {}
 
   bool IsBlocking() const override { return false; }
 
@@ -77,19 +86,20 @@ class Guard final : public grpc::AuthMetadataProcessor {
   }
 
   const std::unique_ptr<RolesFile> roles_;
+  const std::shared_ptr<const CertificateWatch> watch_;
   std::atomic<int64_t> logged_{0};
 };
 
 class FileTransport final : public Transport {
  public:
-  FileTransport(const TransportOptions& options, CertificateInfo identity, std::unique_ptr<RolesFile> roles)
-      : identity_(std::move(identity)),
+  FileTransport(std::shared_ptr<const CertificateWatch> watch, std::unique_ptr<RolesFile> roles)
+      : watch_(std::move(watch)),
         provider_(std::make_shared<tls::FileWatcherCertificateProvider>(
-            options.key, options.cert, options.ca,
-            static_cast<unsigned>(absl::ToInt64Seconds(options.refresh)))),
-        guard_(std::make_shared<Guard>(std::move(roles))) {}
+            watch_->identity_path(), watch_->identity_path(), watch_->ca_path(), kLookInMemory)),
+        guard_(std::make_shared<Guard>(std::move(roles), watch_)) {}
 
-  const CertificateInfo& identity() const override { return identity_; }
+  CertificateInfo identity() const override { return watch_->info(); }
+  int64_t reload_failures() const override { return watch_->failures(); }
 
   std::shared_ptr<grpc::ServerCredentials> ServerCredentials() const override {
     tls::TlsServerCredentialsOptions options(provider_);
@@ -108,12 +118,12 @@ class FileTransport final : public Transport {
     options.watch_identity_key_cert_pairs();
     options.set_check_call_host(false);
     options.set_verify_server_certs(true);
-    options.set_certificate_verifier(tls::ExternalCertificateVerifier::Create<RoleVerifier>(server));
+    options.set_certificate_verifier(tls::ExternalCertificateVerifier::Create<RoleVerifier>(server, watch_));
     return tls::TlsCredentials(options);
   }
 
  private:
-  const CertificateInfo identity_;
+  const std::shared_ptr<const CertificateWatch> watch_;
   const std::shared_ptr<tls::CertificateProviderInterface> provider_;
   const std::shared_ptr<Guard> guard_;
 };
@@ -152,23 +162,22 @@ absl::StatusOr<std::shared_ptr<const Transport>> Transport::Create(const Transpo
         absl::StrCat("--roles=", options.roles, ": roles are of certificates; --tls_cert is required"));
   }
   if (!any) return std::shared_ptr<const Transport>();
-  HW_ASSIGN_OR_RETURN(CertificateInfo identity,
-                      ReadCertificate(options.cert, options.key, options.ca, absl::Now()));
-  if (own.has_value() && !absl::EndsWith(identity.spiffe_id, absl::StrCat("/", NameOf(*own)))) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--tls_cert=", options.cert, ": it is of ", identity.spiffe_id,
-                     "; peers would not believe it, they want .../", NameOf(*own)));
-  }
+  HW_ASSIGN_OR_RETURN(
+      std::shared_ptr<const CertificateWatch> watch,
+      CertificateWatch::Start({options.cert, options.key, options.ca},
+                              std::string(own.has_value() ? NameOf(*own) : ""), options.refresh));
   HW_ASSIGN_OR_RETURN(std::unique_ptr<RolesFile> roles, RolesFile::Open(options.roles, options.refresh));
   return std::shared_ptr<const Transport>(
-      std::make_shared<FileTransport>(options, std::move(identity), std::move(roles)));
+      std::make_shared<FileTransport>(std::move(watch), std::move(roles)));
 }
 
 void LogTransport(const Transport* transport, const std::string& listen) {
   if (transport != nullptr) {
+    const CertificateInfo identity = transport->identity();
     HW_LOG(INFO)
-            .Field("identity", transport->identity().spiffe_id)
-            .Field("valid_until", absl::FormatTime(transport->identity().not_after, absl::UTCTimeZone()))
+            .Field("identity", identity.spiffe_id)
+            .Field("serial", identity.serial)
+            .Field("valid_until", absl::FormatTime(identity.not_after, absl::UTCTimeZone()))
         << "mutual TLS";
     return;
   }

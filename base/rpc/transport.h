@@ -3,6 +3,7 @@
 #ifndef HW_BASE_RPC_TRANSPORT_H_
 #define HW_BASE_RPC_TRANSPORT_H_
 
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
@@ -34,13 +35,14 @@ struct TransportOptions {
 class Transport {
  public:
   // nullptr: plaintext. own: what peers will expect this process to be, where they do. INVALID_ARGUMENT:
-  // ReadCertificate()'s; the certificate is of another role; only some of the files are given; the policy
-  // cannot be read or is none.
+  // CertificateWatch::Start()'s; only some of the files are given; the policy cannot be read or is none.
   static absl::StatusOr<std::shared_ptr<const Transport>> Create(const TransportOptions& options,
                                                                  std::optional<Role> own = std::nullopt);
   virtual ~Transport() = default;
 
-  virtual const CertificateInfo& identity() const = 0;
+  // Of the certificate in use. Files that cannot be used when they change are left, logged and counted.
+  virtual CertificateInfo identity() const = 0;
+  virtual int64_t reload_failures() const = 0;
   // A peer without a certificate of the authority is refused in the handshake. Calls that the roles do not
   // allow end with PERMISSION_DENIED before any service sees them.
   virtual std::shared_ptr<grpc::ServerCredentials> ServerCredentials() const = 0;

@@ -12,6 +12,7 @@
 
 #include "base/rpc/roles.h"
 #include "base/rpc/server.h"
+#include "base/rpc/transport_stats.h"
 #include "headwater/v1/admin.grpc.pb.h"
 #include "headwater/v1/kv.grpc.pb.h"
 #include "headwater/v1/prefill.grpc.pb.h"
@@ -22,6 +23,7 @@ namespace {
 
 using ::headwater::testing::CertificateAuthority;
 using ::headwater::testing::IdentityFiles;
+using ::headwater::testing::Issued;
 using ::headwater::testing::SpiffeId;
 using ::testing::HasSubstr;
 
@@ -138,12 +140,11 @@ TEST_F(TransportTest, WhoeverHasNoCertificateOfOursIsRefused) {
     EXPECT_EQ(CancelBy(Dial(transport.get())).error_code(), grpc::UNAVAILABLE);
   }
   EXPECT_EQ(CancelBy(Dial(nullptr)).error_code(), grpc::UNAVAILABLE) << "plaintext";
-  const IdentityFiles late(authority_, "client");
+  IdentityFiles late(authority_, "client");
+  const absl::Time end = absl::Now() + absl::Seconds(2);
+  late.Rewrite(authority_.Issue({SpiffeId("client")}, end - absl::Hours(1), end), authority_.pem());
   const auto transport = Make(late.options());
-  const_cast<IdentityFiles&>(late).Rewrite(
-      authority_.Issue({SpiffeId("client")}, absl::Now() - absl::Hours(2), absl::Now() - absl::Hours(1)),
-      authority_.pem());
-  absl::SleepFor(absl::Seconds(2.5));  // until it has been read
+  absl::SleepFor(end + absl::Seconds(1) - absl::Now());
   EXPECT_EQ(CancelBy(Dial(transport.get())).error_code(), grpc::UNAVAILABLE) << "expired";
   EXPECT_EQ(prefill_.calls, 0);
 }
@@ -171,7 +172,7 @@ TEST_F(TransportTest, RotationFailsNoCall) {
       ++calls;
     }
   });
-  const absl::Duration read = absl::Seconds(2.5);
+  const absl::Duration read = absl::Seconds(3.5);
   const auto ours = [&](const char* role) { return authority_.Issue({SpiffeId(role)}); };
   const auto theirs = [&](const char* role) { return next.Issue({SpiffeId(role)}); };
   server_files_.Rewrite(ours("coordinator"), both);
@@ -192,6 +193,34 @@ TEST_F(TransportTest, RotationFailsNoCall) {
   options.ca = files.directory() + "/now/ca.crt";
   EXPECT_EQ(CancelBy(Dial(Make(options).get())).error_code(), grpc::UNAVAILABLE)
       << "the old authority is believed still";
+}
+
+TEST_F(TransportTest, NewConnectionsGoOnWhileTheFilesCannotBeUsed) {
+  const IdentityFiles files(authority_, "client");
+  const auto transport = Make(files.options());
+  const Issued right = authority_.Issue({SpiffeId("coordinator")});
+  server_files_.Rewrite({right.cert, authority_.Issue({SpiffeId("coordinator")}).key}, authority_.pem());
+  absl::SleepFor(absl::Seconds(3.5));
+  EXPECT_GE(server_transport_->reload_failures(), 1) << "the key is another certificate's";
+  EXPECT_EQ(CancelBy(Dial(transport.get())).error_code(), grpc::OK);
+  server_files_.Rewrite(right, "no PEM");
+  absl::SleepFor(absl::Seconds(3.5));
+  EXPECT_EQ(CancelBy(Dial(transport.get())).error_code(), grpc::OK) << "authorities that are none";
+  EXPECT_EQ(prefill_.calls, 2);
+}
+
+TEST_F(TransportTest, MetricsTellTheCertificateInUse) {
+  TransportStats stats(server_transport_);
+  const auto families = stats.Collect();
+  ASSERT_EQ(families.size(), 2u);
+  EXPECT_EQ(families[0].name, "headwater_tls_certificate_expiry_seconds");
+  EXPECT_EQ(families[0].metric[0].gauge.value,
+            static_cast<double>(absl::ToUnixSeconds(server_transport_->identity().not_after)));
+  EXPECT_NEAR(families[0].metric[0].gauge.value, static_cast<double>(absl::ToUnixSeconds(absl::Now())) + 3600,
+              60);
+  EXPECT_EQ(families[1].name, "headwater_tls_reload_failures_total");
+  EXPECT_EQ(families[1].metric[0].counter.value, 0);
+  EXPECT_TRUE(TransportStats(nullptr).Collect().empty()) << "plaintext";
 }
 
 TEST_F(TransportTest, RolesOfAFileAreReadAgain) {

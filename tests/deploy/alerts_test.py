@@ -33,7 +33,7 @@ class AlertsTest(unittest.TestCase):
         self.assertEqual(status, 0, output)
 
     def test_promtool_passes_the_unit_tests(self):
-        self.assertEqual(len(RULE_TESTS), 2, RULE_TESTS)
+        self.assertEqual(len(RULE_TESTS), 3, RULE_TESTS)
         status, output = promtool.promtool("test", "rules", *RULE_TESTS)
         self.assertEqual(status, 0, output)
 

@@ -35,7 +35,7 @@ b_seconds_bucket{le="1"} 2
 
 def sources() -> str:
     """The C++ of the processes, with string literals that follow each other joined."""
-    text = "".join(path.read_text() for folder in ("base", "coordinator", "decode", "kvtransfer", "worker")
+    text = "".join(path.read_text() for folder in ("base", "base/rpc", "coordinator", "decode", "kvtransfer", "worker")
                    for path in sorted((ROOT / folder).glob("*.cc")))
     return re.sub(r'"\s*\n\s*"', "", text)
 
@@ -60,9 +60,9 @@ class MetricsTest(unittest.TestCase):
         listed = {family.name for family in read_table(TABLE.read_text()) if family.name.startswith("headwater_")}
         self.assertEqual(sorted(listed), sorted(names), "listed, and in the sources")
 
-    def test_metrics_of_gpus_are_those_of_the_sources(self):
+    def test_metrics_of_gpus_and_certificates_are_those_of_the_sources(self):
         text = sources()
-        for family in read_page(make_metrics_table.ON_GPUS):
+        for family in read_page(make_metrics_table.ON_GPUS + make_metrics_table.WITH_CERTIFICATES):
             self.assertIn(f'"{family.name}"', text)
             self.assertIn(family.meaning, text)
 

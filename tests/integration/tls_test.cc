@@ -21,8 +21,8 @@ namespace {
 
 // Long enough for two workers, which then form a group.
 constexpr int kPromptTokens = 3000;
-// Until every process has read its files again, which it looks at each second.
-constexpr absl::Duration kRead = absl::Seconds(3);
+// Until every process has read its files again, which it looks at each second, and gRPC has taken them.
+constexpr absl::Duration kRead = absl::Seconds(4);
 
 std::vector<std::string> Flags(const IdentityFiles& files) {
   const TransportOptions options = files.options();
@@ -104,6 +104,13 @@ TEST_F(TlsTest, APromptOfTwoWorkersIsPrefilledAndContinued) {
   EXPECT_TRUE(PrefillAs(client.get()).ok());
   EXPECT_EQ(PrefillAs(worker.get()).code(), absl::StatusCode::kPermissionDenied);
   EXPECT_EQ(PrefillAs(nullptr).code(), absl::StatusCode::kUnavailable) << "in plaintext";
+
+  for (const int port : {cluster_->coordinator_metrics_port(), cluster_->decode_metrics_port(),
+                         cluster_->worker_metrics_port(0)}) {
+    const double end = ReadMetric(port, "headwater_tls_certificate_expiry_seconds");
+    EXPECT_NEAR(end, static_cast<double>(absl::ToUnixSeconds(absl::Now())) + 3600, 600) << port;
+    EXPECT_EQ(ReadMetric(port, "headwater_tls_reload_failures_total"), 0) << port;
+  }
 
   std::string output;
   EXPECT_EQ(Cli(&admin_, {"workers"}, &output), 0) << output;

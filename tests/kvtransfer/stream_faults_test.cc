@@ -9,7 +9,6 @@
 
 #include "absl/strings/numbers.h"
 #include <arpa/inet.h>
-#include <grpcpp/generic/generic_stub.h>
 #include <gtest/gtest.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
@@ -20,6 +19,7 @@
 #include "kvtransfer/frame.h"
 #include "tests/integration/chaos_proxy.h"
 #include "tests/kvtransfer/kv_fixture.h"
+#include "tests/kvtransfer/raw_client.h"
 #include "tests/support/dial.h"
 
 namespace headwater {
@@ -341,51 +341,6 @@ TEST_F(KvStreamFaults, SaysThatTheTokenIsWrongAndThatTheGeometryIs) {
   EXPECT_EQ(misfit->Finish().code(), absl::StatusCode::kInternal);
   EXPECT_TRUE(done.WaitFor(1));
 }
-
-// A client that speaks frames by hand.
-class RawClient {
- public:
-  explicit RawClient(const std::string& address) : stub_(DialPlaintext(address)) {
-    context_.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(30));
-    call_ = stub_.PrepareCall(&context_, kPushBlocksMethod, &queue_);
-    call_->StartCall(nullptr);
-    EXPECT_TRUE(Next());
-  }
-  ~RawClient() {
-    context_.TryCancel();
-    if (!ended_) (void)End();
-    queue_.Shutdown();
-    Next();
-  }
-  bool Write(const grpc::ByteBuffer& message) {
-    call_->Write(message, nullptr);
-    return Next();
-  }
-  bool Read(DecodedFrame* frame) {
-    grpc::ByteBuffer message;
-    call_->Read(&message, nullptr);
-    return Next() && frame->Decode(message, kMaxServerHeaderBytes).ok();
-  }
-  absl::Status End() {
-    ended_ = true;
-    grpc::Status status;
-    call_->Finish(&status, nullptr);
-    EXPECT_TRUE(Next());
-    return FromGrpcStatus(status);
-  }
-
- private:
-  bool Next() {
-    void* tag = nullptr;
-    bool ok = false;
-    return queue_.Next(&tag, &ok) && ok;
-  }
-  grpc::GenericStub stub_;
-  grpc::CompletionQueue queue_;
-  grpc::ClientContext context_;
-  std::unique_ptr<grpc::GenericClientAsyncReaderWriter> call_;
-  bool ended_ = false;
-};
 
 TEST_F(KvStreamFaults, TheReceiverEndsHostileStreams) {
   v1::KvFrameHeader hello;
