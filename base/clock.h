@@ -2,6 +2,7 @@
 #ifndef HW_BASE_CLOCK_H_
 #define HW_BASE_CLOCK_H_
 
+#include "absl/time/clock.h"
 #include "absl/time/time.h"
 
 namespace headwater {
@@ -18,9 +19,11 @@ class Clock {
   static const Clock* Real();
 };
 
-// Clock::Real()->Now(): for deadlines and durations. absl::Now(), which steps with the wall clock, is for
-// what people read and for certificates alone.
+// Clock::Real()->Now(): for deadlines and durations.
 inline absl::Time SteadyNow() { return Clock::Real()->Now(); }
+
+// Steps with the wall clock: for what people read, and for certificates.
+inline absl::Time WallNow() { return absl::Now(); }
 
 }  // namespace headwater
 

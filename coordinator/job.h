@@ -83,6 +83,7 @@ struct Job {
   uint64_t dense_below = 0;  // it goes dense if it is shorter
   v1::KvLayout layout;
   absl::Time arrived;
+  absl::Time arrived_wall;  // for people
   absl::Time accepted_at;
   absl::Time queued_at;
   // The first epoch's start.

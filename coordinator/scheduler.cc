@@ -90,6 +90,7 @@ void Scheduler::SubmitUnsettled(PreparedRequest prepared, std::shared_ptr<JobWat
   job.key = key;
   job.prepared = std::move(prepared);
   job.arrived = now;
+  job.arrived_wall = WallNow();
   absl::StatusOr<bool> ready = Judge(job);
   const absl::Status room = ready.ok() ? CheckQueueRoom(job) : ready.status();
   if (!room.ok()) {

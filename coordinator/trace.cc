@@ -36,7 +36,7 @@ v1::RequestTrace MakeRequestTrace(const Job& job) {
   trace.set_policy(job.policy);
   trace.set_num_tokens(job.num_tokens());
   trace.set_decode_node(job.decode_node);
-  const int64_t micros = absl::ToUnixMicros(job.arrived);
+  const int64_t micros = absl::ToUnixMicros(job.arrived_wall);
   trace.mutable_arrived()->set_seconds(micros / 1'000'000);
   trace.mutable_arrived()->set_nanos(static_cast<int32_t>(micros % 1'000'000 * 1000));
   if (job.accepted) trace.set_accepted_us(TraceMicros(job.arrived, job.accepted_at));

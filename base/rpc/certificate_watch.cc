@@ -5,12 +5,13 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "base/status_macros.h"
 
@@ -98,7 +99,7 @@ absl::Status CertificateWatch::Look() {
 }
 
 absl::Status CertificateWatch::Take(const CertificateFiles& texts) {
-  HW_ASSIGN_OR_RETURN(CertificateInfo info, CheckCertificate(paths_, texts, absl::Now()));
+  HW_ASSIGN_OR_RETURN(CertificateInfo info, CheckCertificate(paths_, texts, WallNow()));
   if (!role_.empty() && !absl::EndsWith(info.spiffe_id, absl::StrCat("/", role_))) {
     return absl::InvalidArgumentError(absl::StrCat("--tls_cert=", paths_.cert, ": it is of ", info.spiffe_id,
                                                    "; peers would not believe it, they want .../", role_));
@@ -151,7 +152,7 @@ void CertificateWatch::Fail(const absl::Status& status) {
     ++failures_;
     in_use = info_;
   }
-  const absl::Time now = absl::Now();
+  const absl::Time now = SteadyNow();
   if (now < next_warning_) return;
   next_warning_ = now + kWarningInterval;
   HW_LOG(WARNING)

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "gtest/gtest.h"
 
 #include "base/rpc/grpc_status.h"
@@ -75,6 +76,8 @@ TEST_F(TraceTest, ATimelineAccountsForThePrefill) {
   EXPECT_EQ(trace.trace_id(), kTrace);
   EXPECT_EQ(trace.parent_id(), "b7ad6b7169203331");
   EXPECT_EQ(trace.code(), "OK");
+  EXPECT_NEAR(static_cast<double>(trace.arrived().seconds()),
+              absl::ToDoubleSeconds(absl::Now() - absl::UnixEpoch()), 120);
   ASSERT_EQ(trace.epochs_size(), 1);
   const v1::EpochTrace& epoch = trace.epochs(0);
   ASSERT_EQ(epoch.ranks_size(), 2);
