@@ -35,6 +35,7 @@ TEST(CoordinatorBinaryTest, FlagsOutOfRangeAreNamedWithTheirLimits) {
                            {"--worker_wait=-1s", "from 0 to 720h"},
                            {"--log_format=xml", "json"},
                            {"--listen=nowhere", "HOST:PORT"},
+                           {"--decode_cidrs=10.0.0.0", "no range of addresses"},
                            {"--max_queue_requests=0", "from 1 to"},
                            {"stray", "none is wanted"}}) {
     Process process({BinaryPath("headwater-coordinator"), test.flag}, MakeTempDirectory() + "/log");
