@@ -99,8 +99,8 @@ std::string Assignment(const FlagValue& flag) {
 Config::Config(const Message& message, absl::Span<const absl::string_view> own, FlagSet* flags)
     : message_(message), own_(own), flags_(flags) {
   flags->String(kConfig, &file_,
-                "textproto file of these flags (headwater/v1/config.proto); HEADWATER_FLAG_NAME of the "
-                "environment comes before it, the command line before both; empty: none");
+                "textproto file of these flags (headwater/v1/config.proto), which the environment's "
+                "HEADWATER_FLAG_NAME overrules, and the command line both; empty: none");
   flags->Bool(kPrintConfig, &print_, "check all, print the values in effect as such a file, and end");
 }
 

@@ -81,7 +81,7 @@ TEST(WorkerOptionsTest, NamesTheFlagAndTheValueThatIsWrong) {
       {{"--model=m", "--device=tpu"}, {"device", "tpu"}},
       {{"--model=m", "--device=cuda:x"}, {"device", "cuda:x", "cpu or cuda:N"}},
       {{"--model=m", "--device=cuda:0", "--linear=int8"}, {"linear", "int8"}},
-      {{"--model=m", "--linear=fp8"}, {"--linear=fp8", "--device=cpu"}},
+      {{"--model=m", "--linear=fp8"}, {"--linear: 'fp8'", "--device=cpu"}},
       {{"--model=m", "--link_gbytes_per_s=-1"}, {"link_gbytes_per_s", "-1", "0 to 1e+06"}},
       {{"--model=m", "--egress_gbytes_per_s=nan"}, {"egress_gbytes_per_s", "nan"}},
       {{"--model=m", "extra"}, {"extra"}},
