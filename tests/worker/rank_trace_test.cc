@@ -7,10 +7,15 @@ namespace {
 
 absl::Time At(int64_t micros) { return absl::FromUnixMicros(1'000'000 + micros); }
 
+LayerTimes Layer(int32_t layer, absl::Time begin) {
+  LayerTimes times;
+  times.layer = layer;
+  times.begin = begin;
+  return times;
+}
+
 TEST(RankTraceTest, CountsFromTheReceiptOfTheAssignment) {
-  LayerTimes second;
-  second.layer = 2;
-  second.begin = At(700);
+  LayerTimes second = Layer(2, At(700));
   second.egress_stall = absl::Microseconds(5);
   second.project = absl::Microseconds(10);
   second.exchange = absl::Microseconds(20);
@@ -19,8 +24,7 @@ TEST(RankTraceTest, CountsFromTheReceiptOfTheAssignment) {
   std::vector<KvLayerTimes> sent(3);
   sent[2] = {At(705), At(900)};
 
-  const v1::RankTrace trace =
-      MakeRankTrace({{.layer = 1, .begin = At(400)}, second}, sent, At(100), At(300), At(1000));
+  const v1::RankTrace trace = MakeRankTrace({Layer(1, At(400)), second}, sent, At(100), At(300), At(1000));
 
   EXPECT_EQ(trace.begin_us(), 200u);
   EXPECT_EQ(trace.end_us(), 900u);
@@ -40,7 +44,7 @@ TEST(RankTraceTest, CountsFromTheReceiptOfTheAssignment) {
 }
 
 TEST(RankTraceTest, WhatIsNotKnownIsLeftOut) {
-  const v1::RankTrace trace = MakeRankTrace({{.layer = 7, .begin = At(0)}}, {}, At(100), At(50), At(60));
+  const v1::RankTrace trace = MakeRankTrace({Layer(7, At(0))}, {}, At(100), At(50), At(60));
   EXPECT_EQ(trace.begin_us(), 0u) << "not before the receipt";
   EXPECT_EQ(trace.layers(0).start_us(), 0u);
   EXPECT_EQ(trace.layers(0).egress_end_us(), 0u);
