@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "base/clock.h"
 #include "worker/layer_kv.h"
 
 namespace headwater::testing {
@@ -41,7 +42,7 @@ absl::Status MemorySink::Submit(const KvBlockId& block, const void* data, std::f
   const uint32_t crc32c = Crc32c(data, capture_->geometry().BytesOf(block));
   absl::MutexLock lock(&mutex_);
   ++submitted_;
-  shares_.Submitted(block.layer);
+  shares_.Submitted(block.layer, SteadyNow());
   items_.push_back({block, data, crc32c, std::move(done)});
   most_ = std::max(most_, submitted_ - acked_);
   stats_.bytes_submitted += capture_->geometry().BytesOf(block);
@@ -111,7 +112,7 @@ void MemorySink::Deliver() {
     ++stats_.blocks_acked;
     const uint64_t bytes = capture_->geometry().BytesOf(item.id);
     stats_.bytes_acked += bytes;
-    if (store) shares_.Acked(item.id.layer, capture_->geometry().IndexOf(item.id), bytes, item.crc32c);
+    if (store) shares_.Acked(item.id.layer, capture_->geometry().IndexOf(item.id), bytes, item.crc32c, SteadyNow());
   }
 }
 
