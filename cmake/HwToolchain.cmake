@@ -12,6 +12,9 @@ endif()
 # What is built says nothing of where: paths in messages and in debug information begin at the root of the sources.
 set(HW_PREFIX_MAPS -ffile-prefix-map=${PROJECT_BINARY_DIR}=build -ffile-prefix-map=${PROJECT_SOURCE_DIR}/=)
 add_compile_options("$<$<COMPILE_LANGUAGE:C,CXX>:${HW_PREFIX_MAPS}>")
+foreach(map ${HW_PREFIX_MAPS})
+  add_compile_options("$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Xcompiler ${map}>")
+endforeach()
 
 # -g1 keeps line numbers in stack traces at a fraction of the size and the link time of -g.
 set(CMAKE_CXX_FLAGS_RELWITHDEBINFO "-O2 -g1")

@@ -87,9 +87,19 @@ class DrainTest : public ::testing::Test {
     return absl::Now() - start;
   }
 
-  // Waits until a worker has a request; its index.
-  int BusyWorker() {
-    for (int i = 0; i < 1000; ++i) {
+  // KV streams stop after a few kilobytes.
+  void StallKv() {
+    stall_at_ = proxy_->forwarded_bytes() + 4096;
+    proxy_->LimitForwardedBytes(stall_at_);
+  }
+
+  // Waits until a worker's KV stream has stalled; the worker's index.
+  int StalledWorker() {
+    for (int i = 0; i < 2000; ++i) {
+      if (proxy_->forwarded_bytes() < stall_at_) {
+        absl::SleepFor(absl::Milliseconds(5));
+        continue;
+      }
       grpc::ClientContext context;
       v1::ListWorkersResponse response;
       EXPECT_TRUE(cluster_->admin().ListWorkers(&context, {}, &response).ok());
@@ -103,6 +113,7 @@ class DrainTest : public ::testing::Test {
   }
 
   std::vector<std::string> health_;
+  uint64_t stall_at_ = 0;
   std::unique_ptr<ChaosProxy> proxy_;
   std::unique_ptr<Cluster> cluster_;
 };
@@ -177,10 +188,10 @@ TEST_F(DrainTest, ARollingRestartUnderLoadFailsNoRequest) {
 
 TEST_F(DrainTest, WaitsUntilTheKvStreamIsAcknowledged) {
   Start(1);
-  proxy_->LimitForwardedBytes(proxy_->forwarded_bytes() + 4096);
+  StallKv();
   absl::StatusOr<v1::PrefillCompleted> completed = absl::UnknownError("not run");
   std::thread client([&] { completed = cluster_->Prefill(MakeRequest(RandomTokens(1, 600))); });
-  BusyWorker();
+  StalledWorker();
   AskToLeave(0, true);
   EXPECT_FALSE(cluster_->worker(0).Wait(absl::Seconds(2)).has_value()) << "KV is not acknowledged";
   EXPECT_NE(AskHealth(health_[0], "readiness"), Health::kServing);
@@ -195,9 +206,9 @@ TEST_F(DrainTest, WaitsUntilTheKvStreamIsAcknowledged) {
 
 TEST_F(DrainTest, ASignalDuringAnAskedDrainIsPatientAndASecondOneIsNot) {
   Start(1);
-  proxy_->LimitForwardedBytes(proxy_->forwarded_bytes() + 4096);
+  StallKv();
   std::thread client([&] { static_cast<void>(cluster_->Prefill(MakeRequest(RandomTokens(1, 600)))); });
-  BusyWorker();
+  StalledWorker();
   AskToLeave(0, false);
   EXPECT_LT(TimeUntilNotReady(0), absl::Seconds(5));
   cluster_->worker(0).Signal(SIGTERM);
@@ -211,10 +222,10 @@ TEST_F(DrainTest, ASignalDuringAnAskedDrainIsPatientAndASecondOneIsNot) {
 
 TEST_F(DrainTest, WhatIsCutExits75AndItsPromptGoesOnElsewhere) {
   Start(2, absl::Milliseconds(500));
-  proxy_->LimitForwardedBytes(proxy_->forwarded_bytes() + 4096);
+  StallKv();
   absl::StatusOr<v1::PrefillCompleted> completed = absl::UnknownError("not run");
   std::thread client([&] { completed = cluster_->Prefill(MakeRequest(RandomTokens(1, 600))); });
-  const int busy = BusyWorker();
+  const int busy = StalledWorker();
   AskToLeave(busy, false);
   EXPECT_EQ(cluster_->worker(busy).Wait(absl::Milliseconds(500) + kLeave), 75);
   proxy_->LimitForwardedBytes(UINT64_MAX);

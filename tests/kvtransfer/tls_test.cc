@@ -69,12 +69,14 @@ TEST_F(KvTlsTest, ADecodeNodeOfOursGetsAll) {
 
 TEST_F(KvTlsTest, OthersGetNothing) {
   const IdentityFiles wrong_role(authority_, "client"), wrong_authority(other_, "decode");
-  IdentityFiles expired(authority_, "decode");
-  const auto late = Make(expired.options());
-  expired.Rewrite(authority_.Issue({testing::SpiffeId("decode")}, absl::Now() - absl::Hours(2),
-                                   absl::Now() - absl::Hours(1)),
-                  authority_.pem());
-  absl::SleepFor(absl::Seconds(2.5));                      // until it has been read
+  // One whose certificate ends while it is in use.
+  IdentityFiles ending(authority_, "decode");
+  const absl::Time end_of_validity = absl::Now() + absl::Seconds(2);
+  ending.Rewrite(
+      authority_.Issue({testing::SpiffeId("decode")}, absl::Now() - absl::Hours(2), end_of_validity),
+      authority_.pem());
+  const auto late = Make(ending.options());
+  absl::SleepFor(end_of_validity + absl::Seconds(1.5) - absl::Now());
   TransportOptions believing = wrong_authority.options();  // it would take our certificate
   believing.ca = worker_files_.directory() + "/now/ca.crt";
   const std::pair<const char*, std::shared_ptr<const Transport>> receivers[] = {

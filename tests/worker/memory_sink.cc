@@ -112,7 +112,8 @@ void MemorySink::Deliver() {
     ++stats_.blocks_acked;
     const uint64_t bytes = capture_->geometry().BytesOf(item.id);
     stats_.bytes_acked += bytes;
-    if (store) shares_.Acked(item.id.layer, capture_->geometry().IndexOf(item.id), bytes, item.crc32c, SteadyNow());
+    if (store)
+      shares_.Acked(item.id.layer, capture_->geometry().IndexOf(item.id), bytes, item.crc32c, SteadyNow());
   }
 }
 
