@@ -29,7 +29,7 @@ def version() -> str:
 
 def machine_paths(folder: Path) -> list:
     """(file, path) of everything beneath `folder` that holds the path of the sources, of the build or of a home."""
-    paths = "|".join(re.escape(str(path)) for path in (ROOT, BUILD, Path.home()))
+    paths = "|".join(re.escape(path) for path in sorted(map(str, (ROOT, BUILD, Path.home())), key=len, reverse=True))
     pattern = re.compile(rf"(?<![\w./-])(?:{paths})/".encode())
     found = []
     for path in sorted(folder.rglob("*")):
