@@ -72,18 +72,18 @@ std::unique_ptr<v1::ConnectResponse> FakeWorkerLink::Next() {
 }
 
 void FakeDecodeClient::OpenSession(const std::string& kv_address, v1::OpenSessionRequest request,
-                                   absl::Duration, Done done) {
-  pending.push_back({Kind::kOpen, kv_address, std::move(request), {}, {}, std::move(done)});
+                                   absl::Duration timeout, Done done) {
+  pending.push_back({Kind::kOpen, kv_address, std::move(request), {}, {}, std::move(done), timeout});
 }
 
 void FakeDecodeClient::CommitSession(const std::string& kv_address, v1::CommitSessionRequest request,
-                                     absl::Duration, Done done) {
-  pending.push_back({Kind::kCommit, kv_address, {}, std::move(request), {}, std::move(done)});
+                                     absl::Duration timeout, Done done) {
+  pending.push_back({Kind::kCommit, kv_address, {}, std::move(request), {}, std::move(done), timeout});
 }
 
 void FakeDecodeClient::AbortSession(const std::string& kv_address, v1::AbortSessionRequest request,
-                                    absl::Duration, Done done) {
-  pending.push_back({Kind::kAbort, kv_address, {}, {}, std::move(request), std::move(done)});
+                                    absl::Duration timeout, Done done) {
+  pending.push_back({Kind::kAbort, kv_address, {}, {}, std::move(request), std::move(done), timeout});
 }
 
 void FakeDecodeClient::Answer(const absl::Status& status, size_t index) {

@@ -72,6 +72,7 @@ class FakeDecodeClient final : public DecodeClient {
     v1::CommitSessionRequest commit;
     v1::AbortSessionRequest abort;
     Done done;
+    absl::Duration timeout;
   };
 
   void OpenSession(const std::string& kv_address, v1::OpenSessionRequest request, absl::Duration timeout,

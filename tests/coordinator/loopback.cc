@@ -164,9 +164,14 @@ bool ScriptedDecodeNode::WaitUntilRegistered() {
   return changed_.wait_for(lock, kLongest, [this] { return registered_; });
 }
 
-grpc::Status ScriptedDecodeNode::OpenSession(grpc::ServerContext*, const v1::OpenSessionRequest* request,
+grpc::Status ScriptedDecodeNode::OpenSession(grpc::ServerContext* context,
+                                             const v1::OpenSessionRequest* request,
                                              v1::OpenSessionResponse*) {
   std::lock_guard<std::mutex> lock(mutex_);
+  const auto trace = context->client_metadata().find("traceparent");
+  traceparent_ = trace == context->client_metadata().end()
+                     ? ""
+                     : std::string(trace->second.data(), trace->second.size());
   open_[request->session_id()] = request->epoch();
   return grpc::Status::OK;
 }
@@ -193,6 +198,11 @@ grpc::Status ScriptedDecodeNode::AbortSession(grpc::ServerContext*, const v1::Ab
 size_t ScriptedDecodeNode::num_open() {
   std::lock_guard<std::mutex> lock(mutex_);
   return open_.size();
+}
+
+std::string ScriptedDecodeNode::traceparent() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return traceparent_;
 }
 
 size_t ScriptedDecodeNode::num_committed() {

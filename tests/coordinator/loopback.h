@@ -83,6 +83,8 @@ class ScriptedDecodeNode final : public v1::KvTransferService::Service {
 
   size_t num_open();
   size_t num_committed();
+  // Metadata of the last OpenSession.
+  std::string traceparent();
   v1::CommitSessionRequest committed(const std::string& session_id);
   bool WaitUntilRegistered();
 
@@ -97,6 +99,7 @@ class ScriptedDecodeNode final : public v1::KvTransferService::Service {
   bool ending_ ABSL_GUARDED_BY(mutex_) = false;
   std::map<std::string, uint32_t> open_ ABSL_GUARDED_BY(mutex_);
   std::map<std::string, v1::CommitSessionRequest> committed_ ABSL_GUARDED_BY(mutex_);
+  std::string traceparent_ ABSL_GUARDED_BY(mutex_);
   std::thread heart_;
 };
 

@@ -1,49 +1,18 @@
-// Workers and decode nodes that fail, and time that passes.
+// Workers that fail, and time that passes.
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
 
 #include "base/rpc/grpc_status.h"
 #include "tests/coordinator/fakes.h"
+#include "tests/coordinator/scheduler_pair.h"
 
 namespace headwater::testing {
 namespace {
 
 using Kind = FakeDecodeClient::Kind;
 
-absl::Status Error(absl::StatusCode code, v1::ErrorReason reason) { return MakeError(code, reason, "test"); }
-absl::Status WorkerLost() { return Error(absl::StatusCode::kUnavailable, v1::ERROR_REASON_WORKER_LOST); }
-
-// A request of 4000 tokens runs on w0 and w1; session and assignments are taken.
-class SchedulerFaultsTest : public ::testing::Test {
- protected:
-  void StartPair(const CoordinatorOptions& options = {}) {
-    cluster_ = std::make_unique<FakeCluster>(options);
-    cluster_->AddDecodeNode();
-    cluster_->AddWorker("w0");
-    cluster_->AddWorker("w1");
-    watcher_ = cluster_->Submit(MakeRequest("r", 4000));
-    cluster_->decode.AnswerAll();
-    cluster_->TakeAssignment("w0");
-    cluster_->TakeAssignment("w1");
-  }
-
-  // Every rank of `ids` takes its assignment and completes, and the commit is answered.
-  void CompleteOn(const std::vector<std::string>& ids) {
-    cluster_->decode.AnswerAll();
-    for (const auto& id : ids) cluster_->TakeAssignment(id);
-    for (const auto& id : ids) cluster_->Complete(id);
-    cluster_->decode.AnswerAll();
-  }
-
-  void TearDown() override {
-    EXPECT_TRUE(cluster_->decode.violations.empty()) << cluster_->decode.violations.front();
-    EXPECT_TRUE(watcher_->violations.empty()) << watcher_->violations.front();
-  }
-
-  std::unique_ptr<FakeCluster> cluster_;
-  std::shared_ptr<RecordingWatcher> watcher_;
-};
+using SchedulerFaultsTest = SchedulerPairTest;
 
 TEST_F(SchedulerFaultsTest, ALostWorkersPromptGoesOnInANewEpochOnTheLiving) {
   StartPair();
@@ -238,122 +207,6 @@ TEST_F(SchedulerFaultsTest, APermanentFailureWinsOverItsEchoFromTheCollective) {
   EXPECT_EQ(ReasonOf(watcher_->result()), v1::ERROR_REASON_NON_FINITE) << watcher_->result();
 }
 
-TEST_F(SchedulerFaultsTest, AStalledStreamFailsTheRequestAsRetryable) {
-  StartPair();
-  cluster_->Fail("w0", Error(absl::StatusCode::kAborted, v1::ERROR_REASON_KV_STREAM_STALLED));
-  cluster_->Fail("w1", absl::CancelledError("aborted"));
-  EXPECT_EQ(cluster_->decode.pending.size(), 1u) << "an attempt to free the session";
-  cluster_->decode.AnswerAll(absl::UnavailableError("away"));
-
-  EXPECT_EQ(watcher_->result().code(), absl::StatusCode::kUnavailable);
-  EXPECT_EQ(ReasonOf(watcher_->result()), v1::ERROR_REASON_DECODE_LOST);
-}
-
-TEST_F(SchedulerFaultsTest, ASessionThatTheNodeForgotIsOpenedAnewInANewEpoch) {
-  for (const absl::Status& forgotten :
-       {Error(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_SESSION),
-        Error(absl::StatusCode::kUnavailable, v1::ERROR_REASON_DECODE_LOST)}) {
-    StartPair();
-    cluster_->decode.open_sessions.clear();
-    cluster_->Fail("w0", forgotten);
-    cluster_->Fail("w1", absl::CancelledError("aborted"));
-    EXPECT_TRUE(cluster_->TakeAbort("w1"));
-    CompleteOn({"w0", "w1"});
-    EXPECT_TRUE(watcher_->result().ok()) << watcher_->result();
-    EXPECT_EQ(watcher_->completed().epoch(), 2u);
-  }
-}
-
-TEST_F(SchedulerFaultsTest, ANodeThatForgetsEverySessionIsLostInTheEnd) {
-  CoordinatorOptions options;
-  options.max_epochs = 2;
-  StartPair(options);
-  for (int epoch = 1; epoch <= 2; ++epoch) {
-    cluster_->Fail("w0", Error(absl::StatusCode::kUnavailable, v1::ERROR_REASON_DECODE_LOST));
-    EXPECT_TRUE(cluster_->TakeAbort("w1"));
-    cluster_->Fail("w1", absl::CancelledError("aborted"));
-    cluster_->decode.AnswerAll();
-    if (epoch == 2) break;
-    cluster_->TakeAssignment("w0");
-    cluster_->TakeAssignment("w1");
-  }
-  EXPECT_EQ(ReasonOf(watcher_->result()), v1::ERROR_REASON_DECODE_LOST) << watcher_->result();
-}
-
-TEST_F(SchedulerFaultsTest, ASessionForgottenAtTheCommitIsOpenedAnewInANewEpoch) {
-  StartPair();
-  cluster_->Complete("w0");
-  cluster_->Complete("w1");
-  cluster_->decode.open_sessions.clear();
-  cluster_->decode.Answer(Error(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_SESSION));
-  CompleteOn({"w0", "w1"});
-  EXPECT_TRUE(watcher_->result().ok()) << watcher_->result();
-  EXPECT_EQ(watcher_->completed().epoch(), 2u);
-}
-
-TEST_F(SchedulerFaultsTest, TheCommitIsRepeatedWhileTheNodeIsAway) {
-  StartPair();
-  cluster_->Complete("w0");
-  cluster_->Complete("w1");
-  for (int i = 0; i < 20; ++i) {
-    cluster_->decode.AnswerAll(absl::UnavailableError("away"));
-    cluster_->Advance(absl::Seconds(1));
-  }
-  EXPECT_FALSE(watcher_->ended());
-  cluster_->decode.AnswerAll();
-  EXPECT_TRUE(watcher_->result().ok()) << watcher_->result();
-  EXPECT_EQ(watcher_->completed().epoch(), 1u);
-}
-
-TEST_F(SchedulerFaultsTest, ANodeAwayForLongerThanTheGraceFailsTheCommit) {
-  StartPair();
-  cluster_->Complete("w0");
-  cluster_->Complete("w1");
-  for (int i = 0; i < 32 && !watcher_->ended(); ++i) {
-    cluster_->decode.AnswerAll(absl::UnavailableError("away"));
-    cluster_->Advance(absl::Seconds(1));
-  }
-  EXPECT_EQ(ReasonOf(watcher_->result()), v1::ERROR_REASON_DECODE_LOST) << watcher_->result();
-}
-
-TEST_F(SchedulerFaultsTest, TheRestartedNodesNewAddressIsUsed) {
-  StartPair();
-  cluster_->Complete("w0");
-  cluster_->Complete("w1");
-  cluster_->decode.Answer(absl::UnavailableError("away"));
-  auto registration = MakeDecodeNode("d0");
-  registration.set_incarnation("i2");
-  registration.set_kv_address("moved:1");
-  ASSERT_TRUE(cluster_->scheduler.AddDecodeNode(registration, std::make_shared<FakeDecodeLink>()).ok());
-  cluster_->Advance(absl::Seconds(0.5));
-  ASSERT_EQ(cluster_->decode.pending.size(), 1u);
-  EXPECT_EQ(cluster_->decode.pending[0].kv_address, "moved:1");
-}
-
-TEST_F(SchedulerFaultsTest, AFailedCommitReachesTheClientAsItIs) {
-  StartPair();
-  cluster_->Complete("w0");
-  cluster_->Complete("w1");
-  cluster_->decode.Answer(Error(absl::StatusCode::kDataLoss, v1::ERROR_REASON_KV_CORRUPT));
-  cluster_->decode.AnswerAll();
-  EXPECT_EQ(watcher_->result().code(), absl::StatusCode::kDataLoss);
-  EXPECT_EQ(cluster_->decode.aborts, 1);
-}
-
-TEST_F(SchedulerFaultsTest, OpeningIsRepeatedWhileTheNodeIsAwayAndRefusalsAreFinal) {
-  cluster_ = std::make_unique<FakeCluster>();
-  cluster_->AddDecodeNode();
-  cluster_->AddWorker("w0");
-  watcher_ = cluster_->Submit(MakeRequest("r", 10));
-  cluster_->decode.Answer(absl::UnavailableError("away"));
-  EXPECT_TRUE(cluster_->decode.pending.empty());
-  cluster_->Advance(absl::Seconds(0.5));
-  cluster_->decode.Answer(Error(absl::StatusCode::kResourceExhausted, v1::ERROR_REASON_KV_MEMORY_FULL));
-  cluster_->decode.AnswerAll();
-  EXPECT_EQ(ReasonOf(watcher_->result()), v1::ERROR_REASON_KV_MEMORY_FULL) << watcher_->result();
-  EXPECT_EQ(cluster_->scheduler.ListWorkers().workers(0).request_id(), "") << "the worker is free";
-}
-
 TEST_F(SchedulerFaultsTest, AWorkerLostWhileTheSessionOpensCostsAnEpoch) {
   cluster_ = std::make_unique<FakeCluster>();
   cluster_->AddDecodeNode();
@@ -482,28 +335,6 @@ TEST_F(SchedulerFaultsTest, TheQueueWaitIsBounded) {
   cluster_->Advance(absl::Seconds(0.5));
   EXPECT_EQ(queued->result().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(ReasonOf(queued->result()), v1::ERROR_REASON_QUEUE_TIMEOUT);
-}
-
-TEST_F(SchedulerFaultsTest, ADecodeNodeStaysKnownForTheGraceAfterItsStreamEnds) {
-  StartPair();
-  const uint64_t connection = cluster_->AddDecodeNode("d1", "second");
-  cluster_->scheduler.OnDecodeClosed(connection);
-  EXPECT_FALSE(cluster_->scheduler.ListDecodeNodes().decode_nodes(1).connected());
-  v1::PrefillRequest request = MakeRequest("late", 10);
-  request.set_decode_node("d1");
-  EXPECT_TRUE(cluster_->Submit(request)->accepted());
-  cluster_->Advance(absl::Seconds(31));
-  EXPECT_EQ(cluster_->scheduler.ListDecodeNodes().decode_nodes_size(), 1);
-  request.set_request_id("later");
-  EXPECT_EQ(ReasonOf(cluster_->Submit(request)->result()), v1::ERROR_REASON_UNKNOWN_DECODE_NODE);
-}
-
-TEST_F(SchedulerFaultsTest, ASilentDecodeNodeIsDisconnected) {
-  StartPair();
-  cluster_->decode_muted = true;
-  cluster_->Advance(absl::Seconds(4));
-  EXPECT_FALSE(cluster_->scheduler.ListDecodeNodes().decode_nodes(0).connected());
-  EXPECT_FALSE(watcher_->ended()) << "its stream may come back";
 }
 
 }  // namespace

@@ -193,6 +193,28 @@ TEST_F(ServiceLoopbackTest, AKilledWorkersPromptIsRetriedOnTheLiving) {
   EXPECT_EQ(result.events.back().completed().plan().worker_ids(0), "w2");
 }
 
+TEST_F(ServiceLoopbackTest, ACallersTraceGoesOnToTheDecodeNodeUnderASpanOfOurs) {
+  Start();
+  AddWorker("w0");
+  const std::string trace = "0af7651916cd43dd8448eb211c80319c", caller = "b7ad6b7169203331";
+  grpc::ClientContext context;
+  SetDeadline(&context);
+  context.AddMetadata("traceparent", absl::StrCat("00-", trace, "-", caller, "-01"));
+  const auto reader = prefill_->Prefill(&context, MakeRequest("r", 10));
+  v1::PrefillResponse event;
+  while (reader->Read(&event)) {
+  }
+  ASSERT_TRUE(reader->Finish().ok());
+  EXPECT_EQ(event.completed().trace_id(), trace);
+  const std::string passed_on = decode_->traceparent();
+  EXPECT_EQ(passed_on.substr(0, 36), absl::StrCat("00-", trace, "-"));
+  EXPECT_EQ(passed_on.substr(52), "-01");
+  EXPECT_EQ(passed_on.find(caller), std::string::npos);
+  EXPECT_TRUE(Prefill(MakeRequest("without", 10)).completed());
+  EXPECT_EQ(decode_->traceparent().size(), 55u) << "a new trace";
+  EXPECT_EQ(decode_->traceparent().find(trace), std::string::npos);
+}
+
 TEST_F(ServiceLoopbackTest, CancelAnswersWhenAllIsReclaimed) {
   Start();
   AddWorker("w0", ScriptedWorker::Stall);
