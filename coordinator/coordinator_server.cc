@@ -7,6 +7,7 @@
 #include <grpcpp/health_check_service_interface.h>
 
 #include "base/clock.h"
+#include "base/rpc/accept_limit.h"
 #include "base/rpc/grpc_status.h"
 #include "base/rpc/transport_stats.h"
 #include "base/status_macros.h"
@@ -48,6 +49,7 @@ CoordinatorServer::CoordinatorServer(const CoordinatorOptions& options,
 absl::StatusOr<std::unique_ptr<CoordinatorServer>> CoordinatorServer::Start(
     const CoordinatorOptions& options, const CoordinatorEndpoints& endpoints) {
   auto server = std::unique_ptr<CoordinatorServer>(new CoordinatorServer(options, endpoints.transport));
+  LimitConnections();
   server->metrics_.AddConfig(endpoints.config_sha256);
   server->metrics_.Add(std::make_shared<TransportStats>(server->transport_));
   HW_RETURN_IF_ERROR(server->metrics_.Serve(endpoints.metrics));

@@ -10,8 +10,8 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 
+#include "base/http/health.h"
 #include "base/metrics.h"
-#include "base/rpc/health.h"
 #include "base/rpc/server.h"
 #include "base/rpc/transport.h"
 #include "coordinator/coordinator_metrics.h"

@@ -9,6 +9,7 @@
 
 #include "base/clock.h"
 #include "base/log.h"
+#include "base/rpc/accept_limit.h"
 #include "base/rpc/transport_stats.h"
 #include "base/status_macros.h"
 #include "base/version.h"
@@ -47,6 +48,7 @@ absl::StatusOr<std::unique_ptr<DecodeNode>> DecodeNode::Start(const DecodeOption
                       HealthPort::Start(options.health, {[raw = node.get()] { return raw->KeepsHouse(); },
                                                          [raw = node.get()] { return raw->registered(); }}));
   node->metrics_ = std::make_unique<Metrics>("decode");
+  LimitConnections();
   node->metrics_->AddConfig(options.config.sha256);
   node->metrics_->Add(std::make_shared<TransportStats>(node->transport_));
   HW_RETURN_IF_ERROR(node->LoadModel(options));

@@ -13,8 +13,8 @@
 #include "absl/status/statusor.h"
 #include <grpcpp/impl/service_type.h>
 
+#include "base/http/health.h"
 #include "base/metrics.h"
-#include "base/rpc/health.h"
 #include "base/rpc/server.h"
 #include "base/rpc/transport.h"
 #include "decode/engine.h"

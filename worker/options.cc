@@ -13,6 +13,7 @@
 
 #include "base/config/config.h"
 #include "base/flags.h"
+#include "base/http/health.h"
 #include "base/rpc/transport_flags.h"
 #include "base/status_macros.h"
 #include "headwater/v1/config.pb.h"

@@ -10,9 +10,10 @@
 #include "absl/strings/str_format.h"
 #include <unistd.h>
 
+#include "base/http/health.h"
 #include "base/log.h"
 #include "base/metrics.h"
-#include "base/rpc/health.h"
+#include "base/rpc/accept_limit.h"
 #include "base/rpc/server.h"
 #include "base/rpc/transport_stats.h"
 #include "base/status_macros.h"
@@ -131,6 +132,7 @@ class WorkerProcess final : public Worker {
     // Addresses first: a port in use is told before the model is loaded.
     HW_ASSIGN_OR_RETURN(transport_, Transport::Create(options.transport, Role::kWorker));
     LogTransport(transport_.get(), options.listen);
+    LimitConnections();
     metrics_.AddConfig(options.config.sha256);
     metrics_.Add(std::make_shared<TransportStats>(transport_));
     HW_RETURN_IF_ERROR(metrics_.Serve(options.metrics));

@@ -25,13 +25,6 @@ inline void DeclareServerTransport(TransportOptions* options, FlagSet* flags) {
                 "file of who may call what (deploy/roles.txtpb); empty: what that file says");
 }
 
-inline void DeclareHealth(std::string* address, FlagSet* flags) {
-  flags->String(
-      "health", address,
-      "HOST:PORT of grpc.health.v1 alone, in plaintext, for probes: services liveness and readiness; "
-      "empty: none");
-}
-
 }  // namespace headwater
 
 #endif  // HW_BASE_RPC_TRANSPORT_FLAGS_H_

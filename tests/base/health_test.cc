@@ -1,25 +1,13 @@
-#include "base/rpc/health.h"
+#include "base/http/health.h"
 
 #include <atomic>
 
-#include "absl/time/clock.h"
 #include "gtest/gtest.h"
 
-#include "tests/support/health.h"
+#include "tests/support/http.h"
 
-namespace headwater {
+namespace headwater::testing {
 namespace {
-
-using ::headwater::testing::AskHealth;
-using ::headwater::testing::Health;
-
-bool Becomes(const std::string& address, const std::string& service, Health wanted) {
-  for (int i = 0; i < 30; ++i) {
-    if (AskHealth(address, service) == wanted) return true;
-    absl::SleepFor(absl::Milliseconds(50));
-  }
-  return false;
-}
 
 TEST(HealthPortTest, SaysWhatTheProbesSay) {
   std::atomic<bool> live{true}, ready{false};
@@ -27,38 +15,46 @@ TEST(HealthPortTest, SaysWhatTheProbesSay) {
       HealthPort::Start("127.0.0.1:0", {[&] { return live.load(); }, [&] { return ready.load(); }});
   ASSERT_TRUE(port.ok()) << port.status();
   const std::string& address = (*port)->address();
-  EXPECT_EQ(AskHealth(address, "liveness"), Health::kServing);
-  EXPECT_EQ(AskHealth(address, "readiness"), Health::kNotServing);
-  EXPECT_EQ(AskHealth(address, ""), Health::kNotServing);
-  EXPECT_EQ(AskHealth(address, "nonsense"), Health::kUnknown);
+  EXPECT_EQ(GetHttp(address, "/livez").status, 200);
+  EXPECT_EQ(GetHttp(address, "/readyz").status, 503);
+  EXPECT_EQ(GetHttp(address, "/readyz").body, "not ready\n");
+  EXPECT_EQ(GetHttp(address, "/").status, 404);
+  EXPECT_EQ(GetHttp(address, "/metrics").status, 404);
   ready = true;
-  EXPECT_TRUE(Becomes(address, "readiness", Health::kServing));
-  EXPECT_TRUE(Becomes(address, "", Health::kServing));
+  EXPECT_EQ(GetHttp(address, "/readyz?verbose=1").status, 200);
+  EXPECT_EQ(GetHttp(address, "/readyz", "HEAD").body, "");
   live = false;
-  EXPECT_TRUE(Becomes(address, "liveness", Health::kNotServing));
+  EXPECT_EQ(GetHttp(address, "/livez").status, 503);
+  EXPECT_EQ(GetHttp(address, "/livez").body, "not live\n");
+  EXPECT_EQ(GetHttp(address, "/readyz").status, 200);
 }
 
 TEST(HealthPortTest, LeavingIsToldAtOnceAndForGood) {
-  const auto port = HealthPort::Start("127.0.0.1:0", {[] { return true; }, [] { return true; }});
+  std::atomic<bool> ready{true};
+  const auto port = HealthPort::Start("127.0.0.1:0", {[] { return true; }, [&] { return ready.load(); }});
   ASSERT_TRUE(port.ok()) << port.status();
-  EXPECT_EQ(AskHealth((*port)->address(), "readiness"), Health::kServing);
+  EXPECT_EQ(GetHttp((*port)->address(), "/readyz").status, 200);
   (*port)->Leave();
-  EXPECT_EQ(AskHealth((*port)->address(), "readiness"), Health::kNotServing);
-  absl::SleepFor(absl::Milliseconds(300));
-  EXPECT_EQ(AskHealth((*port)->address(), "readiness"), Health::kNotServing);
-  EXPECT_EQ(AskHealth((*port)->address(), "liveness"), Health::kServing);
+  EXPECT_EQ(GetHttp((*port)->address(), "/readyz").status, 503);
+  ready = false;
+  ready = true;
+  EXPECT_EQ(GetHttp((*port)->address(), "/readyz").status, 503);
+  EXPECT_EQ(GetHttp((*port)->address(), "/livez").status, 200);
 }
 
 TEST(HealthPortTest, NoneWhereThereIsNoAddressAndAnErrorWhereItIsTaken) {
-  const auto none = HealthPort::Start("", {[] { return true; }, [] { return true; }});
+  const HealthPort::Probes probes = {[] { return true; }, [] { return true; }};
+  const auto none = HealthPort::Start("", probes);
   ASSERT_TRUE(none.ok());
   (*none)->Leave();
-  const auto first = HealthPort::Start("127.0.0.1:0", {[] { return true; }, [] { return true; }});
+  EXPECT_EQ((*none)->address(), "");
+  const auto first = HealthPort::Start("127.0.0.1:0", probes);
   ASSERT_TRUE(first.ok());
-  EXPECT_EQ(
-      HealthPort::Start((*first)->address(), {[] { return true; }, [] { return true; }}).status().code(),
-      absl::StatusCode::kUnavailable);
+  const auto second = HealthPort::Start((*first)->address(), probes);
+  EXPECT_EQ(second.status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(second.status().message(),
+            absl::StrCat("health address ", (*first)->address(), " cannot be bound"));
 }
 
 }  // namespace
-}  // namespace headwater
+}  // namespace headwater::testing

@@ -87,10 +87,10 @@ class CoordinatorProcessTest : public ::testing::Test {
 
   void WaitUntilNotServing() {
     const absl::Time end = absl::Now() + absl::Seconds(10);
-    while (AskHealth(address_, "") != Health::kNotServing && absl::Now() < end) {
+    while (AskGrpcHealth(address_) != Health::kNotServing && absl::Now() < end) {
       absl::SleepFor(absl::Milliseconds(5));
     }
-    EXPECT_EQ(AskHealth(address_, ""), Health::kNotServing) << "health does not turn NOT_SERVING";
+    EXPECT_EQ(AskGrpcHealth(address_), Health::kNotServing) << "health does not turn NOT_SERVING";
   }
 
   int ExitCode(absl::Duration within) {

@@ -8,81 +8,21 @@
 #include <vector>
 
 #include "absl/strings/match.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_split.h"
 #include "absl/time/clock.h"
 #include "gtest/gtest.h"
-#include <arpa/inet.h>
 #include <nlohmann/json.hpp>
 #include <sys/socket.h>
-#include <sys/time.h>
 #include <unistd.h>
 
 #include "coordinator/coordinator_server.h"
 #include "coordinator/flags.h"
+#include "tests/support/http.h"
 
 namespace headwater::testing {
 namespace {
 
-int Connect(const std::string& address) {
-  sockaddr_in to = {};
-  to.sin_family = AF_INET;
-  to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  int port = 0;
-  if (!absl::SimpleAtoi(address.substr(address.rfind(':') + 1), &port)) return -1;
-  to.sin_port = htons(static_cast<uint16_t>(port));
-  const int fd = socket(AF_INET, SOCK_STREAM, 0);
-  const timeval limit = {10, 0};
-  setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
-  if (connect(fd, reinterpret_cast<sockaddr*>(&to), sizeof(to)) == 0) return fd;
-  close(fd);
-  return -1;
-}
-
-// All that the server sends until it closes, 10 s at most.
-std::string ReadAll(int fd) {
-  std::string out;
-  std::vector<char> buffer(1 << 16);
-  for (ssize_t n = 0; (n = recv(fd, buffer.data(), buffer.size(), 0)) > 0;) out.append(buffer.data(), n);
-  return out;
-}
-
-struct Response {
-  int status = 0;
-  std::map<std::string, std::string> headers;
-  std::string body;
-};
-
-Response Parse(const std::string& text) {
-  Response response;
-  const size_t end = text.find("\r\n\r\n");
-  if (end == std::string::npos) return response;
-  std::vector<std::string> lines = absl::StrSplit(text.substr(0, end), "\r\n");
-  EXPECT_TRUE(absl::SimpleAtoi(lines[0].substr(9, 3), &response.status)) << lines[0];
-  for (size_t i = 1; i < lines.size(); ++i) {
-    const size_t colon = lines[i].find(": ");
-    response.headers[lines[i].substr(0, colon)] = lines[i].substr(colon + 2);
-  }
-  response.body = text.substr(end + 4);
-  return response;
-}
-
-Response Ask(const std::string& address, const std::string& request) {
-  const int fd = Connect(address);
-  EXPECT_GE(fd, 0);
-  EXPECT_EQ(send(fd, request.data(), request.size(), MSG_NOSIGNAL), static_cast<ssize_t>(request.size()));
-  const Response response = Parse(ReadAll(fd));
-  close(fd);
-  return response;
-}
-
-Response Get(const std::string& address, const std::string& target, const std::string& method = "GET",
-             const std::string& host = "localhost") {
-  return Ask(address, absl::StrCat(method, " ", target, " HTTP/1.1\r\nHost: ", host, "\r\n\r\n"));
-}
-
-// One server for all tests: its end takes the library 2 s. The source answers between the calls that a test
+// One server for all tests. The source answers between the calls that a test
 // makes, never beside them.
 class PageServerTest : public ::testing::Test {
  protected:
@@ -105,7 +45,7 @@ class PageServerTest : public ::testing::Test {
 };
 
 TEST_F(PageServerTest, ServesThePageAndTheState) {
-  const Response page = Get(address_, "/");
+  const HttpResponse page = GetHttp(address_, "/");
   EXPECT_EQ(page.status, 200);
   EXPECT_EQ(page.headers.at("Content-Type"), "text/html; charset=utf-8");
   EXPECT_EQ(page.headers.at("Content-Length"), absl::StrCat(page.body.size()));
@@ -118,7 +58,7 @@ TEST_F(PageServerTest, ServesThePageAndTheState) {
   EXPECT_FALSE(absl::StrContains(page.body, "https://"));
   EXPECT_FALSE(absl::StrContains(page.body, "innerHTML"));
 
-  const Response state = Get(address_, "/state.json?at=1");
+  const HttpResponse state = GetHttp(address_, "/state.json?at=1");
   EXPECT_EQ(state.status, 200);
   EXPECT_EQ(state.headers.at("Content-Type"), "application/json; charset=utf-8");
   EXPECT_EQ(nlohmann::json::parse(state.body)["workers"]["total"], 0);
@@ -126,10 +66,10 @@ TEST_F(PageServerTest, ServesThePageAndTheState) {
 
 TEST_F(PageServerTest, EveryAnswerCarriesTheHeadersThatKeepItIn) {
   const std::string long_line(20'000, 'x');
-  for (const Response& response :
-       {Get(address_, "/"), Get(address_, "/state.json"), Get(address_, "/nothing"),
-        Get(address_, "/", "POST"), Get(address_, "/", "GET", "evil.example"), Get(address_, "/" + long_line),
-        Ask(address_, "nonsense\r\n\r\n")}) {
+  for (const HttpResponse& response :
+       {GetHttp(address_, "/"), GetHttp(address_, "/state.json"), GetHttp(address_, "/nothing"),
+        GetHttp(address_, "/", "POST"), GetHttp(address_, "/", "GET", "evil.example"),
+        GetHttp(address_, "/" + long_line), AskHttp(address_, "nonsense\r\n\r\n")}) {
     ASSERT_NE(response.status, 0);
     EXPECT_EQ(response.headers.at("Cache-Control"), "no-store") << response.status;
     EXPECT_EQ(response.headers.at("X-Content-Type-Options"), "nosniff");
@@ -149,28 +89,29 @@ TEST_F(PageServerTest, EveryAnswerCarriesTheHeadersThatKeepItIn) {
 
 TEST_F(PageServerTest, OnlyGetAndHeadOfTwoPathsAreAnswered) {
   for (const char* target : {"/", "/state.json"}) {
-    const Response head = Get(address_, target, "HEAD");
+    const HttpResponse head = GetHttp(address_, target, "HEAD");
     EXPECT_EQ(head.status, 200);
     EXPECT_NE(head.headers.at("Content-Length"), "0");
     EXPECT_EQ(head.body, "");
     for (const char* method : {"POST", "PUT", "DELETE", "OPTIONS", "PATCH"}) {
-      const Response response = Get(address_, target, method);
+      const HttpResponse response = GetHttp(address_, target, method);
       EXPECT_EQ(response.status, 405) << method;
       EXPECT_EQ(response.headers.at("Allow"), "GET, HEAD");
     }
   }
   for (const char* target : {"/index.html", "/metrics", "/state.json/", "//", "/..%2f..%2fetc/passwd"}) {
-    EXPECT_EQ(Get(address_, target).status, 404) << target;
+    EXPECT_EQ(GetHttp(address_, target).status, 404) << target;
   }
-  for (const char* method : {"BREW", "CONNECT"}) EXPECT_GE(Get(address_, "/", method).status, 400) << method;
+  for (const char* method : {"BREW", "CONNECT"})
+    EXPECT_GE(GetHttp(address_, "/", method).status, 400) << method;
 }
 
 TEST_F(PageServerTest, HostsOfOtherNamesAreRefused) {
   for (const char* host : {"localhost", "LOCALHOST:9080", "127.0.0.1", "10.1.2.3:9080", "[::1]:9080"}) {
-    EXPECT_EQ(Get(address_, "/state.json", "GET", host).status, 200) << host;
+    EXPECT_EQ(GetHttp(address_, "/state.json", "GET", host).status, 200) << host;
   }
   for (const char* host : {"evil.example", "127.0.0.1.evil.example:9080", "localhost.evil.example", ""}) {
-    const int status = Get(address_, "/state.json", "GET", host).status;
+    const int status = GetHttp(address_, "/state.json", "GET", host).status;
     EXPECT_TRUE(status == 421 || status == 400) << host << " " << status;
   }
 }
@@ -180,24 +121,24 @@ TEST_F(PageServerTest, OversizedRequestsAreRefused) {
   for (const std::string& request :
        {absl::StrCat("GET /", filler, " HTTP/1.1\r\nHost: localhost\r\n\r\n"),
         absl::StrCat("GET / HTTP/1.1\r\nHost: localhost\r\nX-Filler: ", filler, "\r\n\r\n")}) {
-    const int status = Ask(address_, request).status;
+    const int status = AskHttp(address_, request).status;
     EXPECT_TRUE(status == 413 || status == 414 || status == 400 || status == 431) << status;
   }
-  EXPECT_EQ(Get(address_, "/").status, 200);
+  EXPECT_EQ(GetHttp(address_, "/").status, 200);
 }
 
 TEST_F(PageServerTest, AFailingSourceIs503) {
   absl::SleepFor(absl::Milliseconds(250));  // what was answered before is no longer fresh
   error_ = absl::UnavailableError("busy");
-  EXPECT_EQ(Get(address_, "/state.json").status, 503);
-  EXPECT_EQ(Get(address_, "/").status, 200);
+  EXPECT_EQ(GetHttp(address_, "/state.json").status, 503);
+  EXPECT_EQ(GetHttp(address_, "/").status, 200);
   error_ = absl::OkStatus();
-  EXPECT_EQ(Get(address_, "/state.json").status, 200) << "an error is not kept";
+  EXPECT_EQ(GetHttp(address_, "/state.json").status, 200) << "an error is not kept";
 }
 
 TEST_F(PageServerTest, ManyViewersAreOneToTheSource) {
   const int before = asked_;
-  for (int i = 0; i < 20; ++i) EXPECT_EQ(Get(address_, "/state.json").status, 200);
+  for (int i = 0; i < 20; ++i) EXPECT_EQ(GetHttp(address_, "/state.json").status, 200);
   EXPECT_LT(asked_ - before, 20);
 }
 
@@ -205,15 +146,15 @@ TEST_F(PageServerTest, SlowClientsAreDroppedAndOthersAnswered) {
   // More than there are threads: each sends half a request.
   std::vector<int> slow;
   for (int i = 0; i < 6; ++i) {
-    slow.push_back(Connect(address_));
+    slow.push_back(ConnectHttp(address_));
     ASSERT_GE(slow.back(), 0);
     ASSERT_EQ(send(slow.back(), "GET / HT", 8, MSG_NOSIGNAL), 8);
   }
   const absl::Time start = absl::Now();
-  EXPECT_EQ(Get(address_, "/").status, 200);
+  EXPECT_EQ(GetHttp(address_, "/").status, 200);
   EXPECT_LT(absl::Now() - start, absl::Seconds(8));
   for (const int fd : slow) {
-    EXPECT_NE(Parse(ReadAll(fd)).status, 200);
+    EXPECT_NE(ParseHttp(ReadAll(fd)).status, 200);
     close(fd);
   }
   EXPECT_LT(absl::Now() - start, absl::Seconds(9));
@@ -227,7 +168,7 @@ TEST(PageServerEndTest, AClientThatDoesNotReadHoldsNobodyUp) {
   ASSERT_TRUE(server.ok()) << server.status();
   const std::string address = (*server)->address();
   const auto ask = [&] {
-    const int fd = Connect(address);
+    const int fd = ConnectHttp(address);
     const std::string request = "GET /state.json HTTP/1.1\r\nHost: localhost\r\n\r\n";
     EXPECT_EQ(send(fd, request.data(), request.size(), MSG_NOSIGNAL), static_cast<ssize_t>(request.size()));
     return fd;
@@ -237,7 +178,7 @@ TEST(PageServerEndTest, AClientThatDoesNotReadHoldsNobodyUp) {
   for (int i = 0; i < 4; ++i) deaf.push_back(ask());
   absl::SleepFor(absl::Milliseconds(300));
   absl::Time start = absl::Now();
-  EXPECT_EQ(Get(address, "/").status, 200);
+  EXPECT_EQ(GetHttp(address, "/").status, 200);
   EXPECT_LT(absl::Now() - start, absl::Seconds(8));
   // Nor does one hold up the server's end.
   deaf.push_back(ask());
@@ -281,12 +222,12 @@ TEST(PageOfCoordinatorTest, IsOffUnlessAskedFor) {
 
   const auto with = CoordinatorServer::Start({}, {"127.0.0.1:0", "", "", nullptr, "127.0.0.1:0"});
   ASSERT_TRUE(with.ok()) << with.status();
-  const Response state = Get((*with)->page_address(), "/state.json");
+  const HttpResponse state = GetHttp((*with)->page_address(), "/state.json");
   EXPECT_EQ(state.status, 200);
   EXPECT_EQ(nlohmann::json::parse(state.body)["draining"], false);
   (*with)->BeginDrain();
   absl::SleepFor(absl::Milliseconds(250));
-  EXPECT_EQ(nlohmann::json::parse(Get((*with)->page_address(), "/state.json").body)["draining"], true);
+  EXPECT_EQ(nlohmann::json::parse(GetHttp((*with)->page_address(), "/state.json").body)["draining"], true);
   (*with)->Stop(absl::ZeroDuration());
 }
 

@@ -192,10 +192,12 @@ class Broken(unittest.TestCase):
         self.fails("base", lambda d: self.pod(d)["containers"].append(dict(container(d))), "security: .*more containers")
 
     def test_probes(self):
-        self.set("base", container, "livenessProbe", None, "probes: .*no gRPC livenessProbe")
-        self.set("base", container, "startupProbe", {"httpGet": {"port": 8071}}, "probes: .*no gRPC startupProbe")
-        self.set("base", lambda d: container(d)["readinessProbe"]["grpc"], "port", 7071, "readinessProbe asks port 7071")
-        self.set("base", lambda d: container(d)["livenessProbe"]["grpc"], "service", "readiness", "asks for 'readiness'")
+        self.set("base", container, "livenessProbe", None, "probes: .*no livenessProbe by HTTP")
+        self.set("base", container, "startupProbe", {"grpc": {"port": 8071}}, "probes: .*no startupProbe by HTTP")
+        probe = lambda name: lambda d: container(d)[name]["httpGet"]
+        self.set("base", probe("readinessProbe"), "port", 7071, "readinessProbe asks port 7071")
+        self.set("base", probe("livenessProbe"), "path", "/readyz", "asks for HTTP /readyz")
+        self.set("base", probe("livenessProbe"), "scheme", "HTTPS", "asks for HTTPS /livez")
 
     def test_grace(self):
         self.set("base", self.pod, "terminationGracePeriodSeconds", 69, r"grace: .*gets 69 s, needs 15 \+ 45 \+ 10 s")

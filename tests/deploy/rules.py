@@ -123,15 +123,15 @@ def security(cluster: Cluster) -> Iterator[str]:
 def probes(cluster: Cluster) -> Iterator[str]:
     for pod in cluster.pods:
         port = pod.flag_port("health")
-        for name, service in (("startupProbe", "liveness"), ("livenessProbe", "liveness"), ("readinessProbe", "readiness")):
-            asked = pod.container.get(name, {}).get("grpc")
+        for name, path in (("startupProbe", "/livez"), ("livenessProbe", "/livez"), ("readinessProbe", "/readyz")):
+            asked = pod.container.get(name, {}).get("httpGet")
             if asked is None:
-                yield f"probes: {pod.name} has no gRPC {name}"
+                yield f"probes: {pod.name} has no {name} by HTTP"
                 continue
             if asked.get("port") != port:
                 yield f"probes: {pod.name}'s {name} asks port {asked.get('port')}, --health has {port}"
-            if asked.get("service") != service:
-                yield f"probes: {pod.name}'s {name} asks for '{asked.get('service')}', not '{service}'"
+            if asked.get("path") != path or asked.get("scheme", "HTTP") != "HTTP":
+                yield f"probes: {pod.name}'s {name} asks for {asked.get('scheme', 'HTTP')} {asked.get('path')}, not HTTP {path}"
 
 
 def grace(cluster: Cluster) -> Iterator[str]:

@@ -19,6 +19,7 @@
 #include "base/log.h"
 #include "base/rpc/grpc_status.h"
 #include "base/rpc/server.h"
+#include "tests/support/http.h"
 
 namespace headwater::testing {
 namespace {
@@ -197,22 +198,7 @@ v1::PrefillRequest MakeRequest(const std::vector<uint32_t>& tokens) {
 }
 
 double ReadMetric(int port, const std::string& name_and_labels) {
-  const int fd = socket(AF_INET, SOCK_STREAM, 0);
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  address.sin_port = htons(static_cast<uint16_t>(port));
-  const timeval limit{5, 0};
-  setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
-  std::string text;
-  const std::string ask = "GET /metrics HTTP/1.0\r\n\r\n";
-  if (connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0 &&
-      send(fd, ask.data(), ask.size(), MSG_NOSIGNAL) == static_cast<ssize_t>(ask.size())) {
-    char buffer[4096];
-    ssize_t got = 0;
-    while ((got = recv(fd, buffer, sizeof(buffer), 0)) > 0) text.append(buffer, static_cast<size_t>(got));
-  }
-  close(fd);
+  const std::string text = GetHttp(absl::StrCat("127.0.0.1:", port), "/metrics", "GET", "localhost", 5).body;
   for (absl::string_view line : absl::StrSplit(text, '\n')) {
     double value = 0;
     if (absl::StartsWith(line, name_and_labels + " ") &&

@@ -82,7 +82,7 @@ class DrainTest : public ::testing::Test {
   absl::Duration TimeUntilNotReady(int index) {
     const absl::Time start = absl::Now();
     while (absl::Now() - start < absl::Seconds(5)) {
-      if (AskHealth(health_[static_cast<size_t>(index)], "readiness") != Health::kServing) break;
+      if (AskHealth(health_[static_cast<size_t>(index)], "/readyz") != Health::kServing) break;
     }
     return absl::Now() - start;
   }
@@ -194,7 +194,7 @@ TEST_F(DrainTest, WaitsUntilTheKvStreamIsAcknowledged) {
   StalledWorker();
   AskToLeave(0, true);
   EXPECT_FALSE(cluster_->worker(0).Wait(absl::Seconds(2)).has_value()) << "KV is not acknowledged";
-  EXPECT_NE(AskHealth(health_[0], "readiness"), Health::kServing);
+  EXPECT_NE(AskHealth(health_[0], "/readyz"), Health::kServing);
   proxy_->LimitForwardedBytes(UINT64_MAX);
   client.join();
   EXPECT_EQ(cluster_->worker(0).Wait(kLeave), 0);

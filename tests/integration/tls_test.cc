@@ -120,16 +120,16 @@ TEST_F(TlsTest, APromptOfTwoWorkersIsPrefilledAndContinued) {
   EXPECT_NE(Cli(nullptr, {"workers"}, &output), 0);
 
   for (const std::string& address : health_) {
-    EXPECT_EQ(AskHealth(address, "liveness"), Health::kServing) << address;
-    EXPECT_EQ(AskHealth(address, "readiness"), Health::kServing) << address;
+    EXPECT_EQ(AskHealth(address, "/livez"), Health::kServing) << address;
+    EXPECT_EQ(AskHealth(address, "/readyz"), Health::kServing) << address;
   }
   cluster_->coordinator().Kill();
   const absl::Time end = absl::Now() + absl::Seconds(15);
-  while (AskHealth(health_[1], "readiness") != Health::kNotServing && absl::Now() < end) {
+  while (AskHealth(health_[1], "/readyz") != Health::kNotServing && absl::Now() < end) {
     absl::SleepFor(absl::Milliseconds(50));
   }
-  EXPECT_EQ(AskHealth(health_[1], "readiness"), Health::kNotServing) << "nobody has it registered";
-  EXPECT_EQ(AskHealth(health_[1], "liveness"), Health::kServing);
+  EXPECT_EQ(AskHealth(health_[1], "/readyz"), Health::kNotServing) << "nobody has it registered";
+  EXPECT_EQ(AskHealth(health_[1], "/livez"), Health::kServing);
 }
 
 TEST_F(TlsTest, RotationOfEverythingFailsNoPrompt) {

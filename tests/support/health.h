@@ -1,4 +1,4 @@
-// What grpc.health.v1 says of a service. Its messages have one field each and are spelled out.
+// What a process says of itself: by HTTP on its health port, by grpc.health.v1 on its main port.
 #ifndef HW_TESTS_SUPPORT_HEALTH_H_
 #define HW_TESTS_SUPPORT_HEALTH_H_
 
@@ -8,18 +8,26 @@
 #include <grpcpp/generic/generic_stub.h>
 
 #include "tests/support/dial.h"
+#include "tests/support/http.h"
 
 namespace headwater::testing {
 
 enum class Health { kServing, kNotServing, kUnknown, kSilent };
 
-inline Health AskHealth(const std::string& address, const std::string& service) {
+// path: "/livez" or "/readyz".
+inline Health AskHealth(const std::string& address, const std::string& path) {
+  const HttpResponse response = GetHttp(address, path, "GET", "localhost", 5);
+  if (response.status == 200) return Health::kServing;
+  if (response.status == 503) return Health::kNotServing;
+  return response.status == 404 ? Health::kUnknown : Health::kSilent;
+}
+
+// Of service "". The messages have one field each and are spelled out.
+inline Health AskGrpcHealth(const std::string& address) {
   grpc::GenericStub stub(DialPlaintext(address));
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(5));
-  std::string text = service.empty() ? "" : std::string("\x0a") + static_cast<char>(service.size()) + service;
-  const grpc::Slice slice(text);
-  const grpc::ByteBuffer request(&slice, 1);
+  const grpc::ByteBuffer request(static_cast<const grpc::Slice*>(nullptr), 0);
   grpc::CompletionQueue queue;
   const auto call = stub.PrepareUnaryCall(&context, "/grpc.health.v1.Health/Check", request, &queue);
   call->StartCall();
@@ -29,7 +37,6 @@ inline Health AskHealth(const std::string& address, const std::string& service) 
   void* tag = nullptr;
   bool ok = false;
   queue.Next(&tag, &ok);
-  if (status.error_code() == grpc::StatusCode::NOT_FOUND) return Health::kUnknown;
   grpc::Slice answer;
   if (!status.ok() || !response.DumpToSingleSlice(&answer).ok() || answer.size() != 2) return Health::kSilent;
   return answer.begin()[1] == 1 ? Health::kServing : Health::kNotServing;
