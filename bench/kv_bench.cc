@@ -25,6 +25,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "base/rpc/accept_limit.h"
 #include "base/rpc/server.h"
 #include "base/status_macros.h"
 #include "kvtransfer/receiver.h"
@@ -234,6 +235,7 @@ absl::Status Run() {
   HW_ASSIGN_OR_RETURN(const auto worker, TransportOf("worker"));
   Metrics metrics("bench");
   const std::unique_ptr<grpc::Service> service = MakeKvReceiver(store.get(), &metrics);
+  LimitConnections();  // as decode nodes do
   HW_ASSIGN_OR_RETURN(RunningServer server, StartServer("127.0.0.1:0", {service.get()}, decode.get()));
 
   absl::Status status;

@@ -6,28 +6,20 @@
 #include <climits>
 #include <mutex>
 
-#include <netinet/in.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "base/log.h"
+#include "base/rpc/reset_limit.h"
 
 namespace headwater {
 namespace {
 
 // Descriptors below it are for connections.
 std::atomic<int> g_limit{INT_MAX};
-std::atomic<int> g_always{0};
 std::atomic<uint64_t> g_refused{0};
-
-int PortOf(int listener) {
-  sockaddr_storage address = {};
-  socklen_t size = sizeof(address);
-  if (getsockname(listener, reinterpret_cast<sockaddr*>(&address), &size) != 0) return 0;
-  if (address.ss_family == AF_INET) return ntohs(reinterpret_cast<sockaddr_in*>(&address)->sin_port);
-  if (address.ss_family == AF_INET6) return ntohs(reinterpret_cast<sockaddr_in6*>(&address)->sin6_port);
-  return 0;
-}
 
 }  // namespace
 
@@ -48,8 +40,6 @@ void LimitConnections() {
   });
 }
 
-void AcceptAlways(int port) { g_always = port; }
-
 uint64_t NumRefusedConnections() { return g_refused; }
 
 }  // namespace headwater
@@ -62,10 +52,16 @@ extern "C" __attribute__((visibility("default"))) int accept4(int listener, sock
   for (int i = 0; i < kAtOnce; ++i) {
     if (size != nullptr) *size = room;
     const auto fd = static_cast<int>(syscall(SYS_accept4, listener, address, size, flags));
-    if (fd < headwater::g_limit) return fd;
-    if (headwater::g_always != 0 && headwater::PortOf(listener) == headwater::g_always) return fd;
+    if (fd < headwater::g_limit) {
+      if (headwater::g_limit != INT_MAX) headwater::WatchResets(fd);
+      return fd;
+    }
     close(fd);
-    ++headwater::g_refused;
+    if (headwater::g_refused++ == 0) {
+      HW_LOG(WARNING).Field("limit", int64_t{headwater::g_limit})
+          << "too many descriptors are open: connections are refused from now on until some are closed; "
+             "headwater_connections_refused_total counts them";
+    }
   }
   // More are waiting: the caller asks again.
   errno = EINTR;

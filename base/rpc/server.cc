@@ -15,7 +15,6 @@
 #include <sys/random.h>
 
 #include "base/log.h"
-#include "base/rpc/accept_limit.h"
 
 namespace headwater {
 
@@ -55,7 +54,6 @@ absl::StatusOr<RunningServer> StartServer(const std::string& address,
     return absl::InvalidArgumentError(
         absl::StrCat("cannot listen on ", address, ": its port is not one from 0 to 65535"));
   }
-  LimitConnections();
   grpc::EnableDefaultHealthCheckService(true);
   grpc::ServerBuilder builder;
   RunningServer running;
@@ -75,8 +73,6 @@ absl::StatusOr<RunningServer> StartServer(const std::string& address,
         "cannot listen on ", address, ": the port is in use or the host is not one of this machine's"));
   }
   running.address = absl::StrCat(address.substr(0, address.rfind(':')), ":", running.port);
-  // A server of health alone.
-  if (services.empty()) AcceptAlways(running.port);
   return running;
 }
 

@@ -33,9 +33,8 @@ inline constexpr uint64_t kMaxBufferedKvBytes = uint64_t{4} << 30;
 
 // Serves `services` and grpc.health.v1 on `address` (host:port); without a transport in plaintext. Messages
 // up to 64 MiB, metadata up to 8 KiB, 128 calls at once of each connection (more wait at the client), 10 s
-// for a handshake. Connections end that have no call for ten minutes, or whose peer is gone. About
-// kMaxConnections of them in the process (base/rpc/accept_limit.h); a server of no services tells of health
-// alone and may use the descriptors that are kept from the others. Streams are reset that bring more than
+// for a handshake. Connections end that have no call for ten minutes, or whose peer is gone; how many there
+// may be, the program says (base/rpc/accept_limit.h). Streams are reset that bring more than
 // max_buffered_bytes in sum. INVALID_ARGUMENT: the port is over 65535. UNAVAILABLE: the address cannot be
 // bound (port in use, no such host). The services must outlive the server.
 absl::StatusOr<RunningServer> StartServer(const std::string& address,

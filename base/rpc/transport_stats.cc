@@ -2,9 +2,14 @@
 
 #include "absl/time/time.h"
 
+#include "base/rpc/accept_limit.h"
+#include "base/rpc/reset_limit.h"
+
 namespace headwater {
 namespace {
 
+constexpr char kRefusedName[] = "headwater_connections_refused_total";
+constexpr char kCutName[] = "headwater_connections_cut_total";
 constexpr char kExpiryName[] = "headwater_tls_certificate_expiry_seconds";
 constexpr char kFailuresName[] = "headwater_tls_reload_failures_total";
 
@@ -20,7 +25,15 @@ prometheus::MetricFamily Family(const char* name, const char* help, prometheus::
 }  // namespace
 
 std::vector<prometheus::MetricFamily> TransportStats::Collect() const {
-  if (transport_ == nullptr) return {};
+  prometheus::MetricFamily refused =
+      Family(kRefusedName, "Connections closed at once because too many descriptors were open.",
+             prometheus::MetricType::Counter);
+  refused.metric[0].counter.value = static_cast<double>(NumRefusedConnections());
+  prometheus::MetricFamily cut =
+      Family(kCutName, "Connections closed because their clients reset calls faster than the limit.",
+             prometheus::MetricType::Counter);
+  cut.metric[0].counter.value = static_cast<double>(NumCutConnections());
+  if (transport_ == nullptr) return {refused, cut};
   prometheus::MetricFamily expiry =
       Family(kExpiryName, "Unix time at which the certificate in use ends, with --tls_cert.",
              prometheus::MetricType::Gauge);
@@ -31,7 +44,7 @@ std::vector<prometheus::MetricFamily> TransportStats::Collect() const {
       "stays in use.",
       prometheus::MetricType::Counter);
   failures.metric[0].counter.value = static_cast<double>(transport_->reload_failures());
-  return {expiry, failures};
+  return {refused, cut, expiry, failures};
 }
 
 }  // namespace headwater

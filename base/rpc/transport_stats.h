@@ -1,4 +1,4 @@
-// TransportStats: a transport's certificate, as metrics.
+// TransportStats: connections that were refused or cut, and a transport's certificate, as metrics.
 #ifndef HW_BASE_RPC_TRANSPORT_STATS_H_
 #define HW_BASE_RPC_TRANSPORT_STATS_H_
 
@@ -15,7 +15,7 @@ namespace headwater {
 
 class TransportStats final : public prometheus::Collectable {
  public:
-  // transport: null, which is plaintext, has no metrics.
+  // transport: null, which is plaintext, has no certificate.
   explicit TransportStats(std::shared_ptr<const Transport> transport) : transport_(std::move(transport)) {}
 
   std::vector<prometheus::MetricFamily> Collect() const override;

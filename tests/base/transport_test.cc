@@ -212,15 +212,17 @@ TEST_F(TransportTest, NewConnectionsGoOnWhileTheFilesCannotBeUsed) {
 TEST_F(TransportTest, MetricsTellTheCertificateInUse) {
   TransportStats stats(server_transport_);
   const auto families = stats.Collect();
-  ASSERT_EQ(families.size(), 2u);
-  EXPECT_EQ(families[0].name, "headwater_tls_certificate_expiry_seconds");
-  EXPECT_EQ(families[0].metric[0].gauge.value,
+  ASSERT_EQ(families.size(), 4u);
+  EXPECT_EQ(families[0].name, "headwater_connections_refused_total");
+  EXPECT_EQ(families[1].name, "headwater_connections_cut_total");
+  EXPECT_EQ(families[2].name, "headwater_tls_certificate_expiry_seconds");
+  EXPECT_EQ(families[2].metric[0].gauge.value,
             static_cast<double>(absl::ToUnixSeconds(server_transport_->identity().not_after)));
-  EXPECT_NEAR(families[0].metric[0].gauge.value, static_cast<double>(absl::ToUnixSeconds(absl::Now())) + 3600,
+  EXPECT_NEAR(families[2].metric[0].gauge.value, static_cast<double>(absl::ToUnixSeconds(absl::Now())) + 3600,
               60);
-  EXPECT_EQ(families[1].name, "headwater_tls_reload_failures_total");
-  EXPECT_EQ(families[1].metric[0].counter.value, 0);
-  EXPECT_TRUE(TransportStats(nullptr).Collect().empty()) << "plaintext";
+  EXPECT_EQ(families[3].name, "headwater_tls_reload_failures_total");
+  EXPECT_EQ(families[3].metric[0].counter.value, 0);
+  EXPECT_EQ(TransportStats(nullptr).Collect().size(), 2u) << "plaintext has no certificate";
 }
 
 TEST_F(TransportTest, RolesOfAFileAreReadAgain) {
