@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 
 #include "base/log.h"
+#include "base/rpc/closed_text.h"
 #include "base/rpc/grpc_status.h"
 #include "coordinator/scheduler.h"
 
@@ -268,7 +269,7 @@ void Scheduler::Complete(Job& job) {
 void Scheduler::Fail(Job& job, const absl::Status& status) {
   auto event = std::make_shared<v1::PrefillResponse>();
   event->mutable_failed()->set_request_id(job.key.request_id);
-  *event->mutable_failed()->mutable_error() = ToRpcStatus(status);
+  *event->mutable_failed()->mutable_error() = ToRpcStatus(WithClosedText(status));
   End(job, std::move(event), status);
 }
 

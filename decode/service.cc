@@ -6,6 +6,8 @@
 
 #include <grpcpp/support/server_callback.h>
 
+#include "base/log.h"
+#include "base/rpc/closed_text.h"
 #include "base/rpc/grpc_status.h"
 #include "headwater/v1/decode.grpc.pb.h"
 
@@ -13,6 +15,17 @@ namespace headwater {
 namespace {
 
 constexpr size_t kMaxWaitingTokens = 64;
+
+// What clients are told; what they are not is logged.
+grpc::Status ForClient(const absl::Status& status) {
+  const v1::ErrorReason reason = ReasonOf(status);
+  if (status.ok() || (reason != v1::ERROR_REASON_UNSPECIFIED && reason != v1::ERROR_REASON_INTERNAL)) {
+    return ToGrpcStatus(status);
+  }
+  HW_LOG(WARNING).Field("error", status.ToString(absl::StatusToStringMode::kWithNoExtraData))
+      << "a client's call failed";
+  return ToGrpcStatus(WithClosedText(status));
+}
 
 // One Generate call. Deletes itself when gRPC is done with it, which is after the engine is.
 class GenerateCall final : public grpc::ServerWriteReactor<v1::GenerateResponse>, public GenerationSink {
@@ -24,7 +37,7 @@ class GenerateCall final : public grpc::ServerWriteReactor<v1::GenerateResponse>
     if (id.ok()) {
       id_ = *id;
     } else {
-      Finish(ToGrpcStatus(id.status()));
+      Finish(ForClient(id.status()));
     }
   }
 
@@ -42,7 +55,7 @@ class GenerateCall final : public grpc::ServerWriteReactor<v1::GenerateResponse>
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       done_ = true;
-      status_ = ToGrpcStatus(status);
+      status_ = ForClient(status);
       finish = !writing_;
     }
     if (finish) Finish(status_);
@@ -106,7 +119,7 @@ class DecodeServiceAdapter final : public v1::DecodeService::CallbackService {
       response->set_bytes_reclaimed(bytes);
       reactor->Finish(grpc::Status::OK);
     });
-    if (!status.ok()) reactor->Finish(ToGrpcStatus(status));
+    if (!status.ok()) reactor->Finish(ForClient(status));
     return reactor;
   }
 

@@ -26,9 +26,13 @@ constexpr double kResetsAlways = 16;
 constexpr int kMaxDescriptors = 8192;
 constexpr int64_t kLogInterval = 60'000'000'000;
 
-struct Watched {
+// gRPC reads a connection from one thread at a time; its locks are not seen by sanitizers.
+struct Guarded {
+  std::mutex mutex;
+  ResetMeter meter;
+};
+struct Watched : Guarded {
   std::atomic<uint64_t> cookie{0};  // of the socket that the meter is of; 0: none
-  ResetMeter meter;                 // used by the thread that reads the connection
 };
 
 std::array<Watched, kMaxDescriptors>& Connections() {
@@ -91,6 +95,7 @@ ssize_t Watch(int fd, const msghdr& message, ssize_t count) {
     return count;
   }
   const int64_t now = Now();
+  const std::lock_guard<std::mutex> lock(watched.mutex);
   auto left = static_cast<size_t>(count);
   for (size_t i = 0; i < message.msg_iovlen && left > 0; ++i) {
     const iovec& piece = message.msg_iov[i];
@@ -111,21 +116,22 @@ ssize_t Watch(int fd, const msghdr& message, ssize_t count) {
 int MeterIndex() {
   static const int index = SSL_get_ex_new_index(
       0, nullptr, nullptr, nullptr,
-      [](void*, void* meter, CRYPTO_EX_DATA*, int, long, void*) { delete static_cast<ResetMeter*>(meter); });
+      [](void*, void* meter, CRYPTO_EX_DATA*, int, long, void*) { delete static_cast<Guarded*>(meter); });
   return index;
 }
 
 // As SSL_read() returned `count`.
 int Watch(SSL* connection, const char* bytes, int count) {
-  auto* meter = static_cast<ResetMeter*>(SSL_get_ex_data(connection, MeterIndex()));
-  if (meter == nullptr) {
-    meter = new ResetMeter;
-    if (SSL_set_ex_data(connection, MeterIndex(), meter) != 1) {
-      delete meter;
+  auto* guarded = static_cast<Guarded*>(SSL_get_ex_data(connection, MeterIndex()));
+  if (guarded == nullptr) {
+    guarded = new Guarded;
+    if (SSL_set_ex_data(connection, MeterIndex(), guarded) != 1) {
+      delete guarded;
       return count;
     }
   }
-  if (meter->Admit(bytes, static_cast<size_t>(count), Now(), &Budget())) return count;
+  const std::lock_guard<std::mutex> lock(guarded->mutex);
+  if (guarded->meter.Admit(bytes, static_cast<size_t>(count), Now(), &Budget())) return count;
   CountCut("");
   return -1;
 }
@@ -173,6 +179,7 @@ bool ResetMeter::Admit(const char* bytes, size_t count, int64_t now, ResetBudget
 void WatchResets(int connection) {
   if (connection < 0 || connection >= kMaxDescriptors) return;
   Watched& watched = Connections()[static_cast<size_t>(connection)];
+  const std::lock_guard<std::mutex> lock(watched.mutex);
   watched.meter = ResetMeter();
   watched.cookie = CookieOf(connection);
   g_watching = true;

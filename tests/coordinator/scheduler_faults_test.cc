@@ -3,6 +3,7 @@
 #include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
 
+#include "base/rpc/closed_text.h"
 #include "base/rpc/grpc_status.h"
 #include "tests/coordinator/fakes.h"
 #include "tests/coordinator/scheduler_pair.h"
@@ -175,7 +176,8 @@ TEST_F(SchedulerFaultsTest, GivesUpAfterTheLastEpoch) {
   EXPECT_TRUE(cluster_->decode.open_sessions.empty());
 }
 
-TEST_F(SchedulerFaultsTest, OtherFailuresReachTheClientAsTheyAre) {
+// With the text where it names what the caller sent, and else with one of a closed list.
+TEST_F(SchedulerFaultsTest, OtherFailuresReachTheClient) {
   struct Row {
     absl::StatusCode code;
     v1::ErrorReason reason;
@@ -192,7 +194,9 @@ TEST_F(SchedulerFaultsTest, OtherFailuresReachTheClientAsTheyAre) {
     EXPECT_FALSE(watcher_->ended());
     cluster_->decode.AnswerAll();
 
-    EXPECT_EQ(watcher_->result(), MakeError(row.code, row.reason, "what the worker said", {{"value", "-5"}}));
+    const absl::Status said = MakeError(row.code, row.reason, "what the worker said", {{"value", "-5"}});
+    EXPECT_EQ(watcher_->result(), WithClosedText(said));
+    EXPECT_EQ(watcher_->result() == said, row.reason == v1::ERROR_REASON_BAD_POLICY_PARAMETER);
     EXPECT_TRUE(cluster_->decode.open_sessions.empty());
     EXPECT_EQ(cluster_->decode.opened.size(), 1u) << "no second epoch";
   }
