@@ -1,11 +1,13 @@
 #include "base/metrics.h"
 
-#include <exception>
+#include <iterator>
 #include <utility>
 
-#include "absl/strings/str_cat.h"
+#include <prometheus/text_serializer.h>
 
+#include "base/http_server.h"
 #include "base/process_stats.h"
+#include "base/status_macros.h"
 #include "base/version.h"
 
 namespace headwater {
@@ -62,15 +64,23 @@ void Metrics::Add(std::shared_ptr<prometheus::Collectable> collectable) {
 
 absl::Status Metrics::Serve(const std::string& address) {
   if (address.empty()) return absl::OkStatus();
-  try {
-    exposer_ = std::make_unique<prometheus::Exposer>(address, 1);
-    Add(registry_);
-    Add(std::make_shared<ProcessStats>());
-    for (const auto& collectable : collectables_) exposer_->RegisterCollectable(collectable);
-  } catch (const std::exception& e) {
-    return absl::UnavailableError(absl::StrCat("metrics address ", address, " cannot be bound: ", e.what()));
-  }
+  Add(registry_);
+  Add(std::make_shared<ProcessStats>());
+  HW_ASSIGN_OR_RETURN(
+      server_, HttpServer::Start(address, {.what = "metrics", .handler = [this](const HttpRequest& request) {
+                                             return Answer(request);
+                                           }}));
   return absl::OkStatus();
+}
+
+HttpAnswer Metrics::Answer(const HttpRequest& request) const {
+  if (request.path != "/metrics") return {.status = 404};
+  std::vector<prometheus::MetricFamily> families;
+  for (const auto& collectable : collectables_) {
+    std::vector<prometheus::MetricFamily> part = collectable->Collect();
+    std::move(part.begin(), part.end(), std::back_inserter(families));
+  }
+  return {.type = "text/plain; version=0.0.4", .body = prometheus::TextSerializer().Serialize(families)};
 }
 
 }  // namespace headwater

@@ -12,12 +12,15 @@
 #include "absl/strings/string_view.h"
 #include <prometheus/collectable.h>
 #include <prometheus/counter.h>
-#include <prometheus/exposer.h>
 #include <prometheus/gauge.h>
 #include <prometheus/histogram.h>
 #include <prometheus/registry.h>
 
 namespace headwater {
+
+class HttpServer;
+struct HttpAnswer;
+struct HttpRequest;
 
 using MetricLabels = std::map<std::string, std::string>;
 
@@ -46,14 +49,17 @@ class Metrics {
   // Of what is served beside the metrics here. Before Serve().
   void Add(std::shared_ptr<prometheus::Collectable> collectable);
 
-  // Serves /metrics, with ProcessStats, on `address` ("127.0.0.1:9070"; empty: does nothing). UNAVAILABLE:
-  // the address cannot be bound.
+  // Serves /metrics, with ProcessStats, by HTTP in plaintext on `address` (ADDRESS:PORT; empty: does
+  // nothing); clients that are slow are dropped after 2 s. INVALID_ARGUMENT; UNAVAILABLE: the address cannot
+  // be bound.
   absl::Status Serve(const std::string& address);
 
  private:
+  HttpAnswer Answer(const HttpRequest& request) const;
+
   std::shared_ptr<prometheus::Registry> registry_;
   std::vector<std::shared_ptr<prometheus::Collectable>> collectables_;
-  std::unique_ptr<prometheus::Exposer> exposer_;
+  std::unique_ptr<HttpServer> server_;  // goes first: its threads collect
 };
 
 }  // namespace headwater

@@ -33,7 +33,7 @@ Kubernetes by Kustomize, and the roles that mutual TLS is used with.")
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_NAME libheadwater-dev)
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_SECTION libdevel)
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_DEPENDS
-  "libabsl-dev, libgrpc++-dev, libisal-dev, libprotobuf-dev, libssl-dev, prometheus-cpp-dev, protobuf-compiler-grpc")
+  "libabsl-dev, libcivetweb-dev, libgrpc++-dev, libisal-dev, libprotobuf-dev, libssl-dev, prometheus-cpp-dev, protobuf-compiler-grpc")
 set(CPACK_DEBIAN_DEVELOPMENT_DESCRIPTION "prefill service for language models: receiving KV caches
 The library with which a decode engine receives KV caches, and a sender:
 headers, a static library, a CMake package (Headwater::kvtransfer) and the

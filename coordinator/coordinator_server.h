@@ -10,7 +10,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 
-#include "base/http/health.h"
+#include "base/health.h"
 #include "base/metrics.h"
 #include "base/rpc/server.h"
 #include "base/rpc/transport.h"

@@ -7,7 +7,6 @@
 
 #include "base/config/config.h"
 #include "base/flags.h"
-#include "base/http/health.h"
 #include "base/rpc/transport_flags.h"
 #include "base/status_macros.h"
 #include "coordinator/validation.h"
@@ -54,7 +53,7 @@ absl::Status ParseCoordinatorFlags(absl::Span<const std::string> arguments, Coor
       "plans and "
       "watches them.");
   set.String("listen", &flags->listen, "HOST:PORT of the gRPC services; port 0 takes a free one");
-  set.String("metrics", &flags->metrics, "HOST:PORT of /metrics; empty: none");
+  set.String("metrics", &flags->metrics, "ADDRESS:PORT of /metrics, by HTTP in plaintext; empty: none");
   DeclareHealth(&flags->health, &set);
   set.String(
       "page", &flags->page,

@@ -13,7 +13,7 @@
 #include "absl/status/statusor.h"
 #include <grpcpp/impl/service_type.h>
 
-#include "base/http/health.h"
+#include "base/health.h"
 #include "base/metrics.h"
 #include "base/rpc/server.h"
 #include "base/rpc/transport.h"

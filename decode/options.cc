@@ -14,7 +14,6 @@
 
 #include "base/config/config.h"
 #include "base/flags.h"
-#include "base/http/health.h"
 #include "base/rpc/transport_flags.h"
 #include "base/status_macros.h"
 #include "headwater/v1/config.pb.h"
@@ -67,7 +66,7 @@ void Declare(DecodeOptions* o, FlagSet* flags) {
                 "HOST:PORT under which clients reach this node; empty: the one it listens on");
   flags->String("advertise_kv", &o->advertise_kv,
                 "HOST:PORT under which workers reach this node; empty: as --advertise");
-  flags->String("metrics", &o->metrics, "HOST:PORT of /metrics; empty: none");
+  flags->String("metrics", &o->metrics, "ADDRESS:PORT of /metrics, by HTTP in plaintext; empty: none");
   flags->Choice("compute", &o->compute, {"auto", "f32", "bf16"},
                 "type of the linear layers; auto: bf16 where this CPU multiplies it, else f32");
   flags->Int("threads", &o->threads, 0, kMostThreads, "threads that compute; 0: all CPUs of the process");

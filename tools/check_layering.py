@@ -16,15 +16,14 @@ from typing import Iterator, NamedTuple
 ALLOWED = {
     "proto": set(),
     "base": set(),
-    "base/http": {"base"},
     "base/rpc": {"base", "proto"},
     "base/config": {"base"},
     "kernels": set(),
     "model": {"base", "kernels"},
     "kvtransfer": {"base", "base/rpc", "proto"},
-    "worker": {"base", "base/config", "base/http", "base/rpc", "proto", "kernels", "model", "kvtransfer"},
-    "coordinator": {"base", "base/config", "base/http", "base/rpc", "proto"},
-    "decode": {"base", "base/config", "base/http", "base/rpc", "proto", "kernels", "model", "kvtransfer"},
+    "worker": {"base", "base/config", "base/rpc", "proto", "kernels", "model", "kvtransfer"},
+    "coordinator": {"base", "base/config", "base/rpc", "proto"},
+    "decode": {"base", "base/config", "base/rpc", "proto", "kernels", "model", "kvtransfer"},
     "tools/cli": {"base", "base/rpc", "proto"},
 }
 # Part -> third-party include prefixes that it must not use.
@@ -32,7 +31,6 @@ SERVICE = ("absl/", "grpc/", "grpcpp/", "google/", "prometheus/", "nlohmann/")
 CUDA = ("cuda", "cublas", "nccl", "curand", "nvrtc", "nvtx")
 FORBIDDEN = {
     "base": ("grpc/", "grpcpp/", "google/", "gloo/", "oneapi/", "dnnl") + CUDA,
-    "base/http": ("grpc/", "grpcpp/", "google/", "gloo/", "oneapi/", "dnnl") + CUDA,
     "base/rpc": ("gloo/", "oneapi/", "dnnl") + CUDA,
     "base/config": ("grpc/", "grpcpp/", "gloo/", "oneapi/", "dnnl") + CUDA,
     "kernels": SERVICE + ("gloo/", "nccl", "thread", "future", "iostream", "cstdio", "stdio.h"),
@@ -46,7 +44,6 @@ FORBIDDEN = {
 # Third-party CMake targets that a part must not link.
 FORBIDDEN_LINKS = {
     "base": ("gRPC::", "gloo", "DNNL::", "CUDA::"),
-    "base/http": ("gRPC::", "gloo", "DNNL::", "CUDA::"),
     "base/rpc": ("gloo", "DNNL::", "CUDA::"),
     "base/config": ("gRPC::", "gloo", "DNNL::", "CUDA::"),
     "kernels": ("absl::", "gRPC::", "protobuf::", "prometheus-cpp::", "nlohmann_json::", "gloo", "Threads::"),

@@ -18,7 +18,7 @@ HEAD = """# Metrics
 What the processes serve at `/metrics` (flag `--metrics`), as their own HELP and TYPE lines have it; this file is written by
 `tools/make_metrics_table.py`. A histogram has series `_bucket`, `_sum` and `_count`; its `le` is not listed. Label values come
 from closed sets, never from what a client sends. A metric with a label whose values depend on what happens (`code`, `reason`,
-`policy`, `strategy`) has no series before the first event. Those of `exposer_` are of the library that serves the page.
+`policy`, `strategy`) has no series before the first event.
 
 `headwater_request_prompt_tokens_count` counts accepted requests; each of them is in `headwater_requests_total`,
 `headwater_requests_waiting` or `headwater_requests_running`. Requests that wait for workers or a decode node to register are
@@ -44,7 +44,7 @@ WITH_CERTIFICATES = (
     "# HELP headwater_tls_reload_failures_total Looks at --tls_cert, --tls_key and --tls_ca that found what cannot be used; "
     "what was there before stays in use.\n"
     "# TYPE headwater_tls_reload_failures_total counter\n")
-UNITS = (("microseconds", r"^exposer_request_latencies$"), ("seconds", r"_seconds$"),
+UNITS = (("seconds", r"_seconds$"),
          ("bytes", r"_bytes(_total|_saved_total)?$"), ("0 to 1", r"_ratio$"),
          ("tokens", r"_tokens(_total)?$|^headwater_tokens_"), ("blocks", r"_blocks_total$"), ("tiles", r"_tiles_total$"),
          ("prompts", r"_prompts(_total|_without_checkpoints_total)?$"), ("requests", r"_requests_|_rejections_"))

@@ -13,7 +13,6 @@
 
 #include "base/config/config.h"
 #include "base/flags.h"
-#include "base/http/health.h"
 #include "base/rpc/transport_flags.h"
 #include "base/status_macros.h"
 #include "headwater/v1/config.pb.h"
@@ -112,7 +111,7 @@ void Declare(WorkerOptions* o, FlagSet* flags) {
                 "HOST:PORT under which other workers reach this one; empty: the one it listens on");
   flags->String("collective_host", &o->collective_host,
                 "address that this worker's connections to other workers bind to; empty: --advertise's host");
-  flags->String("metrics", &o->metrics, "HOST:PORT of /metrics; empty: none");
+  flags->String("metrics", &o->metrics, "ADDRESS:PORT of /metrics, by HTTP in plaintext; empty: none");
   flags->String("device", &o->device, "what computes: cpu, or cuda:N for GPU N");
   flags->Choice(
       "compute", &o->compute, {"auto", "f32", "bf16"},

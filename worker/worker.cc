@@ -10,7 +10,7 @@
 #include "absl/strings/str_format.h"
 #include <unistd.h>
 
-#include "base/http/health.h"
+#include "base/health.h"
 #include "base/log.h"
 #include "base/metrics.h"
 #include "base/rpc/accept_limit.h"

@@ -25,6 +25,11 @@ inline void DeclareServerTransport(TransportOptions* options, FlagSet* flags) {
                 "file of who may call what (deploy/roles.txtpb); empty: what that file says");
 }
 
+inline void DeclareHealth(std::string* address, FlagSet* flags) {
+  flags->String("health", address,
+                "ADDRESS:PORT to answer probes on, by HTTP in plaintext: /livez and /readyz; empty: none");
+}
+
 }  // namespace headwater
 
 #endif  // HW_BASE_RPC_TRANSPORT_FLAGS_H_

@@ -12,7 +12,7 @@
 #include <openssl/sha.h>
 
 #include "base/clock.h"
-#include "base/http/http_server.h"
+#include "base/http_server.h"
 #include "base/status_macros.h"
 #include "coordinator/page/page_files.h"
 #include "coordinator/page/snapshot_json.h"

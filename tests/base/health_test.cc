@@ -1,4 +1,4 @@
-#include "base/http/health.h"
+#include "base/health.h"
 
 #include <atomic>
 

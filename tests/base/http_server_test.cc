@@ -1,5 +1,5 @@
 // What holds of every HTTP server of ours; page_server_test has what slow and odd clients get.
-#include "base/http/http_server.h"
+#include "base/http_server.h"
 
 #include <stdexcept>
 

@@ -28,7 +28,7 @@ def series() -> dict:
 
 def named(expression: str) -> list:
     """(series, labels of its matchers) of a query."""
-    found = re.findall(r"\b(up|ALERTS|(?:headwater|exposer|scrape)_\w+)\b(?:\{([^}]*)\})?", expression)
+    found = re.findall(r"\b(up|ALERTS|(?:headwater|scrape)_\w+)\b(?:\{([^}]*)\})?", expression)
     return [(name, set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", re.sub(r'"[^"]*"', "", matchers)))) for name, matchers in found]
 
 

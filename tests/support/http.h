@@ -38,6 +38,19 @@ inline int ConnectHttp(const std::string& address, int limit_s = 10) {
   return -1;
 }
 
+// One that nobody listened on a moment ago.
+inline int FreePort() {
+  sockaddr_in at = {};
+  at.sin_family = AF_INET;
+  at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof(at);
+  const int fd = socket(AF_INET, SOCK_STREAM, 0);
+  const bool bound = bind(fd, reinterpret_cast<sockaddr*>(&at), size) == 0 &&
+                     getsockname(fd, reinterpret_cast<sockaddr*>(&at), &size) == 0;
+  close(fd);
+  return bound ? ntohs(at.sin_port) : 0;
+}
+
 // All that the server sends until it closes or says nothing for the connection's limit.
 inline std::string ReadAll(int fd) {
   std::string out;

@@ -1,7 +1,7 @@
 // HttpServer: answers GET and HEAD of a few paths, in plaintext and from threads of its own, so that what
 // keeps gRPC's threads busy does not keep it from answering.
-#ifndef HW_BASE_HTTP_HTTP_SERVER_H_
-#define HW_BASE_HTTP_HTTP_SERVER_H_
+#ifndef HW_BASE_HTTP_SERVER_H_
+#define HW_BASE_HTTP_SERVER_H_
 
 #include <functional>
 #include <memory>
@@ -51,4 +51,4 @@ class HttpServer {
 
 }  // namespace headwater
 
-#endif  // HW_BASE_HTTP_HTTP_SERVER_H_
+#endif  // HW_BASE_HTTP_SERVER_H_

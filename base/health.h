@@ -1,8 +1,8 @@
 // HealthPort: what probes ask for, by HTTP in plaintext on a port of its own: GET /livez and /readyz answer
 // 200 or 503. Kubelets have no certificates; and a gRPC server of this process would share the threads that a
 // flood of calls keeps busy.
-#ifndef HW_BASE_HTTP_HEALTH_H_
-#define HW_BASE_HTTP_HEALTH_H_
+#ifndef HW_BASE_HEALTH_H_
+#define HW_BASE_HEALTH_H_
 
 #include <atomic>
 #include <functional>
@@ -11,8 +11,7 @@
 
 #include "absl/status/statusor.h"
 
-#include "base/flags.h"
-#include "base/http/http_server.h"
+#include "base/http_server.h"
 
 namespace headwater {
 
@@ -40,11 +39,6 @@ class HealthPort {
   std::unique_ptr<HttpServer> server_;  // goes first: its threads ask
 };
 
-inline void DeclareHealth(std::string* address, FlagSet* flags) {
-  flags->String("health", address,
-                "ADDRESS:PORT to answer probes on, by HTTP in plaintext: /livez and /readyz; empty: none");
-}
-
 }  // namespace headwater
 
-#endif  // HW_BASE_HTTP_HEALTH_H_
+#endif  // HW_BASE_HEALTH_H_

@@ -1,4 +1,4 @@
-#include "base/http/http_server.h"
+#include "base/http_server.h"
 
 #include <algorithm>
 #include <exception>
