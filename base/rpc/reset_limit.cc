@@ -183,6 +183,12 @@ void WatchResets(int connection) {
   watched.meter = ResetMeter();
   watched.cookie = CookieOf(connection);
   g_watching = true;
+  static std::once_flag once;
+  if (watched.cookie == 0) {
+    std::call_once(once, [] {
+      HW_LOG(WARNING) << "this system's sockets have no SO_COOKIE: resets in plaintext are not counted";
+    });
+  }
 }
 
 uint64_t NumCutConnections() { return g_cut; }
