@@ -4,6 +4,7 @@
 #include "absl/strings/str_cat.h"
 
 #include "base/log.h"
+#include "base/rpc/epoch_token.h"
 #include "base/rpc/grpc_status.h"
 #include "coordinator/destination.h"
 #include "coordinator/scheduler.h"
@@ -67,6 +68,11 @@ void Scheduler::OpenSession(Job& job) {
   request.set_resume_layer(job.resume_layer());
   *request.mutable_layout() = job.layout;
   request.set_session_token(job.session_token);
+  if (!job.session_maybe_open) {
+    const DecodeNode* const node = cluster_.FindDecodeNode(job.decode_node);
+    job.epoch_tokens = node != nullptr && node->registration.epoch_tokens();
+  }
+  request.set_epoch_tokens(job.epoch_tokens);
   request.set_traceparent(job.prepared.trace.Traceparent());
   job.session_maybe_open = true;
   job.call_in_flight = true;
@@ -125,7 +131,8 @@ v1::PrefillAssignment Scheduler::MakeAssignment(const Job& job, uint32_t rank,
   destination->set_decode_node(job.decode_node);
   destination->set_kv_address(job.kv_address);
   destination->set_session_id(job.session_id);
-  destination->set_session_token(job.session_token);
+  destination->set_session_token(job.epoch_tokens ? EpochToken(job.session_token, job.session_id, job.epoch)
+                                                  : job.session_token);
   out.set_top_logprobs(job.request().top_logprobs());
   out.set_tenant(job.key.tenant);
   out.set_traceparent(job.prepared.trace.Traceparent());

@@ -138,6 +138,7 @@ void DecodeNode::Register(const DecodeOptions& options) {
   registration.set_pool(options.pool);
   registration.set_kv_address(options.advertise_kv.empty() ? decode_address : options.advertise_kv);
   registration.set_decode_address(decode_address);
+  registration.set_epoch_tokens(true);
   registration.set_model_fingerprint(model_->fingerprint());
   for (const auto dtype : {v1::KV_DTYPE_F32, v1::KV_DTYPE_F16, v1::KV_DTYPE_BF16}) {
     registration.add_kv_dtypes(dtype);

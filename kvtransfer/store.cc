@@ -221,7 +221,8 @@ absl::StatusOr<uint64_t> SessionStore::Create(const v1::OpenSessionRequest& requ
 }
 
 absl::StatusOr<v1::KvSessionState> SessionStore::Hello(const v1::KvHello& hello, KvGeometry* geometry) {
-  HW_ASSIGN_OR_RETURN(const auto session, FindWithToken(hello.session_id(), hello.session_token()));
+  const std::shared_ptr<KvSession> session = Find(hello.session_id());
+  if (session == nullptr) return UnknownSession(hello.session_id());
   HW_ASSIGN_OR_RETURN(v1::KvSessionState state, session->Hello(hello));
   if (geometry != nullptr) *geometry = session->geometry();
   return state;

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include <openssl/crypto.h>
 
+#include "base/rpc/epoch_token.h"
 #include "base/rpc/grpc_status.h"
 #include "base/status_macros.h"
 
@@ -26,6 +27,14 @@ absl::Status StaleEpoch(uint32_t got, uint32_t current) {
 absl::Status BadField(absl::string_view field, absl::string_view message) {
   return MakeError(absl::StatusCode::kInvalidArgument, v1::ERROR_REASON_BAD_FIELD, message,
                    {{"field", std::string(field)}});
+}
+
+absl::Status CheckEqual(absl::string_view token, absl::string_view wanted) {
+  if (token.size() == wanted.size() && CRYPTO_memcmp(token.data(), wanted.data(), wanted.size()) == 0) {
+    return absl::OkStatus();
+  }
+  return MakeError(absl::StatusCode::kPermissionDenied, v1::ERROR_REASON_BAD_FIELD,
+                   "session_token is not this session's", {{"field", "session_token"}});
 }
 
 bool ParseBlock(const v1::KvBlock& block, const KvGeometry& geometry, uint64_t payload_bytes, KvBlockId* id,
@@ -149,12 +158,14 @@ KvSession::KvSession(std::unique_ptr<SessionStorage> storage, std::unique_ptr<Kv
       last_used_(clock->Now()) {}
 
 absl::Status KvSession::CheckToken(absl::string_view token) const {
-  const std::string& wanted = storage_->request().session_token();
-  if (token.size() == wanted.size() && CRYPTO_memcmp(token.data(), wanted.data(), wanted.size()) == 0) {
-    return absl::OkStatus();
-  }
-  return MakeError(absl::StatusCode::kPermissionDenied, v1::ERROR_REASON_BAD_FIELD,
-                   "session_token is not this session's", {{"field", "session_token"}});
+  return CheckEqual(token, storage_->request().session_token());
+}
+
+absl::Status KvSession::CheckHelloToken(const v1::KvHello& hello) const {
+  const v1::OpenSessionRequest& opened = storage_->request();
+  if (!opened.epoch_tokens()) return CheckToken(hello.session_token());
+  return CheckEqual(hello.session_token(),
+                    EpochToken(opened.session_token(), opened.session_id(), hello.epoch()));
 }
 
 absl::Status KvSession::CheckEpoch(uint32_t epoch) const {
@@ -198,6 +209,7 @@ absl::Status KvSession::OpenAgain(const v1::OpenSessionRequest& request) {
 absl::StatusOr<v1::KvSessionState> KvSession::Hello(const v1::KvHello& hello) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (closed_) return UnknownSession(hello.session_id());
+  HW_RETURN_IF_ERROR(CheckHelloToken(hello));
   HW_RETURN_IF_ERROR(CheckEpoch(hello.epoch()));
   Touch();
   v1::KvSessionState state;

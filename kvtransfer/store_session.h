@@ -64,6 +64,8 @@ class KvSession : public std::enable_shared_from_this<KvSession> {
 
   // PERMISSION_DENIED unless `token` is the session's; takes the same time whatever the difference.
   absl::Status CheckToken(absl::string_view token) const;
+  // The same of a worker's, which may be that of its epoch (OpenSessionRequest.epoch_tokens).
+  absl::Status CheckHelloToken(const v1::KvHello& hello) const;
   // As KvStore's functions of the same name.
   absl::Status OpenAgain(const v1::OpenSessionRequest& request);
   absl::StatusOr<v1::KvSessionState> Hello(const v1::KvHello& hello);

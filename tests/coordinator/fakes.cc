@@ -160,6 +160,7 @@ v1::DecodeRegistration MakeDecodeNode(const std::string& id, const std::string& 
   out.set_pool(pool);
   out.set_kv_address(absl::StrCat(id, ".kv:7080"));
   out.set_decode_address(absl::StrCat(id, ".decode:7080"));
+  out.set_epoch_tokens(true);
   out.set_model_fingerprint("sha256:tiny");
   out.add_kv_dtypes(v1::KV_DTYPE_F32);
   out.add_kv_dtypes(v1::KV_DTYPE_BF16);

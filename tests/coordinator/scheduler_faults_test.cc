@@ -26,6 +26,8 @@ TEST_F(SchedulerFaultsTest, ALostWorkersPromptGoesOnInANewEpochOnTheLiving) {
   ASSERT_EQ(cluster_->decode.pending.size(), 1u);
   EXPECT_EQ(cluster_->decode.pending[0].open.epoch(), 2u);
   EXPECT_EQ(cluster_->decode.pending[0].open.session_id(), cluster_->decode.opened[0].session_id());
+  EXPECT_TRUE(cluster_->decode.pending[0].open.epoch_tokens());
+  EXPECT_EQ(cluster_->decode.pending[0].open.session_token(), cluster_->decode.opened[0].session_token());
   CompleteOn({"w0"});
 
   ASSERT_TRUE(watcher_->result().ok()) << watcher_->result();

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
 
+#include "base/rpc/epoch_token.h"
 #include "base/rpc/grpc_status.h"
 #include "tests/coordinator/fakes.h"
 
@@ -14,6 +15,21 @@ namespace headwater::testing {
 namespace {
 
 using Kind = FakeDecodeClient::Kind;
+
+// As those before EpochToken: the session's own goes to workers.
+TEST(SchedulerTest, ADecodeNodeThatKnowsNoTokensOfEpochsGetsThatOfTheSession) {
+  FakeCluster cluster;
+  v1::DecodeRegistration registration = MakeDecodeNode("d0");
+  registration.clear_epoch_tokens();
+  ASSERT_TRUE(cluster.scheduler.AddDecodeNode(registration, std::make_shared<FakeDecodeLink>()).ok());
+  cluster.AddWorker("w0");
+  const auto watcher = cluster.Submit(MakeRequest("r", 1000));
+  ASSERT_EQ(cluster.decode.pending.size(), 1u);
+  const v1::OpenSessionRequest open = cluster.decode.pending[0].open;
+  EXPECT_FALSE(open.epoch_tokens());
+  cluster.decode.Answer(absl::OkStatus());
+  EXPECT_EQ(cluster.TakeAssignment("w0").destination().session_token(), open.session_token());
+}
 
 TEST(SchedulerTest, RunsAShortPromptOnOneWorker) {
   FakeCluster cluster;
@@ -44,7 +60,10 @@ TEST(SchedulerTest, RunsAShortPromptOnOneWorker) {
   EXPECT_EQ(assignment.policy().name(), "dense");
   EXPECT_EQ(assignment.rendezvous_address(), "");
   EXPECT_EQ(assignment.destination().session_id(), open.session_id());
-  EXPECT_EQ(assignment.destination().session_token(), open.session_token());
+  EXPECT_TRUE(open.epoch_tokens());
+  EXPECT_EQ(assignment.destination().session_token(),
+            EpochToken(open.session_token(), open.session_id(), open.epoch()))
+      << "that of the session stays with the coordinator";
   EXPECT_NE(open.session_token(), open.session_id());
   EXPECT_FALSE(cluster.HasMessage("w1"));
 

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
 
+#include "base/rpc/epoch_token.h"
 #include "base/rpc/grpc_status.h"
 #include "headwater/v1/kv.grpc.pb.h"
 #include "kvtransfer/frame.h"
@@ -39,10 +40,12 @@ class SessionTokenTest : public ::testing::Test {
     ASSERT_TRUE(Open(kOther, kTheirs, 1).ok());
   }
 
-  absl::Status Open(const std::string& session, const std::string& token, uint32_t epoch) {
+  absl::Status Open(const std::string& session, const std::string& token, uint32_t epoch,
+                    bool epoch_tokens = false) {
     v1::OpenSessionRequest request = MakeOpen(geometry_.layout(), epoch);
     request.set_session_id(session);
     request.set_session_token(token);
+    request.set_epoch_tokens(epoch_tokens);
     grpc::ClientContext context;
     v1::OpenSessionResponse response;
     return FromGrpcStatus(stub_->OpenSession(&context, request, &response));
@@ -236,7 +239,8 @@ TEST_F(SessionTokenTest, ATokenEndsWithItsSession) {
   EXPECT_EQ(receiver_.store()->usage().sessions, 1u);
 }
 
-// The token is a request's, in all its epochs; what shuts a lost worker out is the number of its epoch.
+// Where workers have the token of the session, it is a request's, in all its epochs; what shuts a lost worker
+// out is the number of its epoch.
 TEST_F(SessionTokenTest, ALostWorkerStoresNothingOnceTheNextEpochIsOpen) {
   RawClient lost(receiver_.address());
   Greet(&lost, kSession, kMine, 2);
@@ -251,6 +255,33 @@ TEST_F(SessionTokenTest, ALostWorkerStoresNothingOnceTheNextEpochIsOpen) {
   EXPECT_EQ(BytesStored(), 0);
   EXPECT_TRUE(Push(kSession, kMine, 3, cache_).ok());
   EXPECT_TRUE(Commit(kSession, kMine, 3).ok());
+}
+
+// What workers get from coordinators of now: pushes blocks of one epoch of one session, and does nothing
+// else.
+TEST_F(SessionTokenTest, AnEpochsTokenIsOfNoOtherUse) {
+  const std::string session = "session-3";
+  for (const uint32_t epoch : {1u, 2u}) ASSERT_TRUE(Open(session, kMine, epoch, true).ok());
+  const std::string first = EpochToken(kMine, session, 1), second = EpochToken(kMine, session, 2),
+                    third = EpochToken(kMine, session, 3);
+
+  ExpectEnds(Push(session, first, 1, evil_), absl::StatusCode::kAborted, kStale);
+  for (const uint32_t epoch : {2u, 3u}) ExpectEnds(Push(session, first, epoch, evil_), kDenied, kBadField);
+  ExpectEnds(Push(session, second, 3, evil_), kDenied, kBadField);
+  ExpectEnds(Push(session, third, 3, evil_), absl::StatusCode::kFailedPrecondition, kBadField);
+  for (const std::string& token : {std::string(kMine), std::string(), EpochToken(kMine, kSession, 2),
+                                   EpochToken(kTheirs, session, 2), second.substr(0, 63), second + "0"}) {
+    ExpectEnds(Push(session, token, 2, evil_), kDenied, kBadField);
+  }
+  // As of a session that was opened without: its token, and no epoch's.
+  ExpectEnds(Push(kSession, EpochToken(kMine, kSession, 2), 2, evil_), kDenied, kBadField);
+  for (const uint32_t epoch : {2u, 3u}) ExpectEnds(Open(session, second, epoch, true), kDenied, kBadField);
+  ExpectEnds(Commit(session, second, 2), kDenied, kBadField);
+  ExpectEnds(Abort(session, second), kDenied, kBadField);
+  EXPECT_EQ(BytesStored(), 0);
+
+  EXPECT_TRUE(Push(session, second, 2, cache_).ok());
+  EXPECT_TRUE(Commit(session, kMine, 2).ok());
 }
 
 // Two tenants with the same prompt: two sessions, whose bytes are kept, committed and freed apart.
