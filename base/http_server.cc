@@ -8,6 +8,7 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "absl/synchronization/notification.h"
@@ -55,6 +56,11 @@ absl::Status CheckAddress(const std::string& address, const std::string& what) {
       absl::StrContains(address, ',')) {
     return absl::InvalidArgumentError(absl::StrCat(what, " address '", absl::CHexEscape(address),
                                                    "' is not ADDRESS:PORT, as 127.0.0.1:9080"));
+  }
+  int number = 0;
+  if (!absl::SimpleAtoi(port, &number) || number > 65535) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(what, " address ", address, ": its port is not one from 0 to 65535"));
   }
   return absl::OkStatus();
 }
@@ -158,10 +164,10 @@ class CivetServer final : public HttpServer {
     absl::string_view body = answer.body;
     if (body.empty() && answer.status != 200) body = reason;
     const std::string head =
-        absl::StrCat("HTTP/1.1 ", answer.status, " ", ReasonPhrase(answer.status),
-                     "\r\nContent-Type: ", answer.type, "; charset=utf-8\r\nContent-Length: ", body.size(),
-                     "\r\nCache-Control: no-store\r\n", "Connection: close\r\n",
-                     answer.status == 405 ? "Allow: GET, HEAD\r\n" : "", options_.headers, "\r\n");
+        absl::StrCat("HTTP/1.1 ", answer.status, " ", reason, "\r\nContent-Type: ", answer.type,
+                     "; charset=utf-8\r\nContent-Length: ", body.size(), "\r\nCache-Control: no-store\r\n",
+                     "Connection: close\r\n", answer.status == 405 ? "Allow: GET, HEAD\r\n" : "",
+                     options_.headers, "\r\n");
     if (mg_write(connection, head.data(), head.size()) <= 0 || !with_body) return;
     mg_write(connection, body.data(), body.size());
   }

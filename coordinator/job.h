@@ -117,7 +117,7 @@ struct Job {
   std::string decode_address;
   std::string session_id;
   std::string session_token;
-  bool epoch_tokens = false;  // as the session was opened: workers get a token of their epoch
+  bool epoch_tokens = false;  // as the epoch was opened: workers get a token of it
   bool session_maybe_open = false;
   bool call_in_flight = false;
   std::optional<absl::Time> away_since;

@@ -68,10 +68,8 @@ void Scheduler::OpenSession(Job& job) {
   request.set_resume_layer(job.resume_layer());
   *request.mutable_layout() = job.layout;
   request.set_session_token(job.session_token);
-  if (!job.session_maybe_open) {
-    const DecodeNode* const node = cluster_.FindDecodeNode(job.decode_node);
-    job.epoch_tokens = node != nullptr && node->registration.epoch_tokens();
-  }
+  const DecodeNode* const node = cluster_.FindDecodeNode(job.decode_node);
+  job.epoch_tokens = node != nullptr && node->registration.epoch_tokens();
   request.set_epoch_tokens(job.epoch_tokens);
   request.set_traceparent(job.prepared.trace.Traceparent());
   job.session_maybe_open = true;

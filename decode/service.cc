@@ -2,6 +2,7 @@
 
 #include <deque>
 #include <mutex>
+#include <string>
 #include <utility>
 
 #include <grpcpp/support/server_callback.h>
@@ -17,12 +18,14 @@ namespace {
 constexpr size_t kMaxWaitingTokens = 64;
 
 // What clients are told; what they are not is logged.
-grpc::Status ForClient(const absl::Status& status) {
+grpc::Status ForClient(const std::string& session_id, const absl::Status& status) {
   const v1::ErrorReason reason = ReasonOf(status);
   if (status.ok() || (reason != v1::ERROR_REASON_UNSPECIFIED && reason != v1::ERROR_REASON_INTERNAL)) {
     return ToGrpcStatus(status);
   }
-  HW_LOG(WARNING).Field("error", status.ToString(absl::StatusToStringMode::kWithNoExtraData))
+  HW_LOG(WARNING)
+          .Field("session_id", session_id)
+          .Field("error", status.ToString(absl::StatusToStringMode::kWithNoExtraData))
       << "a client's call failed";
   return ToGrpcStatus(WithClosedText(status));
 }
@@ -30,14 +33,15 @@ grpc::Status ForClient(const absl::Status& status) {
 // One Generate call. Deletes itself when gRPC is done with it, which is after the engine is.
 class GenerateCall final : public grpc::ServerWriteReactor<v1::GenerateResponse>, public GenerationSink {
  public:
-  GenerateCall(GenerationEngine* engine, const v1::GenerateRequest& request) : engine_(engine) {
+  GenerateCall(GenerationEngine* engine, const v1::GenerateRequest& request)
+      : engine_(engine), session_id_(request.session_id()) {
     // gRPC holds back what the reactor starts before the handler has returned, so the engine may answer at
     // once.
     const absl::StatusOr<uint64_t> id = engine_->Start(request, this);
     if (id.ok()) {
       id_ = *id;
     } else {
-      Finish(ForClient(id.status()));
+      Finish(ForClient(session_id_, id.status()));
     }
   }
 
@@ -55,7 +59,7 @@ class GenerateCall final : public grpc::ServerWriteReactor<v1::GenerateResponse>
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       done_ = true;
-      status_ = ForClient(status);
+      status_ = ForClient(session_id_, status);
       finish = !writing_;
     }
     if (finish) Finish(status_);
@@ -91,6 +95,7 @@ class GenerateCall final : public grpc::ServerWriteReactor<v1::GenerateResponse>
   }
 
   GenerationEngine* const engine_;
+  const std::string session_id_;
   uint64_t id_ = 0;
   std::mutex mutex_;
   // Guarded by mutex_; status_ is fixed once done_.
@@ -119,7 +124,7 @@ class DecodeServiceAdapter final : public v1::DecodeService::CallbackService {
       response->set_bytes_reclaimed(bytes);
       reactor->Finish(grpc::Status::OK);
     });
-    if (!status.ok()) reactor->Finish(ForClient(status));
+    if (!status.ok()) reactor->Finish(ForClient(request->session_id(), status));
     return reactor;
   }
 

@@ -27,8 +27,6 @@ absl::string_view ClosedText(v1::ErrorReason reason) {
       return "the decode node took no KV for too long";
     case v1::ERROR_REASON_KV_CORRUPT:
       return "KV arrived damaged at the decode node";
-    case v1::ERROR_REASON_KV_MEMORY_FULL:
-      return "the decode node has no room for the cache";
     case v1::ERROR_REASON_MODEL_MISMATCH:
       return "the decode node has another model than the workers";
     case v1::ERROR_REASON_STALE_EPOCH:

@@ -273,8 +273,6 @@ TEST_F(SessionTokenTest, AnEpochsTokenIsOfNoOtherUse) {
                                    EpochToken(kTheirs, session, 2), second.substr(0, 63), second + "0"}) {
     ExpectEnds(Push(session, token, 2, evil_), kDenied, kBadField);
   }
-  // As of a session that was opened without: its token, and no epoch's.
-  ExpectEnds(Push(kSession, EpochToken(kMine, kSession, 2), 2, evil_), kDenied, kBadField);
   for (const uint32_t epoch : {2u, 3u}) ExpectEnds(Open(session, second, epoch, true), kDenied, kBadField);
   ExpectEnds(Commit(session, second, 2), kDenied, kBadField);
   ExpectEnds(Abort(session, second), kDenied, kBadField);
@@ -282,6 +280,14 @@ TEST_F(SessionTokenTest, AnEpochsTokenIsOfNoOtherUse) {
 
   EXPECT_TRUE(Push(session, second, 2, cache_).ok());
   EXPECT_TRUE(Commit(session, kMine, 2).ok());
+}
+
+// As when the node was replaced by one that knows tokens of epochs.
+TEST_F(SessionTokenTest, ASessionOpenedWithoutThemTakesTokensOfEpochs) {
+  ExpectEnds(Push(kSession, EpochToken(kMine, kSession, 1), 2, evil_), kDenied, kBadField);
+  EXPECT_EQ(BytesStored(), 0);
+  EXPECT_TRUE(Push(kSession, EpochToken(kMine, kSession, 2), 2, cache_).ok());
+  EXPECT_TRUE(Commit(kSession, kMine, 2).ok());
 }
 
 // Two tenants with the same prompt: two sessions, whose bytes are kept, committed and freed apart.
