@@ -7,7 +7,6 @@
 
 #include "tests/kernels/cuda/gpu.h"
 #include "tests/worker/cuda_group_runs.h"
-#include "tests/worker/local_device_group.h"
 
 namespace headwater {
 namespace {
@@ -15,7 +14,7 @@ namespace {
 using testing::CheckpointShape;
 using testing::GroupResult;
 using testing::GroupRun;
-using testing::MakeLocalDeviceGroup;
+using testing::MakeOneGpuGroup;
 using testing::RandomTokens;
 using testing::RelativeError;
 
@@ -56,7 +55,7 @@ class CudaCheckpointGpuTest : public testing::CudaGroupTest {
       absl::SleepFor(absl::Milliseconds(10));
       if (rank == last && progress.checkpoint.has_value()) control->Cancel(absl::CancelledError("test"));
     };
-    return Run(tokens, run, MakeLocalDeviceGroup);
+    return Run(tokens, run, MakeOneGpuGroup);
   }
 
   CheckpointStore stores_[3];
@@ -66,7 +65,7 @@ TEST_F(CudaCheckpointGpuTest, NeighboursHoldTheSameRows) {
   const std::vector<int32_t> tokens = RandomTokens(3000, 512);
   for (const int world_size : {2, 3}) {
     const GroupRun run = RunOf(world_size, v1::PARTITION_ZIGZAG, "dense");
-    const auto got = Run(tokens, run, MakeLocalDeviceGroup);
+    const auto got = Run(tokens, run, MakeOneGpuGroup);
     ASSERT_THAT(got->statuses, ::testing::Each(absl::OkStatus()));
     const auto partition = testing::MakeJob(*host_, tokens, run, 0).partition;
     for (const int32_t layer : {3, 6}) {
@@ -97,7 +96,7 @@ TEST_F(CudaCheckpointGpuTest, SurvivorsGoOn) {
       SCOPED_TRACE(absl::StrCat(world_size, " ranks, ", policy));
       GroupRun whole = RunOf(1, v1::PARTITION_CONTIGUOUS, policy);
       whole.checkpoints.clear();
-      const auto wanted = Run(tokens, whole, MakeLocalDeviceGroup);
+      const auto wanted = Run(tokens, whole, MakeOneGpuGroup);
       ASSERT_THAT(wanted->statuses, ::testing::Each(absl::OkStatus()));
 
       const GroupRun before = RunOf(world_size, v1::PARTITION_ZIGZAG, policy);
@@ -114,7 +113,7 @@ TEST_F(CudaCheckpointGpuTest, SurvivorsGoOn) {
         job->epoch = 1;
         job->resume = resume;
       };
-      const auto got = Run(tokens, after, MakeLocalDeviceGroup);
+      const auto got = Run(tokens, after, MakeOneGpuGroup);
       ASSERT_THAT(got->statuses, ::testing::Each(absl::OkStatus()));
       for (uint32_t layer = 3; layer < kLayers; ++layer) {
         for (const KvKind kind : {KvKind::kK, KvKind::kV}) {
@@ -144,7 +143,7 @@ TEST_F(CudaCheckpointGpuTest, EqualEpochsGiveEqualBits) {
       job->resume->partition = testing::MakeJob(*host_, tokens, before, 0).partition;
       job->resume->providers = {0, 0};
     };
-    runs.push_back(Run(tokens, after, MakeLocalDeviceGroup));
+    runs.push_back(Run(tokens, after, MakeOneGpuGroup));
     ASSERT_THAT(runs.back()->statuses, ::testing::Each(absl::OkStatus()));
   }
   EXPECT_TRUE(runs[0]->kv.bytes() == runs[1]->kv.bytes());

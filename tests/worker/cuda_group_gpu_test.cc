@@ -6,14 +6,13 @@
 
 #include "tests/kernels/cuda/gpu.h"
 #include "tests/worker/cuda_group_runs.h"
-#include "tests/worker/local_device_group.h"
 
 namespace headwater {
 namespace {
 
 using testing::CheckpointShape;
 using testing::GroupRun;
-using testing::MakeLocalDeviceGroup;
+using testing::MakeOneGpuGroup;
 using testing::RandomTokens;
 
 // bf16 of products whose sizes differ.
@@ -35,7 +34,7 @@ class CudaGroupGpuTest : public testing::CudaGroupTest {
       report.clear_density();  // of a rank's own tokens
       return report;
     };
-    const auto got = Run(tokens, run, MakeLocalDeviceGroup);
+    const auto got = Run(tokens, run, MakeOneGpuGroup);
     EXPECT_THAT(got->statuses, ::testing::Each(absl::OkStatus()));
     reports.group = reported(got->results[0]);
     for (const PrefillResult& result : got->results) {
@@ -43,7 +42,7 @@ class CudaGroupGpuTest : public testing::CudaGroupTest {
     }
     GroupRun one = run;
     one.world_size = 1;
-    const auto wanted = Run(tokens, one, MakeLocalDeviceGroup);
+    const auto wanted = Run(tokens, one, MakeOneGpuGroup);
     EXPECT_THAT(wanted->statuses, ::testing::Each(absl::OkStatus()));
     reports.alone = reported(wanted->results[0]);
     for (uint32_t layer = 0; layer < static_cast<uint32_t>(host_->config().num_layers); ++layer) {
@@ -64,10 +63,10 @@ class CudaGroupGpuTest : public testing::CudaGroupTest {
 
 TEST_F(CudaGroupGpuTest, EqualsOneRank) {
   HW_REQUIRE_SM90();
-  LoadOnOneGpu(3);
+  LoadOnOneGpu(8);
   for (const int count : {1, 129, 700, 2049, 5000}) {
     const std::vector<int32_t> tokens = RandomTokens(count, 512);
-    for (const int world_size : {2, 3}) {
+    for (const int world_size : {2, 3, 8}) {
       for (const v1::Partition partition :
            {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG, v1::PARTITION_STRIPED}) {
         for (const char* const policy : {"dense", "probe"}) {
@@ -83,7 +82,7 @@ TEST_F(CudaGroupGpuTest, EqualsOneRank) {
             run.wire = v1::KV_DTYPE_BF16;
             run.policy = policy;
             if (run.policy == "probe") run.parameters = {{"dense_below_tokens", 0}, {"threshold", 0.3}};
-            ExpectEqualsOneRank(tokens, run, MakeLocalDeviceGroup, kTolerance);
+            ExpectEqualsOneRank(tokens, run, MakeOneGpuGroup, kTolerance);
           }
         }
       }
@@ -112,7 +111,7 @@ TEST_F(CudaGroupGpuTest, HeadwaterEqualsOneRank) {
            {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG, v1::PARTITION_STRIPED}) {
         SCOPED_TRACE(absl::StrCat(count, " tokens, ", world_size, " ranks, ", v1::Partition_Name(partition)));
         const std::vector<int32_t> tokens = RandomTokens(count, 512);
-        ExpectEqualsOneRank(tokens, HeadwaterRun(world_size, partition), MakeLocalDeviceGroup, kTolerance);
+        ExpectEqualsOneRank(tokens, HeadwaterRun(world_size, partition), MakeOneGpuGroup, kTolerance);
       }
     }
   }
@@ -139,7 +138,7 @@ TEST_F(CudaGroupGpuTest, PoliciesThatListBlocksEqualOneRank) {
         run.parameters = parameters;
         run.parameters["dense_below_tokens"] = 0;
         run.block_tokens = 256;  // ranks' products are of the sizes of one rank's
-        ExpectEqualsOneRank(tokens, run, MakeLocalDeviceGroup, kTolerance);
+        ExpectEqualsOneRank(tokens, run, MakeOneGpuGroup, kTolerance);
       }
     }
   }
@@ -166,7 +165,7 @@ TEST_F(CudaGroupGpuTest, PivotsServeLaterLayersOnAllRanks) {
     clusters.shareable = {0, 1};
     job->policy = kernels::MakePolicy("share", std::move(parameters));
   };
-  ExpectEqualsOneRank(RandomTokens(3000, 512), run, MakeLocalDeviceGroup, kTolerance);
+  ExpectEqualsOneRank(RandomTokens(3000, 512), run, MakeOneGpuGroup, kTolerance);
 }
 
 // Thresholds, rounds and sampled queries are those of one rank, and every rank tells of all.
@@ -211,13 +210,13 @@ TEST_F(CudaGroupGpuTest, RanksAgreeThatATimeBudgetIsTooShort) {
   GroupRun run = HeadwaterRun(2, v1::PARTITION_ZIGZAG);
   run.change_job = [](int, PrefillJob* job) { job->quality.time_budget = absl::Microseconds(40); };
   speeds_ = {ComputeSpeed{1e15, 1e15}, ComputeSpeed{1e9, 1e9}};
-  const auto got = Run(RandomTokens(2000, 512), run, MakeLocalDeviceGroup);
+  const auto got = Run(RandomTokens(2000, 512), run, MakeOneGpuGroup);
   for (const absl::Status& status : got->statuses) {
     EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
     EXPECT_EQ(status.message(), got->statuses[0].message());
   }
   run.change_job = [](int, PrefillJob* job) { job->quality.time_budget = absl::Minutes(10); };
-  EXPECT_THAT(Run(RandomTokens(2000, 512), run, MakeLocalDeviceGroup)->statuses,
+  EXPECT_THAT(Run(RandomTokens(2000, 512), run, MakeOneGpuGroup)->statuses,
               ::testing::Each(absl::OkStatus()));
 }
 
@@ -231,8 +230,8 @@ TEST_F(CudaGroupGpuTest, TheSameRunTwiceIsBitwiseEqual) {
   const std::vector<int32_t> tokens = RandomTokens(3000, 512);
   for (const bool searched : {false, true}) {
     if (searched) run = HeadwaterRun(2, v1::PARTITION_ZIGZAG);
-    EXPECT_TRUE(Run(tokens, run, MakeLocalDeviceGroup)->kv.bytes() ==
-                Run(tokens, run, MakeLocalDeviceGroup)->kv.bytes());
+    EXPECT_TRUE(Run(tokens, run, MakeOneGpuGroup)->kv.bytes() ==
+                Run(tokens, run, MakeOneGpuGroup)->kv.bytes());
   }
 }
 
@@ -245,12 +244,12 @@ TEST_F(CudaGroupGpuTest, OneRanksEndEndsAll) {
   run.on_layer = [](int rank, JobControl* control, const PrefillProgress& progress) {
     if (rank == 1 && progress.layers_done == 2) control->Cancel(absl::CancelledError("test"));
   };
-  const auto got = Run(RandomTokens(2000, 512), run, MakeLocalDeviceGroup);
+  const auto got = Run(RandomTokens(2000, 512), run, MakeOneGpuGroup);
   EXPECT_EQ(got->statuses[1].code(), absl::StatusCode::kCancelled) << got->statuses[1];
   EXPECT_EQ(got->statuses[0].code(), absl::StatusCode::kUnavailable) << got->statuses[0];
   // The GPU is whole.
   run.on_layer = nullptr;
-  ExpectEqualsOneRank(RandomTokens(2000, 512), run, MakeLocalDeviceGroup, kTolerance);
+  ExpectEqualsOneRank(RandomTokens(2000, 512), run, MakeOneGpuGroup, kTolerance);
 }
 
 TEST_F(CudaGroupGpuTest, RefusesWhatItDoesNotShare) {
@@ -260,18 +259,18 @@ TEST_F(CudaGroupGpuTest, RefusesWhatItDoesNotShare) {
   GroupRun run;
   run.world_size = 2;
   run.block_tokens = 64;
-  EXPECT_THAT(Run(tokens, run, MakeLocalDeviceGroup)->statuses,
+  EXPECT_THAT(Run(tokens, run, MakeOneGpuGroup)->statuses,
               ::testing::Each(::testing::Property(&absl::Status::code, absl::StatusCode::kUnimplemented)));
   run.block_tokens = 128;
   run.policy = "vertical_slash";
   run.parameters = {{"dense_below_tokens", 0}};
-  EXPECT_THAT(Run(tokens, run, MakeLocalDeviceGroup)->statuses,
+  EXPECT_THAT(Run(tokens, run, MakeOneGpuGroup)->statuses,
               ::testing::Each(::testing::Property(&absl::Status::code, absl::StatusCode::kUnimplemented)));
   run = {};
   run.world_size = 2;
   run.block_tokens = 128;
   run.strategy = v1::STRATEGY_SPARSE;
-  EXPECT_THAT(Run(tokens, run, MakeLocalDeviceGroup)->statuses,
+  EXPECT_THAT(Run(tokens, run, MakeOneGpuGroup)->statuses,
               ::testing::Each(::testing::Property(&absl::Status::code, absl::StatusCode::kUnimplemented)));
   // Ranks whose tables differ.
   run = HeadwaterRun(2, v1::PARTITION_ZIGZAG);
@@ -281,7 +280,7 @@ TEST_F(CudaGroupGpuTest, RefusesWhatItDoesNotShare) {
     job->policy = kernels::MakePolicy("headwater", std::move(parameters));
   };
   EXPECT_THAT(
-      Run(tokens, run, MakeLocalDeviceGroup)->statuses,
+      Run(tokens, run, MakeOneGpuGroup)->statuses,
       ::testing::Each(::testing::Property(&absl::Status::code, absl::StatusCode::kFailedPrecondition)));
   // Ranks of different prompts.
   run = {};
@@ -289,7 +288,7 @@ TEST_F(CudaGroupGpuTest, RefusesWhatItDoesNotShare) {
   run.block_tokens = 128;
   run.change_job = [](int rank, PrefillJob* job) { job->tokens[0] = rank; };
   EXPECT_THAT(
-      Run(tokens, run, MakeLocalDeviceGroup)->statuses,
+      Run(tokens, run, MakeOneGpuGroup)->statuses,
       ::testing::Each(::testing::Property(&absl::Status::code, absl::StatusCode::kFailedPrecondition)));
 }
 

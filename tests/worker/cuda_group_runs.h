@@ -17,11 +17,16 @@
 #include "tests/worker/memory_sink.h"
 #include "tests/worker/prefill_group.h"
 #include "worker/cuda/cuda_prefill.h"
+#include "worker/cuda/inprocess_device_group.h"
 #include "worker/inprocess_collectives.h"
 
 namespace headwater::testing {
 
 using MakeDeviceGroup = std::function<std::vector<std::unique_ptr<DeviceGroup>>(int world_size)>;
+
+inline std::vector<std::unique_ptr<DeviceGroup>> MakeOneGpuGroup(int world_size) {
+  return MakeInProcessDeviceGroup(world_size, absl::Seconds(20));
+}
 
 class CudaGroupTest : public ::testing::Test {
  protected:

@@ -1,4 +1,4 @@
-#include "tests/worker/local_device_group.h"
+#include "worker/cuda/inprocess_device_group.h"
 
 #include <map>
 #include <utility>
@@ -7,13 +7,14 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 
+#include "base/clock.h"
 #include "base/status_macros.h"
 #include "model/cuda/device_buffer.h"
 
-namespace headwater::testing {
+namespace headwater {
 namespace {
 
-constexpr absl::Duration kTimeout = absl::Seconds(20);
+constexpr absl::Duration kPoll = absl::Microseconds(50);
 
 // What a rank tells the others of one exchange.
 struct Announced {
@@ -23,12 +24,13 @@ struct Announced {
 };
 
 struct State {
-  explicit State(int size) : world_size(size) {}
+  State(int size, absl::Duration limit) : world_size(size), timeout(limit) {}
   ~State() {
     for (const cudaEvent_t event : events) (void)cudaEventDestroy(event);
   }
 
   const int world_size;
+  const absl::Duration timeout;
   absl::Mutex mutex;
   absl::Status status ABSL_GUARDED_BY(mutex);
   std::map<int64_t, std::map<int, Announced>> exchanges ABSL_GUARDED_BY(mutex);
@@ -94,7 +96,7 @@ class Endpoint final : public DeviceGroup {
 
   template <typename Done>
   absl::Status Await(int64_t number, absl::string_view what, const Done& done) {
-    const absl::Time deadline = absl::Now() + kTimeout;
+    const absl::Time deadline = SteadyNow() + state_->timeout;
     while (true) {
       {
         const absl::MutexLock lock(&state_->mutex);
@@ -103,8 +105,10 @@ class Endpoint final : public DeviceGroup {
         for (const auto& [rank, announced] : state_->exchanges[number]) come += done(announced) ? 1 : 0;
         if (come == world_size()) return absl::OkStatus();
       }
-      if (absl::Now() > deadline) return absl::DeadlineExceededError(absl::StrCat(what, ": a rank is late"));
-      absl::SleepFor(absl::Microseconds(50));
+      if (SteadyNow() > deadline)
+        return absl::DeadlineExceededError(
+            absl::StrCat(what, ": a rank is late by ", absl::FormatDuration(state_->timeout)));
+      absl::SleepFor(kPoll);
     }
   }
 
@@ -128,11 +132,11 @@ class Endpoint final : public DeviceGroup {
 
 }  // namespace
 
-std::vector<std::unique_ptr<DeviceGroup>> MakeLocalDeviceGroup(int world_size) {
-  const auto state = std::make_shared<State>(world_size);
+std::vector<std::unique_ptr<DeviceGroup>> MakeInProcessDeviceGroup(int world_size, absl::Duration timeout) {
+  const auto state = std::make_shared<State>(world_size, timeout);
   std::vector<std::unique_ptr<DeviceGroup>> group;
   for (int rank = 0; rank < world_size; ++rank) group.push_back(std::make_unique<Endpoint>(rank, state));
   return group;
 }
 
-}  // namespace headwater::testing
+}  // namespace headwater
