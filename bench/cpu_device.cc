@@ -43,7 +43,8 @@ class CpuDevice final : public PrefillDevice {
     return job->plan.total_bytes() + backend_->memory_model().weight_bytes();
   }
   absl::Status Reserve(const PrefillJob& job) override { return backend_->Reserve(job); }
-  absl::StatusOr<std::vector<PrefillResult>> Run(const PrefillJob& job, absl::Span<KvSender* const> senders,
+  absl::StatusOr<std::vector<PrefillResult>> Run(const PrefillJob& job, int /*first_rank*/,
+                                                 absl::Span<KvSender* const> senders,
                                                  JobControl* control) override {
     PrefillContext context;
     context.sender = senders[0];
@@ -52,6 +53,8 @@ class CpuDevice final : public PrefillDevice {
     HW_ASSIGN_OR_RETURN(results[0], backend_->Run(job, context));
     return results;
   }
+
+  absl::StatusOr<ComputeSpeed> MeasureSpeed() override { return backend_->MeasureSpeed(); }
 
   absl::StatusOr<std::optional<LinearRate>> MeasureLinear() override { return std::optional<LinearRate>(); }
 

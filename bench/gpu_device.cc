@@ -1,6 +1,6 @@
 // GPUs with a checkpoint, or with a preset's shape and random weights.
 #include <algorithm>
-#include <random>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -16,18 +16,21 @@
 
 #include "base/rpc/server.h"
 #include "base/status_macros.h"
+#include "bench/emulated_group.h"
+#include "bench/gpu_linear.h"
 #include "bench/prefill_device.h"
-#include "kernels/cuda/linear.h"
-#include "kernels/cuda/quantize.h"
+#include "bench/prefill_job.h"
 #include "model/cuda/cuda_model.h"
 #include "model/cuda/device_buffer.h"
 #include "model/kernel_status.h"
 #include "model/presets.h"
 #include "worker/backend.h"
+#include "worker/calibration.h"
 #include "worker/cuda/cuda_checkpoints.h"
 #include "worker/cuda/cuda_egress.h"
 #include "worker/cuda/cuda_prefill.h"
 #include "worker/cuda/cuda_sequences.h"
+#include "worker/cuda/inprocess_device_group.h"
 #include "worker/cuda/nccl_group.h"
 #include "worker/inprocess_collectives.h"
 #include "worker/rendezvous.h"
@@ -80,76 +83,6 @@ class MemoryWatch {
   std::thread thread_;
 };
 
-struct LinearShape {
-  int64_t in, out;
-  kernels::DType y;
-  bool accumulate;
-};
-
-// Numbers of ordinary size: a device that multiplies zeros draws less power and is faster.
-absl::Status FillWithNumbers(const DeviceBuffer& buffer) {
-  std::mt19937 random(kSeed);
-  std::vector<uint16_t> values(1 << 20);
-  for (uint16_t& value : values) value = static_cast<uint16_t>(0x3c00 | (random() & 0x83ff));
-  for (uint64_t at = 0; at < buffer.bytes(); at += values.size() * 2) {
-    HW_RETURN_IF_ERROR(FromCuda(
-        cudaMemcpy(buffer.data() + at, values.data(),
-                   std::min<uint64_t>(values.size() * 2, buffer.bytes() - at), cudaMemcpyHostToDevice),
-        "inputs"));
-  }
-  return absl::OkStatus();
-}
-
-// bf16 [rows, width] becomes e4m3 with a scale a row.
-absl::Status Quantize(int64_t rows, int64_t width, DeviceBuffer* x, DeviceBuffer* scale) {
-  HW_ASSIGN_OR_RETURN(DeviceBuffer out,
-                      DeviceBuffer::Allocate(static_cast<uint64_t>(rows * width), "operands in fp8"));
-  HW_ASSIGN_OR_RETURN(*scale, DeviceBuffer::Allocate(static_cast<uint64_t>(rows) * sizeof(float), "scales"));
-  HW_RETURN_IF_ERROR(
-      FromKernels(kernels::CudaQuantizeRows(
-                      {x->data(), out.data(), reinterpret_cast<float*>(scale->data()), rows, width}, nullptr),
-                  "operands in fp8"));
-  *x = std::move(out);
-  return absl::OkStatus();
-}
-
-// Seconds of one product of `rows` rows: the median of rounds.
-absl::StatusOr<double> TimeLinear(kernels::CudaLinear* linear, LinearType type, const LinearShape& shape,
-                                  int64_t rows) {
-  const auto bytes = [](int64_t a, int64_t b, int64_t size) { return static_cast<uint64_t>(a * b * size); };
-  HW_ASSIGN_OR_RETURN(DeviceBuffer x, DeviceBuffer::Allocate(bytes(rows, shape.in, 2), "x"));
-  HW_ASSIGN_OR_RETURN(DeviceBuffer w, DeviceBuffer::Allocate(bytes(shape.out, shape.in, 2), "weight"));
-  HW_ASSIGN_OR_RETURN(const DeviceBuffer y, DeviceBuffer::Allocate(bytes(rows, shape.out, 4), "y"));
-  for (const DeviceBuffer* buffer : {&x, &w}) HW_RETURN_IF_ERROR(FillWithNumbers(*buffer));
-  HW_RETURN_IF_ERROR(FromCuda(cudaMemset(y.data(), 0, y.bytes()), "outputs"));
-  DeviceBuffer x_scale, w_scale;
-  if (type == LinearType::kFP8) {
-    HW_RETURN_IF_ERROR(Quantize(rows, shape.in, &x, &x_scale));
-    HW_RETURN_IF_ERROR(Quantize(shape.out, shape.in, &w, &w_scale));
-  }
-  const auto run = [&](int times) -> absl::Status {
-    for (int i = 0; i < times; ++i) {
-      HW_RETURN_IF_ERROR(
-          FromKernels(linear->Run({x.data(), w.data(), nullptr, y.data(), shape.y, shape.accumulate, rows,
-                                   shape.in, shape.out, reinterpret_cast<const float*>(x_scale.data()),
-                                   reinterpret_cast<const float*>(w_scale.data())},
-                                  nullptr),
-                      "linear"));
-    }
-    return FromCuda(cudaDeviceSynchronize(), "linear");
-  };
-  constexpr int kTimes = 5;
-  HW_RETURN_IF_ERROR(run(3));
-  std::vector<double> rounds(7);
-  for (double& round : rounds) {
-    const absl::Time start = absl::Now();
-    HW_RETURN_IF_ERROR(run(kTimes));
-    round = absl::ToDoubleSeconds(absl::Now() - start) / kTimes;
-  }
-  std::sort(rounds.begin(), rounds.end());
-  return rounds[rounds.size() / 2];
-}
-
 // A GPU and what it computes with.
 struct Rank {
   std::unique_ptr<CudaModel> model;
@@ -163,17 +96,24 @@ struct Rank {
 
 class GpuDevice final : public PrefillDevice {
  public:
-  GpuDevice(std::vector<Rank> ranks, std::string name, bool measure_recall, int checkpoint_layers)
+  // emulated: one rank is there for all of them. device_bytes: PrefillDevice::device_bytes().
+  GpuDevice(const PrefillBenchOptions& options, std::vector<Rank> ranks, std::string name,
+            uint64_t device_bytes, std::optional<EmulatedLink> emulated)
       : ranks_(std::move(ranks)),
         name_(std::move(name)),
-        measure_recall_(measure_recall),
-        checkpoint_layers_(checkpoint_layers) {}
+        world_size_(static_cast<int>(options.gpus)),
+        device_bytes_(device_bytes),
+        emulated_(emulated),
+        measure_recall_(options.measure_recall),
+        checkpoint_layers_(static_cast<int>(options.checkpoint_layers)) {}
 
   const ModelConfig& config() const override { return model().config(); }
   std::string name() const override { return name_; }
   std::string linear() const override { return NameOf(model().linear()); }
   v1::KvDtype kv_dtype() const override { return v1::KV_DTYPE_BF16; }
-  int num_ranks() const override { return static_cast<int>(ranks_.size()); }
+  int num_ranks() const override { return world_size_; }
+  int ranks_at_once() const override { return static_cast<int>(ranks_.size()); }
+  uint64_t device_bytes() const override { return device_bytes_; }
 
   absl::StatusOr<uint64_t> Plan(PrefillJob* job) const override {
     const auto tokens = static_cast<int64_t>(job->tokens.size());
@@ -188,19 +128,21 @@ class GpuDevice final : public PrefillDevice {
     const bool checkpoints =
         checkpoint_layers_ > 0 && static_cast<int64_t>(job.tokens.size()) >= kLeastCheckpointTokens;
     if (checkpoints) bytes += CheckpointHostBytes(job.partition, config().hidden_size);
-    return bytes * ranks_.size();
+    return bytes * static_cast<uint64_t>(world_size_);
   }
   // The loop allocates what the plan says and gives it back at its end.
   absl::Status Reserve(const PrefillJob& /*job*/) override { return absl::OkStatus(); }
 
-  absl::StatusOr<std::vector<PrefillResult>> Run(const PrefillJob& job, absl::Span<KvSender* const> senders,
+  absl::StatusOr<std::vector<PrefillResult>> Run(const PrefillJob& job, int first_rank,
+                                                 absl::Span<KvSender* const> senders,
                                                  JobControl* control) override {
     std::vector<absl::StatusOr<PrefillResult>> ended(ranks_.size());
     std::vector<std::thread> threads;
-    for (size_t rank = 1; rank < ranks_.size(); ++rank) {
-      threads.emplace_back([&, rank] { ended[rank] = RunRank(rank, job, senders[rank], control); });
-    }
-    ended[0] = RunRank(0, job, senders[0], control);
+    const auto run = [&](size_t index) {
+      ended[index] = RunRank(index, first_rank + static_cast<int>(index), job, senders[index], control);
+    };
+    for (size_t index = 1; index < ranks_.size(); ++index) threads.emplace_back(run, index);
+    run(0);
     for (std::thread& thread : threads) thread.join();
     std::vector<PrefillResult> results;
     absl::Status lost;  // what a rank ends with that another one left
@@ -218,25 +160,25 @@ class GpuDevice final : public PrefillDevice {
   }
 
   absl::StatusOr<std::optional<LinearRate>> MeasureLinear() override {
-    const ModelConfig& c = config();
-    const int64_t hidden = c.hidden_size, inner = c.intermediate_size, rows = model().chunk_tokens();
-    const int64_t q = int64_t{c.num_q_heads} * c.head_dim, kv = int64_t{c.num_kv_heads} * c.head_dim;
-    const LinearType type = model().linear();
-    std::unique_ptr<kernels::CudaLinear> linear;
-    HW_RETURN_IF_ERROR(FromKernels(kernels::CudaLinear::Create({}, &linear), "cuBLASLt"));
-    LinearRate rate;
-    HW_ASSIGN_OR_RETURN(
-        rate.projection_s,
-        TimeLinear(linear.get(), type, {hidden, q + 2 * kv, kernels::DType::kBF16, false}, rows));
-    for (const LinearShape& shape : {LinearShape{q, hidden, kernels::DType::kF32, true},
-                                     LinearShape{hidden, 2 * inner, kernels::DType::kBF16, false},
-                                     LinearShape{inner, hidden, kernels::DType::kF32, true}}) {
-      HW_ASSIGN_OR_RETURN(const double seconds, TimeLinear(linear.get(), type, shape, rows));
-      rate.rest_s += seconds;
-    }
-    rate.projection_s /= static_cast<double>(rows);
-    rate.rest_s /= static_cast<double>(rows);
+    HW_ASSIGN_OR_RETURN(const LinearRate rate,
+                        MeasureGpuLinear(config(), model().linear(), model().chunk_tokens()));
     return std::optional<LinearRate>(rate);
+  }
+
+  absl::StatusOr<ComputeSpeed> MeasureSpeed() override {
+    constexpr int64_t kTokens = 8192;  // as cuda_backend.cc
+    const int64_t tokens = std::min(kTokens, config().max_position);
+    HW_ASSIGN_OR_RETURN(const PrefillJob job,
+                        MakeBenchJob(config(), RandomPrompt(config(), tokens), kv_dtype(), {}));
+    PrefillResult last;
+    for (int round = 0; round < 2; ++round) {  // the first one warms up
+      DiscardingSender sender;
+      JobControl control;
+      const CudaPrefillPrompt prompt{&job, &sender, &control, {}};
+      HW_ASSIGN_OR_RETURN(
+          last, std::move(RunCudaPrefill({&prompt, 1}, {ranks_[0].model.get(), ranks_[0].egress.get()})[0]));
+    }
+    return SpeedOf(config(), tokens, last);
   }
 
   absl::StatusOr<uint64_t> TakePeakBytes() override {
@@ -251,23 +193,31 @@ class GpuDevice final : public PrefillDevice {
  private:
   const CudaModel& model() const { return *ranks_[0].model; }
 
-  absl::StatusOr<PrefillResult> RunRank(size_t number, const PrefillJob& job, KvSender* sender,
+  // rank: its number in the group; index: among those that run at once.
+  absl::StatusOr<PrefillResult> RunRank(size_t index, int rank, const PrefillJob& job, KvSender* sender,
                                         JobControl* control) {
-    Rank& rank = ranks_[number];
-    PrefillJob own = job;
-    own.rank = static_cast<int>(number);
-    const CudaPrefillPrompt prompt{&own, sender, control, {}};
-    CudaPrefillContext context{rank.model.get(), rank.egress.get(), nullptr, measure_recall_, nullptr};
-    context.collectives = rank.collectives.get();
-    context.devices = rank.devices.get();
-    context.checkpoints = rank.checkpoints.get();
+    Rank& own = ranks_[index];
+    if (emulated_.has_value()) {
+      own.collectives = MakeEmulatedCollectives(rank, world_size_);
+      HW_ASSIGN_OR_RETURN(own.devices, MakeEmulatedDeviceGroup(rank, world_size_, *emulated_));
+    }
+    PrefillJob share = job;
+    share.rank = rank;
+    const CudaPrefillPrompt prompt{&share, sender, control, {}};
+    CudaPrefillContext context{own.model.get(), own.egress.get(), nullptr, measure_recall_, nullptr};
+    context.collectives = own.collectives.get();
+    context.devices = own.devices.get();
+    context.checkpoints = own.checkpoints.get();
     context.checkpoint_layers = checkpoint_layers_;
-    if (ranks_.size() == 1) context.speed = &speed_;
+    if (world_size_ == 1) context.speed = &speed_;
     return std::move(RunCudaPrefill({&prompt, 1}, context)[0]);
   }
 
   std::vector<Rank> ranks_;
   const std::string name_;
+  const int world_size_;
+  const uint64_t device_bytes_;
+  const std::optional<EmulatedLink> emulated_;
   const bool measure_recall_;
   const int checkpoint_layers_;
   ComputeSpeed speed_;  // of the runs so far, as a worker keeps it
@@ -295,36 +245,51 @@ absl::StatusOr<Rank> OpenRank(const PrefillBenchOptions& options, int device) {
   return rank;
 }
 
+absl::StatusOr<std::unique_ptr<DeviceGroup>> JoinNccl(int rank, int world, int device,
+                                                      const std::string& rendezvous_address) {
+  NcclOptions options;
+  options.rank = rank;
+  options.world_size = world;
+  options.device = device;
+  options.group_name = "bench";
+  options.timeout = kGroupTimeout;
+  HW_ASSIGN_OR_RETURN(std::unique_ptr<NcclGroup> group, NcclGroup::Create(options));
+  const auto rendezvous = RendezvousClient::Dial(rendezvous_address, nullptr);
+  HW_RETURN_IF_ERROR(group->Connect(rendezvous.get()));
+  return group;
+}
+
 // Ranks of one process: their host side goes through memory.
-absl::Status FormGroup(int first_device, std::vector<Rank>* ranks) {
+absl::Status FormGroup(const PrefillBenchOptions& options, std::vector<Rank>* ranks) {
   const int world = static_cast<int>(ranks->size());
+  std::vector<std::unique_ptr<Collectives>> collectives = MakeInProcessGroup(world, kGroupTimeout);
+  for (size_t i = 0; i < ranks->size(); ++i) (*ranks)[i].collectives = std::move(collectives[i]);
+  if (options.share_gpu) {
+    std::vector<std::unique_ptr<DeviceGroup>> devices = MakeInProcessDeviceGroup(world, kGroupTimeout);
+    for (size_t i = 0; i < ranks->size(); ++i) (*ranks)[i].devices = std::move(devices[i]);
+    return absl::OkStatus();
+  }
   const auto service = MakeRendezvousService({});
   HW_ASSIGN_OR_RETURN(const RunningServer server, StartServer("127.0.0.1:0", {service.get()}));
-  std::vector<std::unique_ptr<Collectives>> collectives = MakeInProcessGroup(world, kGroupTimeout);
   std::vector<absl::Status> statuses(ranks->size());
   std::vector<std::thread> threads;
   for (int number = 0; number < world; ++number) {
     threads.emplace_back([&, number] {
-      Rank& rank = (*ranks)[static_cast<size_t>(number)];
-      rank.collectives = std::move(collectives[static_cast<size_t>(number)]);
-      NcclOptions options;
-      options.rank = number;
-      options.world_size = world;
-      options.device = first_device + number;
-      options.group_name = "bench";
-      options.timeout = kGroupTimeout;
-      absl::StatusOr<std::unique_ptr<NcclGroup>> group = NcclGroup::Create(options);
-      absl::Status& status = statuses[static_cast<size_t>(number)];
-      status = group.status();
-      if (!status.ok()) return;
-      const auto rendezvous = RendezvousClient::Dial(server.address, nullptr);
-      status = (*group)->Connect(rendezvous.get());
-      rank.devices = *std::move(group);
+      const auto at = static_cast<size_t>(number);
+      auto joined = JoinNccl(number, world, options.gpu + number, server.address);
+      statuses[at] = joined.status();
+      if (joined.ok()) (*ranks)[at].devices = *std::move(joined);
     });
   }
   for (std::thread& thread : threads) thread.join();
   for (const absl::Status& status : statuses) HW_RETURN_IF_ERROR(status);
   return absl::OkStatus();
+}
+
+EmulatedLink LinkOf(const PrefillBenchOptions& options) {
+  const LinkRates usual = DefaultLinkRates(true);
+  return {options.link_gbytes_per_s > 0 ? 1e9 * options.link_gbytes_per_s : usual.link_bytes_per_s,
+          usual.exchange_step_s};
 }
 
 }  // namespace
@@ -333,21 +298,27 @@ absl::StatusOr<std::unique_ptr<PrefillDevice>> OpenGpu(const PrefillBenchOptions
   const std::string flag = absl::StrCat("--device=", options.device);
   int count = 0;
   HW_RETURN_IF_ERROR(FromCuda(cudaGetDeviceCount(&count), flag));
-  if (options.gpu + options.gpus > count) {
+  const int64_t wanted = options.emulate || options.share_gpu ? 1 : options.gpus;
+  if (options.gpu + wanted > count) {
     return absl::InvalidArgumentError(
         absl::StrCat(flag, options.gpus > 1 ? absl::StrCat(" --gpus=", options.gpus) : "",
                      ": this machine has ", count, " GPUs"));
   }
   cudaDeviceProp properties{};
   HW_RETURN_IF_ERROR(FromCuda(cudaGetDeviceProperties(&properties, options.gpu), flag));
-  std::vector<Rank> ranks(static_cast<size_t>(options.gpus));
-  for (size_t i = 0; i < ranks.size(); ++i) {
-    HW_ASSIGN_OR_RETURN(ranks[i], OpenRank(options, options.gpu + static_cast<int>(i)));
-  }
-  if (ranks.size() > 1) HW_RETURN_IF_ERROR(FormGroup(options.gpu, &ranks));
+  size_t free = 0, total = 0;
   HW_RETURN_IF_ERROR(FromCuda(cudaSetDevice(options.gpu), flag));
-  return std::make_unique<GpuDevice>(std::move(ranks), properties.name, options.measure_recall,
-                                     static_cast<int>(options.checkpoint_layers));
+  HW_RETURN_IF_ERROR(FromCuda(cudaMemGetInfo(&free, &total), flag));
+  std::vector<Rank> ranks(static_cast<size_t>(options.emulate ? 1 : options.gpus));
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    HW_ASSIGN_OR_RETURN(ranks[i],
+                        OpenRank(options, options.gpu + (options.share_gpu ? 0 : static_cast<int>(i))));
+  }
+  if (ranks.size() > 1) HW_RETURN_IF_ERROR(FormGroup(options, &ranks));
+  HW_RETURN_IF_ERROR(FromCuda(cudaSetDevice(options.gpu), flag));
+  std::optional<EmulatedLink> emulated;
+  if (options.emulate) emulated = LinkOf(options);
+  return std::make_unique<GpuDevice>(options, std::move(ranks), properties.name, free, emulated);
 }
 
 }  // namespace headwater

@@ -17,6 +17,7 @@
 #include "bench/prefill_report.h"
 #include "worker/job_control.h"
 #include "worker/prefill.h"
+#include "worker/quality.h"
 
 namespace headwater {
 
@@ -31,6 +32,10 @@ class PrefillDevice {
   virtual v1::KvDtype kv_dtype() const = 0;
   // That share a job: its partition must be of so many.
   virtual int num_ranks() const { return 1; }
+  // All of them, or 1 where their shares are computed in turn.
+  virtual int ranks_at_once() const { return num_ranks(); }
+  // Memory of a rank that a job may have, with the model's; 0: not known.
+  virtual uint64_t device_bytes() const { return 0; }
 
   // Bytes that the job takes on the rank that takes most, those of the model included; sets the job's plan.
   virtual absl::StatusOr<uint64_t> Plan(PrefillJob* job) const = 0;
@@ -38,10 +43,14 @@ class PrefillDevice {
   virtual uint64_t PlannedHostBytes(const PrefillJob& /*job*/) const { return 0; }
   // Makes room for the job; RunPrefill() and RunCudaPrefill() have the errors of Run().
   virtual absl::Status Reserve(const PrefillJob& job) = 0;
-  // One sender and one result a rank; the error is of the rank that failed first.
-  virtual absl::StatusOr<std::vector<PrefillResult>> Run(const PrefillJob& job,
+  // ranks_at_once() ranks, from `first_rank` on. One sender and one result a rank; the error is of the rank
+  // that failed first.
+  virtual absl::StatusOr<std::vector<PrefillResult>> Run(const PrefillJob& job, int first_rank,
                                                          absl::Span<KvSender* const> senders,
                                                          JobControl* control) = 0;
+
+  // Of one rank alone, as a worker measures itself at its start.
+  virtual absl::StatusOr<ComputeSpeed> MeasureSpeed() = 0;
 
   // nullopt: this device has no floor.
   virtual absl::StatusOr<std::optional<LinearRate>> MeasureLinear() = 0;
@@ -49,6 +58,9 @@ class PrefillDevice {
   // Most bytes in use since the last call; a CPU's: of the process so far.
   virtual absl::StatusOr<uint64_t> TakePeakBytes() = 0;
 };
+
+// --partition.
+v1::Partition PartitionOf(const PrefillBenchOptions& options);
 
 // Deals the job's tokens out to the device's ranks, as the options say.
 absl::Status DealOut(const PrefillBenchOptions& options, const PrefillDevice& device, PrefillJob* job);

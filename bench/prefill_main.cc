@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -18,6 +19,7 @@
 #include "bench/prefill_device.h"
 #include "bench/prefill_job.h"
 #include "bench/prefill_options.h"
+#include "bench/prefill_prediction.h"
 #include "bench/prefill_prompts.h"
 #include "bench/prefill_report.h"
 #include "kvtransfer/receiver.h"
@@ -109,6 +111,7 @@ class Bench {
       HW_ASSIGN_OR_RETURN(receiver_, StartReceiver(options_.kv_dir));
     }
     HW_ASSIGN_OR_RETURN(linear_rate_, device_->MeasureLinear());
+    HW_ASSIGN_OR_RETURN(speed_, device_->MeasureSpeed());
     for (const BenchPrompt& prompt : prompts) HW_RETURN_IF_ERROR(Named(prompt, RunPrompt(prompt)));
     if (!prompts.empty()) return absl::OkStatus();
     for (const int64_t length : options_.tokens) {
@@ -177,6 +180,7 @@ class Bench {
     return sample;
   }
 
+  // Ranks that run at once end together; those that run in turn would have begun together.
   absl::StatusOr<Sample> Time(const PrefillJob& job, const Senders& senders) {
     JobControl control;
     const Interrupt::Scope scope(interrupt_, [&](int) {
@@ -185,16 +189,50 @@ class Bench {
     });
     std::vector<KvSender*> given;
     for (const auto& sender : senders) given.push_back(sender.get());
+    const auto at_once = static_cast<size_t>(device_->ranks_at_once());
     Sample sample;
-    const absl::Time start = absl::Now();
-    HW_ASSIGN_OR_RETURN(sample.results, device_->Run(job, given, &control));
-    sample.ttft_s = absl::ToDoubleSeconds(absl::Now() - start);
     uint64_t acked = 0;
-    for (const auto& sender : senders) acked += sender->Stats().bytes_acked;
+    for (size_t first = 0; first < given.size(); first += at_once) {
+      const absl::Span<KvSender* const> turn(given.data() + first, at_once);
+      const absl::Time start = absl::Now();
+      HW_ASSIGN_OR_RETURN(std::vector<PrefillResult> results,
+                          device_->Run(job, static_cast<int>(first), turn, &control));
+      sample.ttft_s = std::max(sample.ttft_s, absl::ToDoubleSeconds(absl::Now() - start));
+      for (PrefillResult& result : results) sample.results.push_back(std::move(result));
+      for (KvSender* const sender : turn) acked += sender->Stats().bytes_acked;
+      for (KvSender* const sender : turn) HW_RETURN_IF_ERROR(sender->Finish());
+      sample.kv_acked_s = std::max(sample.kv_acked_s, absl::ToDoubleSeconds(absl::Now() - start));
+    }
     sample.acked_share = static_cast<double>(acked) / static_cast<double>(job.geometry->total_bytes());
-    for (const auto& sender : senders) HW_RETURN_IF_ERROR(sender->Finish());
-    sample.kv_acked_s = absl::ToDoubleSeconds(absl::Now() - start);
     return sample;
+  }
+
+  // The density that attention should have, before it has run: a forced one, dense's, or that of a run
+  // before.
+  std::optional<double> ExpectedDensity(const std::optional<Sample>& before) const {
+    if (options_.policy.density > 0) return options_.policy.density;
+    if (options_.policy.name == "dense") return 1;
+    if (!before.has_value()) return std::nullopt;
+    return DensityOf(*before);
+  }
+
+  static double DensityOf(const Sample& sample) {
+    double computed = 0, possible = 0;
+    for (const PrefillResult& result : sample.results) {
+      computed += static_cast<double>(result.progress.pairs_computed);
+      possible += static_cast<double>(result.progress.pairs_possible);
+    }
+    return computed / possible;
+  }
+
+  // Whether the job's plan goes into the device; else the row says so.
+  bool Fits(const PrefillReport& planned) {
+    if (device_->device_bytes() == 0 || planned.planned_bytes <= device_->device_bytes()) return true;
+    const std::string json = SkippedToJson(planned, options_).dump() + "\n";
+    std::fputs(options_.json ? json.c_str() : SkippedLine(planned).c_str(), stdout);
+    std::fflush(stdout);
+    if (output_.is_open()) output_ << json << std::flush;
+    return false;
   }
 
   absl::Status RunPrompt(const BenchPrompt& prompt) {
@@ -202,43 +240,53 @@ class Bench {
                                                      options_.policy, tables_, options_.quality));
     if (!prompt.name.empty()) job.request_id = prompt.name;  // by which queries are sampled
     HW_RETURN_IF_ERROR(DealOut(options_, *device_, &job));
-    PrefillReport report;
+    PrefillReport report = ReportOf(prompt);
     HW_ASSIGN_OR_RETURN(report.planned_bytes, device_->Plan(&job));
     report.planned_host_bytes = device_->PlannedHostBytes(job);
+    report.device_bytes = device_->device_bytes();
+    if (!Fits(report)) return absl::OkStatus();
     HW_RETURN_IF_ERROR(device_->TakePeakBytes().status());
     std::vector<Sample> samples;
-    for (int64_t run = 0; run < options_.warm_up + options_.repeat; ++run) {
+    std::optional<Sample> warmed;
+    for (int64_t run = 0; run < options_.warm_up; ++run) {
+      HW_ASSIGN_OR_RETURN(warmed, RunOnce(job));
+    }
+    if (const auto density = ExpectedDensity(warmed); density.has_value()) {
+      report.predicted = PredictPrefill(options_, device_->config(), speed_, job, *density);
+    }
+    for (int64_t run = 0; run < options_.repeat; ++run) {
       HW_ASSIGN_OR_RETURN(Sample sample, RunOnce(job));
-      if (run >= options_.warm_up) samples.push_back(std::move(sample));
+      samples.push_back(std::move(sample));
     }
     HW_ASSIGN_OR_RETURN(report.peak_bytes, device_->TakePeakBytes());
     std::sort(samples.begin(), samples.end(),
               [](const Sample& a, const Sample& b) { return a.ttft_s < b.ttft_s; });
-    report.prompt = prompt.name;
-    report.tokens = static_cast<int64_t>(prompt.tokens.size());
     Fill(samples[samples.size() / 2], &report);
     Show(report);
     return absl::OkStatus();
   }
 
+  PrefillReport ReportOf(const BenchPrompt& prompt) const {
+    PrefillReport report;
+    report.prompt = prompt.name;
+    report.tokens = static_cast<int64_t>(prompt.tokens.size());
+    report.device = device_->name();
+    report.linear = device_->linear();
+    report.gpus = options_.gpu == PrefillBenchOptions::kCpu ? 0 : device_->num_ranks();
+    report.date = absl::Now();
+    return report;
+  }
+
   void Fill(const Sample& sample, PrefillReport* report) const {
     const ModelConfig& config = device_->config();
-    report->device = device_->name();
-    report->linear = device_->linear();
     report->date = absl::Now();
     report->ttft_s = sample.ttft_s;
     if (receiver_ != nullptr) {
       report->kv_acked_s = sample.kv_acked_s;
       report->kv_acked_share = sample.acked_share;
     }
-    report->gpus = options_.gpu == PrefillBenchOptions::kCpu ? 0 : device_->num_ranks();
     FillStages(sample, report);
-    double computed = 0, possible = 0;
-    for (const PrefillResult& result : sample.results) {
-      computed += static_cast<double>(result.progress.pairs_computed);
-      possible += static_cast<double>(result.progress.pairs_possible);
-    }
-    report->density = computed / possible;
+    report->density = DensityOf(sample);
     if (sample.results.size() == 1) report->attention = sample.results[0].attention_report;
     report->linear_flop = LinearFlop(config, report->tokens);
     report->attention_flop = report->density * DenseAttentionFlop(config, report->tokens);
@@ -295,6 +343,7 @@ class Bench {
   std::unique_ptr<PrefillDevice> device_;
   std::unique_ptr<Receiver> receiver_;
   std::optional<LinearRate> linear_rate_;
+  ComputeSpeed speed_;  // for predictions
   PolicyTables tables_;
   bool headed_ = false;
 };

@@ -82,6 +82,15 @@ void DeclareQuality(FlagSet* flags, PrefillBenchOptions* o) {
       });
 }
 
+void DeclareRate(FlagSet* flags, const char* name, double* rate, const char* what) {
+  flags->Custom(name, "", what, [rate](absl::string_view text) {
+    return absl::SimpleAtod(text, rate) && *rate > 0 && *rate < 1e6
+               ? absl::OkStatus()
+               : absl::InvalidArgumentError(
+                     absl::StrCat("'", text, "' is not a number over 0, under 1000000"));
+  });
+}
+
 FlagSet Declare(PrefillBenchOptions* o) {
   constexpr int64_t kMostChunk = 1 << 20;
   FlagSet flags(kUsage);
@@ -103,6 +112,13 @@ FlagSet Declare(PrefillBenchOptions* o) {
   flags.Choice("strategy", &o->strategy, {"allgather", "ring"}, "how several GPUs get each other's K and V");
   flags.Int("checkpoint_layers", &o->checkpoint_layers, 0, 1024,
             "several GPUs keep what goes into every so many layers, as workers do; 0: none");
+  flags.Bool("emulate", &o->emulate,
+             "one GPU takes the shares of --gpus GPUs in turn, for want of the others: an exchange takes its "
+             "bytes at --link_gbytes_per_s, the first token the slowest rank's time; rows say so");
+  DeclareRate(&flags, "link_gbytes_per_s", &o->link_gbytes_per_s,
+              "what a GPU receives from the others, for the prediction and --emulate; default: as workers");
+  DeclareRate(&flags, "egress_gbytes_per_s", &o->egress_gbytes_per_s,
+              "what a rank's KV streams carry, for the prediction; default: as workers");
   flags.Choice("linear", &o->linear, {"auto", "bf16", "fp8", "f32"},
                "type of linear layers; auto: bf16, or f32 on a CPU without bf16");
   flags.String("policy", &o->policy.name, "which key blocks attention takes");
@@ -135,16 +151,9 @@ FlagSet Declare(PrefillBenchOptions* o) {
   flags.Int("threads", &o->threads, 0, 4096, "threads of a CPU; 0: all cores");
   flags.Int("warm_up", &o->warm_up, 0, 100, "runs of each length that do not count");
   flags.Int("repeat", &o->repeat, 1, 1000, "timed runs of each length; the median counts");
-  flags.Custom("attention_tflops", "",
-               "rate of dense attention that the floor takes, such as cuDNN's on this device; without it the "
-               "floor is of linear layers only",
-               [o](absl::string_view text) {
-                 double& rate = o->attention_tflops;
-                 return absl::SimpleAtod(text, &rate) && rate > 0 && rate < 1e6
-                            ? absl::OkStatus()
-                            : absl::InvalidArgumentError(
-                                  absl::StrCat("'", text, "' is not a number over 0, under 1000000"));
-               });
+  DeclareRate(&flags, "attention_tflops", &o->attention_tflops,
+              "rate of dense attention that the floor takes, such as cuDNN's on this device; without it the "
+              "floor is of linear layers only");
   flags.Bool("json", &o->json, "write one JSON object for each length in place of the table");
   flags.String("output", &o->output, "file that the JSON objects are appended to, too");
   flags.String("commit", &o->commit, "commit that the JSON objects name");
@@ -185,6 +194,17 @@ absl::Status CheckMeasureRecall(const PrefillBenchOptions& o) {
   return absl::InvalidArgumentError("--measure_recall with --device=cpu; recall is measured on a GPU");
 }
 
+// Of what the others would say of their own rows there is nothing.
+absl::Status CheckEmulate(const PrefillBenchOptions& o) {
+  if (!o.emulate) return absl::OkStatus();
+  const char* why = nullptr;
+  if (o.gpus == 1) why = "one GPU has no others; --gpus=2 or more is wanted";
+  if (o.quality.any()) why = "a quality depends on all ranks' recall";
+  if (o.measure_recall) why = "recall is of all ranks";
+  if (why == nullptr) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("--emulate: ", why));
+}
+
 absl::Status Check(const FlagSet& flags, PrefillBenchOptions* o) {
   if (!flags.positional().empty()) {
     return absl::InvalidArgumentError(absl::StrCat("'", flags.positional()[0], "' is not a flag"));
@@ -199,6 +219,7 @@ absl::Status Check(const FlagSet& flags, PrefillBenchOptions* o) {
     return absl::InvalidArgumentError(
         "--device=cpu: random weights are made on a GPU; a CPU needs --model=DIR");
   }
+  HW_RETURN_IF_ERROR(CheckEmulate(*o));
   if (!on_gpu && o->gpus > 1) {
     return absl::InvalidArgumentError(absl::StrCat("--gpus=", o->gpus, " with --device=cpu"));
   }

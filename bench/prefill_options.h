@@ -30,6 +30,13 @@ struct PrefillBenchOptions {
   int64_t gpus = 1;                    // from there on
   std::string strategy = "allgather";  // of a prompt over several
   std::string partition = "zigzag";    // of a prompt over several
+  // The shares of `gpus` ranks are timed one after the other on one GPU (bench/emulated_group.h).
+  bool emulate = false;
+  // The ranks are threads that share --device (worker/cuda/inprocess_device_group.h); no flag of this
+  // program.
+  bool share_gpu = false;
+  double link_gbytes_per_s = 0;    // 0: DefaultLinkRates()
+  double egress_gbytes_per_s = 0;  // likewise
   std::string linear = "auto";
   BenchPolicy policy;
   QualityBound quality;  // no bound: none

@@ -49,6 +49,7 @@ std::string Percent(const std::optional<double>& share) {
 
 std::vector<Cell> Cells(const PrefillReport& r) {
   std::vector<Cell> cells = {{"tokens", absl::StrCat(r.tokens)}, {"TTFT s", Seconds(r.ttft_s)}};
+  if (r.predicted.has_value()) cells.push_back({"predicted s", Seconds(r.predicted->total_s())});
   for (const auto& [name, seconds] : r.stages) {
     cells.push_back({absl::StrCat(absl::StrReplaceAll(name, {{"_", " "}}), " s"), Seconds(seconds)});
   }
@@ -123,6 +124,56 @@ std::string Line(const std::vector<Cell>& cells, std::string Cell::*text) {
   return line + "\n";
 }
 
+Json ParamsOf(const PrefillReport& r, const PrefillBenchOptions& options) {
+  Json params = {{"model", options.model_name()},
+                 {"weights", options.model.empty() ? "random" : "checkpoint"},
+                 {"tokens", r.tokens},
+                 {"gpus", r.gpus},
+                 {"policy", options.policy.name},
+                 {"density_mode", options.policy.density > 0 ? "forced" : "natural"},
+                 {"linear", r.linear},
+                 {"sink", options.sink},
+                 {"repeat", options.repeat}};
+  if (!r.prompt.empty()) params["prompt"] = r.prompt;
+  if (r.gpus > 1) {
+    params["partition"] = options.partition;
+    params["strategy"] = options.strategy;
+    if (options.emulate) params["emulated"] = true;
+    if (options.emulate && options.link_gbytes_per_s > 0) {
+      params["link_gbytes_per_s"] = options.link_gbytes_per_s;
+    }
+    if (options.checkpoint_layers > 0) params["checkpoint_layers"] = options.checkpoint_layers;
+  }
+  if (!options.policy.parameters.empty()) params["policy_parameters"] = options.policy.parameters;
+  if (options.measure_recall) params["measure_recall"] = true;
+  const QualityBound& quality = options.quality;
+  if (quality.min_recall > 0) params["min_recall"] = quality.min_recall;
+  if (quality.max_density > 0) params["max_density"] = quality.max_density;
+  if (quality.time_budget > absl::ZeroDuration()) {
+    params["time_budget_s"] = absl::ToDoubleSeconds(quality.time_budget);
+  }
+  return params;
+}
+
+// What names a row, before its metrics.
+Json RowOf(const PrefillReport& r, const PrefillBenchOptions& options) {
+  return {{"bench", "prefill"},
+          {"device", r.device},
+          {"commit", options.commit},
+          {"date", absl::FormatTime("%Y-%m-%dT%H:%M:%SZ", r.date, absl::UTCTimeZone())},
+          {"params", ParamsOf(r, options)}};
+}
+
+Json PredictionOf(const v1::PlanCost& cost, double ttft_s) {
+  return {{"ttft_s", Rounded(cost.total_s())},
+          {"error", Rounded(cost.total_s() / ttft_s - 1)},
+          {"linear_s", Rounded(cost.linear_s())},
+          {"attention_s", Rounded(cost.attention_s())},
+          {"exchange_s", Rounded(cost.exchange_s())},
+          {"exposed_s", Rounded(cost.exchange_s() - cost.exchange_hidden_s())},
+          {"egress_s", Rounded(cost.egress_s())}};
+}
+
 }  // namespace
 
 std::optional<double> PrefillReport::floor_s() const {
@@ -145,29 +196,6 @@ double LinearSeconds(const LinearRate& rate, const ModelConfig& config, int64_t 
 }
 
 Json ToJson(const PrefillReport& r, const PrefillBenchOptions& options) {
-  Json params = {{"model", options.model_name()},
-                 {"weights", options.model.empty() ? "random" : "checkpoint"},
-                 {"tokens", r.tokens},
-                 {"gpus", r.gpus},
-                 {"policy", options.policy.name},
-                 {"density_mode", options.policy.density > 0 ? "forced" : "natural"},
-                 {"linear", r.linear},
-                 {"sink", options.sink},
-                 {"repeat", options.repeat}};
-  if (!r.prompt.empty()) params["prompt"] = r.prompt;
-  if (r.group.has_value()) {
-    params["partition"] = r.group->partition;
-    params["strategy"] = r.group->strategy;
-    if (options.checkpoint_layers > 0) params["checkpoint_layers"] = options.checkpoint_layers;
-  }
-  if (!options.policy.parameters.empty()) params["policy_parameters"] = options.policy.parameters;
-  if (options.measure_recall) params["measure_recall"] = true;
-  const QualityBound& quality = options.quality;
-  if (quality.min_recall > 0) params["min_recall"] = quality.min_recall;
-  if (quality.max_density > 0) params["max_density"] = quality.max_density;
-  if (quality.time_budget > absl::ZeroDuration()) {
-    params["time_budget_s"] = absl::ToDoubleSeconds(quality.time_budget);
-  }
   Json metrics = {{"ttft_s", Rounded(r.ttft_s)},
                   {"density", Rounded(r.density)},
                   {"tokens_per_s", Rounded(static_cast<double>(r.tokens) / r.ttft_s)},
@@ -190,13 +218,10 @@ Json ToJson(const PrefillReport& r, const PrefillBenchOptions& options) {
   metrics["planned_device_bytes"] = r.planned_bytes;
   if (r.planned_host_bytes > 0) metrics["planned_host_bytes"] = r.planned_host_bytes;
   metrics["peak_device_bytes"] = r.peak_bytes;
-  Json row = {{"bench", "prefill"},
-              {"device", r.device},
-              {"commit", options.commit},
-              {"date", absl::FormatTime("%Y-%m-%dT%H:%M:%SZ", r.date, absl::UTCTimeZone())},
-              {"params", std::move(params)},
-              {"metrics", std::move(metrics)},
-              {"peers", Json::object()}};
+  Json row = RowOf(r, options);
+  row["metrics"] = std::move(metrics);
+  row["peers"] = Json::object();
+  if (r.predicted.has_value()) row["predicted"] = PredictionOf(*r.predicted, r.ttft_s);
   if (r.group.has_value()) {
     for (const PrefillReport::Group::Rank& rank : r.group->ranks) {
       row["ranks"].push_back({{"linear_s", Rounded(rank.linear_s)},
@@ -209,13 +234,27 @@ Json ToJson(const PrefillReport& r, const PrefillBenchOptions& options) {
   return row;
 }
 
+Json SkippedToJson(const PrefillReport& r, const PrefillBenchOptions& options) {
+  Json row = RowOf(r, options);
+  row["metrics"] = {{"planned_device_bytes", r.planned_bytes}, {"device_bytes", r.device_bytes}};
+  row["peers"] = Json::object();
+  row["skipped"] = "the plan is over the device's memory";
+  return row;
+}
+
+std::string SkippedLine(const PrefillReport& r) {
+  return absl::StrCat(r.tokens, " tokens: skipped, the plan's ", r.planned_bytes,
+                      " bytes are over the device's ", r.device_bytes, "\n");
+}
+
 std::string TableTitle(const PrefillReport& r, const PrefillBenchOptions& o) {
   const bool on_gpu = o.gpu != PrefillBenchOptions::kCpu;
   std::string text = absl::StrCat(r.device, ": ", o.model_name(), o.model.empty() ? " (random weights)" : "",
                                   ", linear ", r.linear, ", policy ", o.policy.name);
   if (o.policy.density > 0) absl::StrAppend(&text, " forced to ", o.policy.density);
   if (r.group.has_value())
-    absl::StrAppend(&text, ", ", r.gpus, " GPUs, ", r.group->partition, ", ", r.group->strategy);
+    absl::StrAppend(&text, ", ", r.gpus, o.emulate ? " emulated GPUs, " : " GPUs, ", r.group->partition, ", ",
+                    r.group->strategy);
   absl::StrAppend(&text, ", sink ", o.sink, ", median of ", o.repeat, "\n");
   if (r.linear_floor_s.has_value()) {
     absl::StrAppend(&text, "floor: linear layers' products alone in this process");

@@ -44,6 +44,8 @@ struct PrefillReport {
   uint64_t planned_bytes = 0;       // weights, scratch and the prompt
   uint64_t planned_host_bytes = 0;  // of all GPUs: what waits for the KV stream, and checkpoints; 0: none
   uint64_t peak_bytes = 0;          // measured
+  uint64_t device_bytes = 0;        // that a plan may have; 0: not known
+  std::optional<v1::PlanCost> predicted;  // before it ran
   std::optional<v1::AttentionReport> attention;
   // Of several GPUs that share prompts:
   struct Group {
@@ -72,12 +74,19 @@ double LinearFlop(const ModelConfig& config, int64_t tokens);
 double DenseAttentionFlop(const ModelConfig& config, int64_t tokens);
 double LinearSeconds(const LinearRate& rate, const ModelConfig& config, int64_t tokens);
 
-// {"bench": "prefill", "device", "commit", "date", "params": {}, "metrics": {}, "peers": {}}, and where there
-// is a group "ranks": [{linear_s, attention_s, exchange_s, egress_stall_s}], and where there is a report of
-// the attention, "attention": {density, recall_mean, recall_p1, sampled_queries, fallback, wait_s, groups:
+// {"bench": "prefill", "device", "commit", "date", "params": {}, "metrics": {}, "peers": {}}, where there is
+// a prediction "predicted": {ttft_s, error, linear_s, attention_s, exchange_s, exposed_s, egress_s}, error
+// being the prediction's share over the measurement, below 0 under it, and where there is a group "ranks":
+// [{linear_s, attention_s, exchange_s, egress_stall_s}], and where there is a report of the attention,
+// "attention": {density, recall_mean, recall_p1, sampled_queries, fallback, wait_s, groups:
 // [{layer, kv_head, density, recall, recall_p1, threshold, window_blocks, rounds, fallback, note}]}. What is
 // not known is absent; fallbacks are the enum's names in lower case, without its prefix.
 nlohmann::ordered_json ToJson(const PrefillReport& report, const PrefillBenchOptions& options);
+
+// Of a length that the device's memory does not hold: "metrics": {planned_device_bytes, device_bytes}, and
+// "skipped" says why.
+nlohmann::ordered_json SkippedToJson(const PrefillReport& report, const PrefillBenchOptions& options);
+std::string SkippedLine(const PrefillReport& report);
 
 // Lines of a human table: what is said above it, its head, one length. All end in a newline.
 std::string TableTitle(const PrefillReport& report, const PrefillBenchOptions& options);

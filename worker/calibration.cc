@@ -147,6 +147,11 @@ absl::StatusOr<ComputeSpeed> MeasureRun(PrefillBackend* backend, int64_t num_tok
     HW_RETURN_IF_ERROR(backend->Reserve(job));
     HW_ASSIGN_OR_RETURN(last, backend->Run(job, context));
   }
+  return SpeedOf(config, num_tokens, last);
+}
+
+absl::StatusOr<ComputeSpeed> SpeedOf(const ModelConfig& config, int64_t num_tokens,
+                                     const PrefillResult& result) {
   // Of the last layer, only the last token's attention and what follows: all but nothing of either.
   const LayerWork layer = WorkOf(config, num_tokens);
   const double kv_width = static_cast<double>(config.num_kv_heads) * config.head_dim;
@@ -154,18 +159,32 @@ absl::StatusOr<ComputeSpeed> MeasureRun(PrefillBackend* backend, int64_t num_tok
   const double projection =
       2.0 * static_cast<double>(num_tokens) * config.hidden_size * (q_width + 2 * kv_width);
   const double whole_layers = config.num_layers - 1;
-  if (whole_layers == 0 || last.linear <= absl::ZeroDuration() || last.attention <= absl::ZeroDuration()) {
+  if (whole_layers == 0 || result.linear <= absl::ZeroDuration() ||
+      result.attention <= absl::ZeroDuration()) {
     return absl::FailedPreconditionError("a prompt's times tell nothing");
   }
   ComputeSpeed speed;
-  speed.linear = (whole_layers * layer.linear + projection) / absl::ToDoubleSeconds(last.linear);
-  speed.attention = whole_layers * layer.dense_attention / absl::ToDoubleSeconds(last.attention);
+  speed.linear = (whole_layers * layer.linear + projection) / absl::ToDoubleSeconds(result.linear);
+  speed.attention = whole_layers * layer.dense_attention / absl::ToDoubleSeconds(result.attention);
   return speed;
 }
 
 LinkRates DefaultLinkRates(bool gpu) {
   if (gpu) return {100e9, 4.6e9, 30e-6, 0.3};
   return {1e9, 0.75e9, 200e-6, 0.02};
+}
+
+v1::ServedModel ShapeOf(const ModelConfig& config) {
+  v1::ServedModel shape;
+  shape.set_vocab_size(static_cast<uint32_t>(config.vocab_size));
+  shape.set_max_position(static_cast<uint64_t>(config.max_position));
+  shape.set_num_layers(static_cast<uint32_t>(config.num_layers));
+  shape.set_num_kv_heads(static_cast<uint32_t>(config.num_kv_heads));
+  shape.set_head_dim(static_cast<uint32_t>(config.head_dim));
+  shape.set_hidden_size(static_cast<uint32_t>(config.hidden_size));
+  shape.set_num_q_heads(static_cast<uint32_t>(config.num_q_heads));
+  shape.set_intermediate_size(static_cast<uint32_t>(config.intermediate_size));
+  return shape;
 }
 
 v1::ComputeRates MakeComputeRates(const ComputeSpeed& speed, const LinkRates& links,

@@ -15,6 +15,7 @@
 namespace headwater {
 
 class PrefillBackend;
+struct PrefillResult;
 
 // Of a model on this machine's cores: its first layer, and attention, over more and more tokens until a call
 // takes 60 ms; at most a chunk, or 2,048, of them. Takes half a second or less, more only where 64 tokens of
@@ -24,6 +25,10 @@ absl::StatusOr<ComputeSpeed> MeasureModel(const Model& model);
 // Of a backend's whole loop: the second of two dense prompts of `num_tokens`, nothing sent.
 // FAILED_PRECONDITION: its memory does not hold one; else Run()'s errors.
 absl::StatusOr<ComputeSpeed> MeasureRun(PrefillBackend* backend, int64_t num_tokens);
+
+// Of a dense prompt of `num_tokens` on one rank that has run so. FAILED_PRECONDITION: its times tell nothing.
+absl::StatusOr<ComputeSpeed> SpeedOf(const ModelConfig& config, int64_t num_tokens,
+                                     const PrefillResult& result);
 
 // What cannot be measured alone.
 struct LinkRates {
@@ -38,6 +43,10 @@ struct LinkRates {
 // more than PCIe) and eight channels (4.6 GB/s, README: a million tokens' cache in 28.8 s). Latencies are
 // assumed, not measured.
 LinkRates DefaultLinkRates(bool gpu);
+
+// What the cost model needs of a model's shape, and what else a registration says of it; not its name and
+// fingerprint.
+v1::ServedModel ShapeOf(const ModelConfig& config);
 
 // What registers.
 v1::ComputeRates MakeComputeRates(const ComputeSpeed& speed, const LinkRates& links,

@@ -100,18 +100,10 @@ v1::WorkerRegistration MakeRegistration(const WorkerOptions& options, const Pref
   }
   registration.set_serves_quality(backend.serves_quality());
   for (const v1::Strategy strategy : backend.strategies()) registration.add_strategies(strategy);
-  const ModelConfig& config = backend.config();
   v1::ServedModel* const served = registration.mutable_model();
+  *served = ShapeOf(backend.config());
   served->set_name(options.model_name);
   served->set_fingerprint(backend.fingerprint());
-  served->set_vocab_size(static_cast<uint32_t>(config.vocab_size));
-  served->set_max_position(static_cast<uint64_t>(config.max_position));
-  served->set_num_layers(static_cast<uint32_t>(config.num_layers));
-  served->set_num_kv_heads(static_cast<uint32_t>(config.num_kv_heads));
-  served->set_head_dim(static_cast<uint32_t>(config.head_dim));
-  served->set_hidden_size(static_cast<uint32_t>(config.hidden_size));
-  served->set_num_q_heads(static_cast<uint32_t>(config.num_q_heads));
-  served->set_intermediate_size(static_cast<uint32_t>(config.intermediate_size));
   if (rates.has_value()) *registration.mutable_rates() = *rates;
   return registration;
 }

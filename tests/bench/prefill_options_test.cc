@@ -169,7 +169,24 @@ TEST(PrefillBenchOptionsTest, WrongFlagsAreNamed) {
   EXPECT_THAT(ErrorOf({"--chunk_tokens=1000"}), AllOf(HasSubstr("1000"), HasSubstr("multiple of 128")));
   EXPECT_THAT(ErrorOf({"--repeat=0"}), AllOf(HasSubstr("--repeat"), HasSubstr("1 to 1000")));
   EXPECT_THAT(ErrorOf({"--attention_tflops=-5"}), HasSubstr("'-5'"));
+  EXPECT_THAT(ErrorOf({"--link_gbytes_per_s=0"}), AllOf(HasSubstr("--link_gbytes_per_s"), HasSubstr("'0'")));
+  EXPECT_THAT(ErrorOf({"--egress_gbytes_per_s=x"}), HasSubstr("--egress_gbytes_per_s"));
   EXPECT_THAT(ErrorOf({"stray"}), HasSubstr("'stray'"));
+}
+
+TEST(PrefillBenchOptionsTest, EmulationWantsRanksThatNeedNothingOfEachOther) {
+  PrefillBenchOptions options;
+  std::string help;
+  ASSERT_TRUE(
+      ParsePrefillBenchOptions({"--emulate", "--gpus=8", "--link_gbytes_per_s=250"}, &options, &help).ok());
+  EXPECT_TRUE(options.emulate);
+  EXPECT_EQ(options.gpus, 8);
+  EXPECT_DOUBLE_EQ(options.link_gbytes_per_s, 250);
+  EXPECT_THAT(ErrorOf({"--emulate"}), AllOf(HasSubstr("--emulate"), HasSubstr("--gpus=2 or more")));
+  EXPECT_THAT(ErrorOf({"--emulate", "--gpus=2", "--measure_recall"}), HasSubstr("--emulate: recall"));
+  EXPECT_THAT(ErrorOf({"--emulate", "--gpus=2", "--policy=headwater", "--max_density=0.1"}),
+              HasSubstr("--emulate: a quality"));
+  EXPECT_THAT(ErrorOf({"--emulate", "--gpus=2", "--device=cpu", "--model=x"}), HasSubstr("--device=cpu"));
 }
 
 }  // namespace

@@ -124,6 +124,47 @@ TEST(PrefillReportTest, RowHasTheHouseFormat) {
             R"("planned_device_bytes":3221225472,"peak_device_bytes":3758096384},"peers":{}})");
 }
 
+TEST(PrefillReportTest, PredictionStandsBesideTheMeasurement) {
+  PrefillReport report = Report();
+  EXPECT_FALSE(ToJson(report, {}).contains("predicted"));
+  EXPECT_EQ(Columns(report).count("predicted s"), 0u);
+  v1::PlanCost& cost = report.predicted.emplace();
+  cost.set_total_s(3.5);
+  cost.set_linear_s(2);
+  cost.set_attention_s(1);
+  cost.set_exchange_s(1.25);
+  cost.set_exchange_hidden_s(0.75);
+  cost.set_egress_s(0.25);
+  EXPECT_EQ(ToJson(report, {})["predicted"].dump(),
+            R"({"ttft_s":3.5,"error":-0.125,"linear_s":2.0,"attention_s":1.0,"exchange_s":1.25,)"
+            R"("exposed_s":0.5,"egress_s":0.25})");
+  EXPECT_EQ(Columns(report).at("predicted s"), "3.5");
+}
+
+TEST(PrefillReportTest, EmulatedGpusAreCalledSo) {
+  PrefillReport report = Report();
+  report.gpus = 8;
+  report.group = {"zigzag", "allgather", 0.0125, 1.03, {}, {}};
+  PrefillBenchOptions options;
+  EXPECT_FALSE(ToJson(report, options)["params"].contains("emulated"));
+  options.emulate = true;
+  options.link_gbytes_per_s = 250;
+  const auto row = ToJson(report, options);
+  EXPECT_EQ(row["params"]["emulated"], true);
+  EXPECT_EQ(row["params"]["link_gbytes_per_s"], 250);
+  EXPECT_THAT(TableTitle(report, options), HasSubstr("8 emulated GPUs"));
+}
+
+TEST(PrefillReportTest, SkippedLengthNamesBothSizes) {
+  PrefillReport report = Report();
+  report.device_bytes = uint64_t{2} << 30;
+  const auto row = SkippedToJson(report, {});
+  EXPECT_EQ(row["metrics"].dump(), R"({"planned_device_bytes":3221225472,"device_bytes":2147483648})");
+  EXPECT_EQ(row["params"]["tokens"], 1000);
+  EXPECT_EQ(row["skipped"], "the plan is over the device's memory");
+  EXPECT_THAT(SkippedLine(report), AllOf(HasSubstr("3221225472"), HasSubstr("2147483648")));
+}
+
 TEST(PrefillReportTest, HostMemoryIsThereWhereSomeIsPlanned) {
   PrefillReport report = Report();
   EXPECT_FALSE(ToJson(report, {})["metrics"].contains("planned_host_bytes"));

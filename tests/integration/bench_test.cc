@@ -110,6 +110,8 @@ TEST(BenchTest, RowsAreWrittenAndAppended) {
   EXPECT_EQ(row["params"]["policy"], "a_shape");
   EXPECT_EQ(row["metrics"]["density"], 1.0);  // 512 tokens lie within the policy's window
   EXPECT_GT(row["metrics"]["ttft_s"].get<double>(), 0);
+  EXPECT_GT(row["predicted"]["ttft_s"].get<double>(), 0);
+  EXPECT_GT(row["predicted"]["egress_s"].get<double>(), 0);
   EXPECT_GE(row["metrics"]["kv_acked_s"], row["metrics"]["ttft_s"]);
   EXPECT_GT(row["metrics"]["peak_device_bytes"].get<double>(), 1 << 20);
 }
