@@ -38,6 +38,7 @@ struct ParityOptions {
   double tolerance = 2e-2;
   double gpus_tolerance = 1e-3;
   bool same_top = true;
+  bool cpu = true;
 };
 
 // Keeps the cache as f32.
@@ -100,7 +101,7 @@ absl::StatusOr<Outcome> Compute(const PrefillBenchOptions& options, PrefillDevic
   JobControl control;
   // Ranks have blocks of their own.
   const std::vector<KvSender*> senders(job.partition.size(), outcome.kv.get());
-  HW_ASSIGN_OR_RETURN(const std::vector<PrefillResult> results, device->Run(job, senders, &control));
+  HW_ASSIGN_OR_RETURN(const std::vector<PrefillResult> results, device->Run(job, 0, senders, &control));
   outcome.logits.resize(static_cast<size_t>(config.vocab_size));
   for (const PrefillResult& result : results) {
     if (result.top.empty()) continue;  // another rank has the last token
@@ -186,31 +187,41 @@ absl::StatusOr<bool> CompareSharings(const ParityOptions& options, const std::ve
   return ok;
 }
 
+// Of one device against the CPU, of which `row` has what was computed.
+absl::StatusOr<bool> CompareWithCpu(const ParityOptions& options, const std::vector<uint32_t>& tokens,
+                                    const Outcome& got, nlohmann::ordered_json row) {
+  PrefillBenchOptions reference = options.device;
+  reference.device = "cpu";
+  reference.linear = "f32";
+  reference.gpus = 1;
+  HW_ASSIGN_OR_RETURN(const auto cpu, Open(reference));
+  HW_ASSIGN_OR_RETURN(const Outcome wanted, Compute(reference, cpu.get(), tokens));
+  row["gpus"] = 1;
+  row["reference"] = "CPU, f32";
+  const bool ok = Compare(got, wanted, options.tolerance, options.same_top, &row);
+  if (!options.logits.empty()) {
+    HW_RETURN_IF_ERROR(WriteLogits(options.logits + ".device.f32", got.logits));
+    HW_RETURN_IF_ERROR(WriteLogits(options.logits + ".reference.f32", wanted.logits));
+  }
+  return ok;
+}
+
 // True: all within their tolerances.
 absl::StatusOr<bool> Run(const ParityOptions& options) {
   HW_ASSIGN_OR_RETURN(const std::vector<uint32_t> tokens, ReadTokenFile(options.tokens, std::cin));
-  PrefillBenchOptions reference = options.device, single = options.device;
-  reference.device = "cpu";
-  reference.linear = "f32";
-  reference.gpus = single.gpus = 1;
-  Outcome wanted, got;
+  PrefillBenchOptions single = options.device;
+  single.gpus = 1;
+  Outcome got;
   nlohmann::ordered_json row = {{"model", single.model_name()}, {"tokens", tokens.size()}};
-  {
-    HW_ASSIGN_OR_RETURN(const auto cpu, Open(reference));
-    HW_ASSIGN_OR_RETURN(wanted, Compute(reference, cpu.get(), tokens));
-  }
   {
     HW_ASSIGN_OR_RETURN(const auto device, Open(single));
     row["device"] = device->name();
     row["linear"] = device->linear();
     HW_ASSIGN_OR_RETURN(got, Compute(single, device.get(), tokens));
   }
-  row["gpus"] = 1;
-  row["reference"] = "CPU, f32";
-  bool ok = Compare(got, wanted, options.tolerance, options.same_top, &row);
-  if (!options.logits.empty()) {
-    HW_RETURN_IF_ERROR(WriteLogits(options.logits + ".device.f32", got.logits));
-    HW_RETURN_IF_ERROR(WriteLogits(options.logits + ".reference.f32", wanted.logits));
+  bool ok = true;
+  if (options.cpu) {
+    HW_ASSIGN_OR_RETURN(ok, CompareWithCpu(options, tokens, got, row));
   }
   if (options.device.gpus > 1) {
     HW_ASSIGN_OR_RETURN(const bool shared_ok, CompareSharings(options, tokens, got));
@@ -230,6 +241,8 @@ absl::Status Parse(absl::Span<const std::string> arguments, ParityOptions* optio
   flags.String("device", &options->device.device, "cuda:N, or cpu");
   flags.Int("gpus", &options->device.gpus, 1, 64,
             "over 1: so many from --device on share the prompt, too, in every partition and strategy");
+  flags.Bool("share_gpu", &options->device.share_gpu,
+             "they are threads that share --device, for want of others");
   flags.Choice("linear", &options->device.linear, {"auto", "bf16", "fp8"},
                "the device's type of linear layers");
   for (auto [name, value, what] :
@@ -242,6 +255,8 @@ absl::Status Parse(absl::Span<const std::string> arguments, ParityOptions* optio
     });
   }
   flags.Bool("same_top", &options->same_top, "whether the best next token must be the same");
+  flags.Bool("cpu", &options->cpu,
+             "whether the CPU computes the prompt; else several GPUs are held against one alone");
   flags.String("logits", &options->logits,
                "prefix of files for the logits: raw f32 in .device.f32, .reference.f32");
   HW_RETURN_IF_ERROR(flags.Parse(arguments));
@@ -252,6 +267,9 @@ absl::Status Parse(absl::Span<const std::string> arguments, ParityOptions* optio
   if (options->device.model.empty()) return absl::InvalidArgumentError("--model: a directory is required");
   if (options->tokens.empty()) return absl::InvalidArgumentError("--tokens: a file is required");
   HW_RETURN_IF_ERROR(ParseDevice(options->device.device, &options->device.gpu));
+  if (!options->cpu && (options->device.gpus == 1 || !options->logits.empty())) {
+    return absl::InvalidArgumentError("--nocpu: wants --gpus=2 or more, and has no --logits to write");
+  }
   if (options->device.gpus == 1 || options->device.gpu != PrefillBenchOptions::kCpu) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat("--gpus=", options->device.gpus, " with --device=cpu"));
 }

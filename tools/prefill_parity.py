@@ -2,14 +2,15 @@
 """Holds a device's prefill of real checkpoints against the CPU's in f32 and against transformers.
 
     prefill_parity.py prompts MODEL_DIR... --output DIR          writes DIR/MODEL-*.tokens
-    prefill_parity.py run MODEL_DIR... --tokens DIR [--device cuda:0] [--gpus 2]
+    prefill_parity.py run MODEL_DIR... --tokens DIR [--device cuda:0] [--gpus 2] [--share_gpu] [--no-cpu]
 
-prompts takes what a folder has: golden.safetensors' tokens (tests/model/golden); eval/*.jsonl's shortest prompts
-(longctx-36m); else the demo's document and question (needs the PyPI packages tokenizers and jinja2).
+prompts takes what a folder has: golden.safetensors' tokens (tests/model/golden); eval/*.jsonl's shortest prompts, or with
+--longest its longest one (longctx-36m); else the demo's document and question (needs the PyPI packages tokenizers and jinja2).
 
 run calls prefill_parity for each prompt: relative differences ||a - b|| / ||b|| of K and V at most --tolerance in every
 layer, and, but for golden models, whose weights are random, the same best token. With --gpus over 1 each prompt is then shared
-by so many, in every partition and strategy that they have, and held against one GPU, at most --gpus_tolerance. Where torch and
+by so many, in every partition and strategy that they have, and held against one GPU, at most --gpus_tolerance; with --share_gpu
+they are threads that share one GPU, with --no-cpu the CPU computes nothing. Where torch and
 transformers are there, the last token's logits are held against transformers in f32 on the CPU, too, at most
 --logits_tolerance. Exit status 1: a difference is too large.
 """
@@ -41,13 +42,13 @@ def golden_tokens(path: Path) -> list:
     return list(struct.unpack(f"<{(end - begin) // 4}i", data[8 + size + begin:8 + size + end]))
 
 
-def eval_tokens(path: Path, count: int) -> list:
-    """The first prompts of the shortest length in a file of longctx-36m's eval/."""
+def eval_tokens(path: Path, longest: bool) -> list:
+    """The first two prompts of the shortest length, or the longest one, in a file of longctx-36m's eval/."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     key = next(key for key in ("prompt_ids_u16_b64", "context_ids_u16_b64") if key in rows[0])
     prompts = [base64.b64decode(row[key]) for row in rows]
     prompts = [list(struct.unpack(f"<{len(prompt) // 2}H", prompt)) for prompt in prompts]
-    return sorted(prompts, key=len)[:count]
+    return [max(prompts, key=len)] if longest else sorted(prompts, key=len)[:2]
 
 
 def document_tokens(model: Path) -> list:
@@ -59,13 +60,13 @@ def document_tokens(model: Path) -> list:
             for tokens in (500, demo_prompt.DOCUMENT_TOKENS)]
 
 
-def make_prompts(model: Path) -> dict:
+def make_prompts(model: Path, longest: bool) -> dict:
     """Prompts by name."""
     if (model / "golden.safetensors").is_file():
         return {"golden": golden_tokens(model / "golden.safetensors")}
     if (model / "eval").is_dir():
         return {f"{path.stem}{i}": prompt for path in sorted((model / "eval").glob("*.jsonl"))
-                for i, prompt in enumerate(eval_tokens(path, 2))}
+                for i, prompt in enumerate(eval_tokens(path, longest))}
     return {f"document{i}": prompt for i, prompt in enumerate(document_tokens(model))}
 
 
@@ -105,13 +106,14 @@ def describe(row: dict) -> str:
             f"logits {row['logits_error']:.4g}, top {row['top']} ({row['reference']}: {row['reference_top']})")
 
 
-def make_row(prompt: str, row: dict, commit: str) -> dict:
+def make_row(prompt: str, row: dict, arguments) -> dict:
+    extra = {"share_gpu": True} if arguments.share_gpu and row["gpus"] > 1 else {}
     names = ("model", "tokens", "linear", "gpus", "partition", "strategy", "reference", "tolerance")
     metrics = {"k_error": max(row["k_errors"]), "v_error": max(row["v_errors"]), "logits_error": row["logits_error"], "top": row["top"],
                "reference_top": row["reference_top"], "ok": row["ok"]}
-    return {"bench": "prefill_parity", "device": row["device"], "commit": commit,
+    return {"bench": "prefill_parity", "device": row["device"], "commit": arguments.commit,
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "params": {"prompt": prompt, **{name: row[name] for name in names if name in row}}, "metrics": metrics, "peers": {}}
+            "params": {"prompt": prompt, **{name: row[name] for name in names if name in row}, **extra}, "metrics": metrics, "peers": {}}
 
 
 def run_one(arguments, model: Path, tokens: Path, peer: Transformers) -> bool:
@@ -120,7 +122,9 @@ def run_one(arguments, model: Path, tokens: Path, peer: Transformers) -> bool:
         command = [str(arguments.program), f"--model={model}", f"--tokens={tokens}", f"--device={arguments.device}",
                    f"--gpus={arguments.gpus}", f"--linear={arguments.linear}", f"--tolerance={arguments.tolerance}",
                    f"--gpus_tolerance={arguments.gpus_tolerance}", f"--logits={folder}/logits",
-                   "--nosame_top" if is_golden else "--same_top"]
+                   "--nosame_top" if is_golden else "--same_top", *(["--share_gpu"] if arguments.share_gpu else [])]
+        if not arguments.cpu:
+            command = [word for word in command if not word.startswith("--logits=")] + ["--nocpu"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit_s)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -135,8 +139,8 @@ def run_one(arguments, model: Path, tokens: Path, peer: Transformers) -> bool:
             ok = ok and fits
         if arguments.output:
             with open(arguments.output, "a", encoding="utf-8") as output:
-                output.writelines(json.dumps(make_row(tokens.stem, row, arguments.commit)) + "\n" for row in rows)
-        if peer.why_not:
+                output.writelines(json.dumps(make_row(tokens.stem, row, arguments)) + "\n" for row in rows)
+        if peer.why_not or not arguments.cpu:
             return ok
         wanted = peer.logits(model, [int(word) for word in tokens.read_text().split()])
         top = max(range(len(wanted)), key=wanted.__getitem__)
@@ -172,7 +176,7 @@ def run(arguments) -> int:
 def prompts(arguments) -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     for model in arguments.models:
-        for name, tokens in make_prompts(model).items():
+        for name, tokens in make_prompts(model, arguments.longest).items():
             path = arguments.output / f"{model.name}-{name}.tokens"
             path.write_text(" ".join(map(str, tokens)) + "\n")
             print(f"{path}: {len(tokens)} tokens")
@@ -186,9 +190,12 @@ def main() -> int:
     for each in (making, running):
         each.add_argument("models", type=lambda text: Path(text).resolve(), nargs="+", metavar="MODEL_DIR")
     making.add_argument("--output", type=Path, required=True)
+    making.add_argument("--longest", action="store_true", help="the longest prompt of each file of eval/, not the shortest")
     running.add_argument("--tokens", type=Path, required=True, help="folder that prompts wrote")
     running.add_argument("--device", default="cuda:0", help="cuda:N, or cpu in bf16")
     running.add_argument("--gpus", type=int, default=1, help="over 1: so many from --device on share each prompt, too")
+    running.add_argument("--share_gpu", action="store_true", help="they are threads that share --device")
+    running.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=True, help="hold one GPU against the CPU, too (yes)")
     running.add_argument("--linear", choices=["auto", "bf16", "fp8"], default="auto", help="fp8 needs other tolerances")
     running.add_argument("--tolerance", type=float, default=2e-2)
     running.add_argument("--gpus_tolerance", type=float, default=1e-3)
