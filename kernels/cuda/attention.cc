@@ -56,6 +56,10 @@ Status Validate(const CudaAttentionArgs& a) {
       (a.num_sequences > 1 && a.cu_seqlens_q == nullptr)) {
     return InvalidArgument("cu_seqlens_q and cu_seqlens_k must both be given, or neither for one sequence");
   }
+  if (a.prompt_k != 0 && a.prompt_k < a.total_k / a.num_sequences) {
+    return InvalidArgument("prompt_k is " + std::to_string(a.prompt_k) + ", less than kv_len " +
+                           std::to_string(a.total_k / a.num_sequences));
+  }
   if (a.cu_seqlens_q == nullptr && a.query_position == CudaAttentionArgs::kBottomRightAligned &&
       a.total_k < a.total_q) {
     return InvalidArgument("kv_len " + std::to_string(a.total_k) + " is less than q_len " +
@@ -83,7 +87,7 @@ struct Plan {
 Plan MakePlan(const CudaAttentionArgs& a) {
   Plan plan;
   const bool has_lists = a.lists.num_lists != 0;
-  plan.tile = sm90::TileFor(a.head_dim, has_lists, a.total_k / a.num_sequences);
+  plan.tile = sm90::TileFor(a.head_dim, has_lists, a.prompt_k > 0 ? a.prompt_k : a.total_k / a.num_sequences);
   plan.pack = a.num_q_heads / (has_lists ? a.lists.num_lists : a.num_kv_heads);
   plan.tile_positions = plan.tile.rows / plan.pack;
   plan.num_heads = a.num_q_heads / plan.pack;

@@ -66,6 +66,9 @@ struct CudaAttentionArgs {
   // query sees the last key (kv_len - q_len). May be negative; rows that see nothing get 0 and -infinity.
   static constexpr int32_t kBottomRightAligned = INT32_MIN;
   int32_t query_position = kBottomRightAligned;
+  // Keys of the prompt that this call has some queries of; 0: total_k / num_sequences. It chooses how many
+  // keys are taken at once: calls that agree in it give a query the same bits, however they cut the prompt.
+  int64_t prompt_k = 0;
   CudaBlockLists lists;
   CudaMeanCorrection correction;  // with lists, for one sequence
 };

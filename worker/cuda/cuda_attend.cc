@@ -35,6 +35,7 @@ kernels::CudaAttentionArgs CudaPass::AttentionArgs(const char* k, const char* v,
   args.v = v;
   args.total_q = count;
   args.total_k = begin + count;
+  if (!packed()) args.prompt_k = num_tokens_;
   return args;
 }
 

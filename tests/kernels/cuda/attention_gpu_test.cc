@@ -180,6 +180,36 @@ TEST(CudaAttentionGpuTest, EqualCallsGiveEqualBits) {
   }
 }
 
+// As ranks and calls cut it; keys are taken 160 at a time from 65,536 on.
+TEST(CudaAttentionGpuTest, AnyCutOfAPromptGivesTheSameBits) {
+  HW_REQUIRE_SM90();
+  constexpr int kTokens = 901;
+  for (const int head_dim : {64, 128}) {
+    for (const int64_t prompt : {int64_t{kTokens}, int64_t{1} << 17}) {
+      SCOPED_TRACE(std::to_string(head_dim) + ", " + std::to_string(prompt));
+      const Problem problem({"", 8, 2, head_dim, kTokens, kTokens}, 21);
+      DeviceProblem whole(problem), cut(problem);
+      whole.args.prompt_k = cut.args.prompt_k = prompt;
+      ASSERT_TRUE(whole.Run().ok());
+      std::vector<double> wanted, lse;
+      problem.Reference(&wanted, &lse);
+      EXPECT_LE(RelativeError(whole.Out(), wanted), kRelativeError);
+      const std::vector<int64_t> cuts = {0, 128, 512, 768, kTokens};
+      const CudaAttentionArgs all = cut.args;
+      for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+        const int64_t row = int64_t{all.num_q_heads} * head_dim, begin = cuts[i];
+        cut.args.q = cut.q.data() + begin * row;
+        cut.args.out = cut.out.data() + begin * row;
+        cut.args.lse_ln = nullptr;
+        cut.args.total_q = cuts[i + 1] - begin;
+        cut.args.total_k = cuts[i + 1];
+        ASSERT_TRUE(cut.Run().ok());
+      }
+      EXPECT_EQ(cut.out.Host(), whole.out.Host());
+    }
+  }
+}
+
 TEST(CudaAttentionGpuTest, TheOutputMayTakeThePlaceOfTheQueries) {
   HW_REQUIRE_SM90();
   for (const int heads : {8, 9}) {  // 9 / 3: rows leave without the tensor map

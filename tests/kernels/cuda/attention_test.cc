@@ -80,6 +80,8 @@ INSTANTIATE_TEST_SUITE_P(
             "position_overflows", [](auto* a) { a->query_position = INT32_MAX; }, kBad,
             "to 2147483291 is wanted"),
         Case(
+            "prompt_shorter_than_kv", [](auto* a) { a->prompt_k = 50; }, kBad, "prompt_k is 50"),
+        Case(
             "sequences_without_offsets", [](auto* a) { a->num_sequences = 2; }, kBad, "cu_seqlens"),
         Case(
             "one_offset_array", [](auto* a) { a->cu_seqlens_q = static_cast<int32_t*>(kAligned); }, kBad,
