@@ -71,7 +71,7 @@ Status Validate(const CudaSearchArgs& a) {
 }
 
 struct Plan {
-  int32_t pack, row_pack, tile_positions, tiles, tiles_per_cta, bitmap_words, tile_words;
+  int32_t pack, row_pack, tile_positions, tiles, tiles_per_cta, bitmap_words, section_words, tile_words;
   int32_t chunk_tiles;  // whose probes are in the workspace at once; whole CTAs
   int64_t blocks;
   size_t mean_bytes, probe_bytes;
@@ -85,8 +85,8 @@ Plan MakePlan(const CudaSearchArgs& a) {
   plan.tiles = static_cast<int32_t>((a.total_q + plan.tile_positions - 1) / plan.tile_positions);
   plan.blocks = (a.total_k + sm90::kBlockKeys - 1) / sm90::kBlockKeys;
   plan.bitmap_words = static_cast<int32_t>((plan.blocks + 31) / 32);
-  plan.tile_words =
-      a.forced_density == 0 ? plan.bitmap_words : std::max(sm90::kSearchBins, 2 * plan.bitmap_words);
+  plan.section_words = std::min(sm90::kSearchSectionWords, (plan.bitmap_words + 3) / 4 * 4);
+  plan.tile_words = a.forced_density == 0 ? plan.bitmap_words : sm90::kSearchBins;
   plan.tiles_per_cta =
       std::min(sm90::kSearchRows / plan.row_pack, sm90::kSearchBitmapWords / plan.tile_words);
   const int64_t tile_bytes = int64_t{a.num_q_heads} * a.head_dim * 2;
@@ -124,6 +124,15 @@ Status MeanMap(const void* means, int64_t rows, int32_t heads, int32_t head_dim,
 
 }  // namespace
 
+int64_t CudaSearchWaves(const CudaSearchArgs& args, int num_sms, int64_t most) {
+  if (num_sms < 1 || !Validate(args).ok()) return 0;
+  const Plan plan = MakePlan(args);
+  if (plan.tiles_per_cta == 0) return 0;
+  const int64_t queries = int64_t{plan.tiles_per_cta} * plan.tile_positions, heads = args.num_kv_heads;
+  const int64_t waves = std::max<int64_t>(1, most / queries * heads / num_sms);
+  return std::max<int64_t>(1, waves * num_sms / heads) * queries;
+}
+
 int64_t CudaSearchTiles(const CudaSearchArgs& args) { return Validate(args).ok() ? MakePlan(args).tiles : 0; }
 
 size_t CudaSearchWorkspaceBytes(const CudaSearchArgs& args) {
@@ -150,9 +159,9 @@ Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t work
   HW_KERNELS_RETURN_IF_ERROR(Validate(args));
   const Plan plan = MakePlan(args);
   if (plan.tiles_per_cta == 0) {
-    const int64_t words = sm90::kSearchBitmapWords / (args.forced_density == 0 ? 1 : 2);
+    const int64_t most = int64_t{sm90::kSearchBitmapWords} * 32 * 128;
     return {StatusCode::kUnimplemented,
-            "kv_len " + std::to_string(args.total_k) + " is over " + std::to_string(words * 32 * 128)};
+            "kv_len " + std::to_string(args.total_k) + " is over " + std::to_string(most)};
   }
   if (workspace == nullptr || workspace_bytes < plan.mean_bytes + plan.probe_bytes || Misaligned(workspace)) {
     return InvalidArgument("the workspace has " + std::to_string(workspace_bytes) + " bytes; " +
@@ -170,6 +179,7 @@ Status CudaSelectBlocks(const CudaSearchArgs& args, void* workspace, size_t work
   p.row_pack = plan.row_pack;
   p.tiles_per_cta = plan.tiles_per_cta;
   p.bitmap_words = plan.bitmap_words;
+  p.section_words = plan.section_words;
   p.tile_words = plan.tile_words;
   p.tile_positions = plan.tile_positions;
   p.q_len = static_cast<int32_t>(args.total_q);

@@ -53,6 +53,11 @@ struct CudaSearchArgs {
   uint32_t* overflows = nullptr;
 };
 
+// Of queries that a call searches for, the largest number up to `most` that leaves none of num_sms
+// multiprocessors without work at the end, but one such number at least; 0: invalid arguments. args.total_q
+// is not looked at.
+int64_t CudaSearchWaves(const CudaSearchArgs& args, int num_sms, int64_t most);
+
 // Tiles of one head: query positions / (128 / (num_q_heads / num_kv_heads)), rounded up.
 int64_t CudaSearchTiles(const CudaSearchArgs& args);
 

@@ -180,6 +180,10 @@ TEST(QueriesOfCallTest, CallsTakeAboutAsLongAndNoneIsShort) {
       }
     }
   }
+  // What fits is asked for before the rest is looked at.
+  const auto fit = [](int64_t count) { return count / 16384 * 16384; };
+  EXPECT_EQ(QueriesOfCall(kFlopPerPair * 0.01, 1 << 20, 2 << 20, kMost, fit) % 16384, 0);
+  EXPECT_EQ(QueriesOfCall(kFlopPerPair * 0.01, (2 << 20) - 1000, 2 << 20, kMost, fit), 1000);
   // Without the rule the last call would have 20,480.
   EXPECT_EQ(QueriesOfCall(kFlopPerPair * 0.01, 954624, 1 << 20, kMost), (1 << 20) - 954624);
 }

@@ -1,6 +1,7 @@
 // The attention of a pass: dense, packed, searched some queries at a time, or by a policy over the whole
 // prompt.
 #include <algorithm>
+#include <functional>
 #include <utility>
 
 #include "base/log.h"
@@ -61,10 +62,12 @@ absl::Status CudaPass::AttendRange(int32_t layer, const char* k, const char* v, 
                                    const TokenRange& range) {
   const bool searched = pattern_.has_value() && !IsLast(layer);
   const double flop_per_pair = 4.0 * static_cast<double>(q_width_) * (searched ? density_ : 1);
+  std::function<int64_t(int64_t)> fit;
+  if (searched) fit = [this](int64_t count) { return pattern_->QueriesOfSearch(count); };
   PrefillProgress& progress = sequences_[0].result.progress;
   for (int64_t begin = range.begin; begin < range.end;) {
-    const int64_t count =
-        QueriesOfCall(flop_per_pair, begin, range.end, searched ? CudaPatternPlan::kMaxQueries : range.end);
+    const int64_t count = QueriesOfCall(flop_per_pair, begin, range.end,
+                                        searched ? CudaPatternPlan::kMaxQueries : range.end, fit);
     kernels::CudaAttentionArgs args = AttentionArgs(k, v, row + begin - range.begin, begin, count);
     if (searched) {
       HW_RETURN_IF_ERROR(pattern_->Select(begin, &args, log_.AddSearch(layer, begin, count), stream_));

@@ -19,8 +19,12 @@ constexpr int64_t kDenseLastTokens = 32;
 }  // namespace
 
 CudaPattern::CudaPattern(const ModelConfig& config, const kernels::ProbeParameters& probe, int64_t num_tokens,
-                         char* memory)
-    : config_(config), probe_(probe), num_tokens_(num_tokens), plan_(PlanCudaPattern(config, num_tokens)) {
+                         int num_sms, char* memory)
+    : config_(config),
+      probe_(probe),
+      num_tokens_(num_tokens),
+      num_sms_(num_sms),
+      plan_(PlanCudaPattern(config, num_tokens)) {
   const auto take = [&](uint64_t bytes) { return std::exchange(memory, memory + AlignedCudaPart(bytes)); };
   k_mean_ = reinterpret_cast<float*>(take(plan_.k_mean));
   k_table_ = take(plan_.k_table);
@@ -51,25 +55,11 @@ absl::Status CudaPattern::Select(int64_t begin, kernels::CudaAttentionArgs* args
                                  cudaStream_t stream) {
   args->total_k = num_tokens_;
   args->query_position = static_cast<int32_t>(begin);
-  kernels::CudaSearchArgs search;
+  kernels::CudaSearchArgs search = SearchArgs();
   search.q = args->q;
-  search.k_means = k_table_;
   search.total_q = args->total_q;
-  search.total_k = num_tokens_;
-  search.num_q_heads = args->num_q_heads;
-  search.num_kv_heads = args->num_kv_heads;
-  search.head_dim = args->head_dim;
-  search.softmax_scale = args->softmax_scale;
   search.query_position = args->query_position;
-  search.threshold = static_cast<float>(probe_.threshold);
-  search.forced_density = probe_.forced_density;
   search.dense_last_tokens = DenseLastTokens(begin + args->total_q);
-  search.counts = counts_;
-  search.offsets = offsets_;
-  search.blocks = blocks_;
-  search.capacity = static_cast<int64_t>(plan_.blocks / sizeof(int32_t));
-  search.used = reinterpret_cast<uint64_t*>(counters_);
-  search.overflows = reinterpret_cast<uint32_t*>(counters_ + 8);
   HW_RETURN_IF_ERROR(
       FromKernels(kernels::CudaSelectBlocks(search, search_, plan_.search, stream), "pattern search"));
   HW_RETURN_IF_ERROR(FromKernels(kernels::CudaStoreToHost(counters_, counts, 12, stream), "pattern search"));
@@ -78,6 +68,30 @@ absl::Status CudaPattern::Select(int64_t begin, kernels::CudaAttentionArgs* args
   args->lists.offsets = offsets_;
   args->lists.blocks = blocks_;
   return absl::OkStatus();
+}
+
+kernels::CudaSearchArgs CudaPattern::SearchArgs() const {
+  kernels::CudaSearchArgs search;
+  search.q = search.k_means = k_table_;
+  search.total_q = search.total_k = num_tokens_;
+  search.num_q_heads = config_.num_q_heads;
+  search.num_kv_heads = config_.num_kv_heads;
+  search.head_dim = config_.head_dim;
+  search.softmax_scale = CudaPolicyShapeOf(config_).softmax_scale;
+  search.threshold = static_cast<float>(probe_.threshold);
+  search.forced_density = probe_.forced_density;
+  search.counts = counts_;
+  search.offsets = offsets_;
+  search.blocks = blocks_;
+  search.capacity = static_cast<int64_t>(plan_.blocks / sizeof(int32_t));
+  search.used = reinterpret_cast<uint64_t*>(counters_);
+  search.overflows = reinterpret_cast<uint32_t*>(counters_ + 8);
+  return search;
+}
+
+int64_t CudaPattern::QueriesOfSearch(int64_t count) const {
+  const int64_t whole = kernels::CudaSearchWaves(SearchArgs(), num_sms_, count) / 128 * 128;
+  return whole > 0 && whole <= std::min(CudaPatternPlan::kMaxQueries, 2 * count) ? whole : count;
 }
 
 CudaPattern::Blocks CudaPattern::CountBlocks(int64_t begin, int64_t count,

@@ -10,6 +10,7 @@
 
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/block_stats.h"
+#include "kernels/cuda/pattern.h"
 #include "kernels/pattern/policy.h"
 #include "model/config.h"
 #include "worker/cuda/cuda_plan.h"
@@ -27,9 +28,10 @@ struct CudaPatternCounts {
 // enqueued before the next search is.
 class CudaPattern {
  public:
+  // num_sms: multiprocessors of the device.
   // memory: PlanCudaPattern(config, num_tokens).total_bytes(), 256-byte aligned, which outlives this.
   CudaPattern(const ModelConfig& config, const kernels::ProbeParameters& probe, int64_t num_tokens,
-              char* memory);
+              int num_sms, char* memory);
 
   // Where the layer's K leaves its means as it is written.
   kernels::CudaBlockStats stats() const;
@@ -42,6 +44,10 @@ class CudaPattern {
   absl::Status Select(int64_t begin, kernels::CudaAttentionArgs* args, CudaPatternCounts* counts,
                       cudaStream_t stream);
 
+  // Queries for a call that might take `count`: as many as leave no multiprocessor of the device without work
+  // at the search's end, in multiples of 128, but at most twice as many and kMaxQueries; else `count`.
+  int64_t QueriesOfSearch(int64_t count) const;
+
   // Blocks that attention over these queries visits, given what the search found, and those there are.
   struct Blocks {
     uint64_t computed = 0;
@@ -50,6 +56,7 @@ class CudaPattern {
   Blocks CountBlocks(int64_t begin, int64_t count, const CudaPatternCounts& counts) const;
 
  private:
+  kernels::CudaSearchArgs SearchArgs() const;  // but for what a search is of
   int64_t TilePositions() const;
   // The last queries see everything: FlashPrefill's rule (arXiv:2603.06199).
   int32_t DenseLastTokens(int64_t end) const;
@@ -57,6 +64,7 @@ class CudaPattern {
   const ModelConfig& config_;
   const kernels::ProbeParameters probe_;
   const int64_t num_tokens_;
+  const int num_sms_;
   const CudaPatternPlan plan_;
   float* k_mean_;
   char* k_table_;

@@ -143,10 +143,12 @@ CudaPrefillPlan PlanCudaPrefill(const ModelConfig& config, int64_t chunk_tokens,
   return plan;
 }
 
-int64_t QueriesOfCall(double flop_per_pair, int64_t begin, int64_t end, int64_t most) {
+int64_t QueriesOfCall(double flop_per_pair, int64_t begin, int64_t end, int64_t most,
+                      const std::function<int64_t(int64_t)>& fit) {
   const auto from = static_cast<double>(begin);
   const double wanted = std::sqrt(from * from + 2 * kFlopPerCall / flop_per_pair) - from;
-  const int64_t count = std::min(most, std::max(kLeastQueries, static_cast<int64_t>(wanted) / 128 * 128));
+  int64_t count = std::min(most, std::max(kLeastQueries, static_cast<int64_t>(wanted) / 128 * 128));
+  if (fit) count = fit(count);
   const int64_t left = end - begin;
   if (left <= count) return left;
   if (left - count >= count / 2) return count;

@@ -3,6 +3,7 @@
 #define HW_WORKER_CUDA_CUDA_PLAN_H_
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "kernels/cuda/policy.h"
@@ -98,8 +99,9 @@ inline constexpr int64_t kLeastQueries = 1024;
 // Queries [begin, begin + count) of one call, of those up to `end`: as many as take about 18 ms of an H100
 // (the last tiles of a call leave part of the device idle for up to 1 ms), at most `most`, in multiples of
 // 128. A short rest is shared out: the last tokens' tile sees every key, and a call that is soon done waits
-// for it.
-int64_t QueriesOfCall(double flop_per_pair, int64_t begin, int64_t end, int64_t most);
+// for it. fit: of so many queries, those that a call should take, if not empty.
+int64_t QueriesOfCall(double flop_per_pair, int64_t begin, int64_t end, int64_t most,
+                      const std::function<int64_t(int64_t)>& fit = nullptr);
 
 // Rounded up to the alignment of a part.
 uint64_t AlignedCudaPart(uint64_t bytes);

@@ -178,7 +178,11 @@ absl::Status CudaPass::Prepare() {
 absl::Status CudaPass::BeginPattern(const CudaPrefillPlan& plan, char* memory) {
   const PrefillJob& job = *sequences_[0].prompt->job;
   if (const kernels::ProbeParameters* probe = ProbeOf(job)) {
-    pattern_.emplace(config_, *probe, num_tokens_, memory);
+    int num_sms = 0;
+    HW_RETURN_IF_ERROR(
+        FromCuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, model_->device()),
+                 "the device's multiprocessors"));
+    pattern_.emplace(config_, *probe, num_tokens_, num_sms, memory);
     density_ = probe->forced_density > 0 ? probe->forced_density : kFirstDensity;
   }
   if (policy_ == nullptr) return absl::OkStatus();

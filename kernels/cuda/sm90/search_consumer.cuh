@@ -24,7 +24,9 @@ struct SearchTraits {
     uint32_t bitmap[kSearchBitmapWords];  // of the CTA's tiles, tile_words each
     float row_max[kSearchRows];
     float row_lse[kSearchRows];
-    uint32_t bin_begin[kSearchRows], wanted[kSearchRows];  // of a tile: DensitySearch
+    // Of a tile: DensitySearch.
+    uint32_t bin_begin[kSearchRows], wanted[kSearchRows];
+    uint64_t list_end[kSearchRows];  // of what is still to be written of its list
     uint64_t probes_full, means_full[kStages], means_empty[kStages];
   };
   static_assert(sizeof(Shared) <= 227 * 1024);

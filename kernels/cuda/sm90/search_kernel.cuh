@@ -90,11 +90,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       const float threshold[2] = {consumer.Threshold(0, log2), consumer.Threshold(1, log2)};
       consumer.Pass(steps, [&](float(&s)[64], int first_block) { consumer.Mark(s, first_block, threshold); });
       NamedSync(1, 256);
+      for (int local = warpgroup * 4 + (consumer.thread >> 5); local < tiles; local += 8) {
+        consumer.WriteList(local, head, p.thresholds_log2[head] == -INFINITY);
+      }
     } else {
-      DensitySearch<Traits, kForcedRows>{consumer}.Mark(steps);
-    }
-    for (int local = warpgroup * 4 + (consumer.thread >> 5); local < tiles; local += 8) {
-      consumer.WriteList(local, head, kForcedRows == 0 && p.thresholds_log2[head] == -INFINITY);
+      DensitySearch<Traits, kForcedRows>{consumer}.Write(steps, head);
     }
   }
 }

@@ -11,6 +11,8 @@ inline constexpr int32_t kSearchRows = 128;           // probes of one CTA
 inline constexpr int32_t kSearchBitmapWords = 20480;  // of all its tiles
 inline constexpr int32_t kSearchHeads = 128;          // KV heads at most
 inline constexpr int32_t kSearchBins = 512;  // of a tile's histogram, which shares the bitmaps' memory
+inline constexpr int32_t kSearchSectionWords = 256;  // of one bitmap at most, with a forced density
+static_assert(2 * kSearchSectionWords <= kSearchBins);
 
 // Means over windows of `window` tokens of x [tokens, heads, head_dim] bf16, in f32, rounded to bf16:
 // out [heads / pack, windows, pack, head_dim]. The last window may be short.
@@ -34,8 +36,9 @@ struct SearchParams {
   int32_t row_pack;       // rows of a tile among a CTA's: pack, rounded up to 1, 2, 4 or 8
   int32_t tiles_per_cta;  // at most kSearchRows / row_pack
   int32_t bitmap_words;   // of one bit per block
-  // Of a tile: one bitmap; with a forced density two, and room for a histogram. tiles_per_cta * tile_words <=
-  // kSearchBitmapWords.
+  int32_t section_words;  // of as many blocks as are listed at a time, with a forced density: a multiple of 4
+  // Of a tile: one bitmap; with a forced density two of a section, and room for a histogram. tiles_per_cta *
+  // tile_words <= kSearchBitmapWords.
   int32_t tile_words;
   int32_t tile_positions;
   int32_t q_len;

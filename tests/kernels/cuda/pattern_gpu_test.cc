@@ -320,14 +320,18 @@ TEST(ForcedDensityGpuTest, RandomInputsOf64KTokens) {
   }
 }
 
-// Over 1,048,576 keys a tile's two bitmaps are larger than its histogram.
-TEST(ForcedDensityGpuTest, BitmapsOfManyBlocks) {
+// Over 1,048,576 keys lists are made a section of the blocks at a time.
+TEST(ForcedDensityGpuTest, SectionsOfManyBlocks) {
   HW_REQUIRE_SM90();
-  Case c{"", 2, 1, 64, 200, 1'100'000};
-  c.forced_density = 0.03;
-  c.near = 2e-4;
+  for (const int keys : {1 << 20, (1 << 20) + 1, 1'100'000, 2'500'000}) {
+    SCOPED_TRACE(keys);
+    Case c{"", 2, 1, 64, 200, keys};
+    c.forced_density = 0.03;
+    c.near = 2e-4;
 
-  ExpectMatchesReference(c, RandomBf16(size_t{200} * 2 * 64, 1), RandomBf16(size_t{1'100'000} * 64, 2));
+    ExpectMatchesReference(c, RandomBf16(size_t{200} * 2 * 64, 1),
+                           RandomBf16(static_cast<size_t>(keys) * 64, 2));
+  }
 }
 
 // Sinks, and then the last blocks: what a forced density lists where no score differs.
@@ -359,6 +363,21 @@ TEST(ForcedDensityGpuTest, OfEqualScoresTheHigherNumbersAreListed) {
         ASSERT_EQ(got.List(i), ListOfTies(forced))
             << "segment " << i << ", group " << group << ", " << density;
       }
+    }
+  }
+}
+
+TEST(ForcedDensityGpuTest, EqualScoresOfSeveralSections) {
+  HW_REQUIRE_SM90();
+  for (const double density : {0.02, 0.3, 0.9, 1.0}) {
+    Case c{"", 4, 1, 64, 100, 2'200'000, kAligned, 0};
+    c.forced_density = density;
+    Result got;
+    const std::vector<float> q(size_t{100} * 4 * 64, 0.5f), k(size_t{2'200'000} * 64, 0.25f);
+    ASSERT_TRUE(Select(c, q, k, &got).ok());
+    EXPECT_EQ(got.overflows, 0u);
+    for (size_t i = 0; i < got.counts.size(); ++i) {
+      ASSERT_EQ(got.List(i), ListOfTies(ForcedOf(c, static_cast<int>(i)))) << "tile " << i << ", " << density;
     }
   }
 }
