@@ -7,6 +7,7 @@ namespace {
 
 // As kPieces of worker/cuda/cuda_group.cc.
 constexpr double kGpuPieces = 4;
+constexpr double kGpuSearch = 0.0016;  // of dense attention's time
 // Keys that one bit of a selection stands for.
 constexpr double kSelectionKeys = 128;
 
@@ -79,8 +80,9 @@ std::optional<v1::PlanCost> PredictCost(const CostInput& input, const v1::Comput
   const auto local = static_cast<double>(input.local_tokens);
   const double projection = local * shape.layers * shape.ProjectionFlop() / rates.linear_flops();
   const double rest = local * (shape.layers - 1) * shape.RestFlop() / rates.linear_flops();
+  const double share = input.density + (input.gpu && input.density < 1 ? kGpuSearch : 0);
   const double attention =
-      (shape.layers - 1) * 4 * shape.q_width * LocalPairs(input) * input.density / rates.attention_flops();
+      (shape.layers - 1) * 4 * shape.q_width * LocalPairs(input) * share / rates.attention_flops();
   Transfer exchange, egress;
   double start = 0;
   if (input.world_size > 1) {

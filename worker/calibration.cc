@@ -116,7 +116,7 @@ absl::StatusOr<ComputeSpeed> MeasureModel(const Model& model) {
   return speed;
 }
 
-absl::StatusOr<ComputeSpeed> MeasureRun(PrefillBackend* backend, int64_t num_tokens) {
+absl::StatusOr<ComputeSpeed> MeasureRun(PrefillBackend* backend, int64_t num_tokens, absl::Duration settle) {
   const ModelConfig& config = backend->config();
   PrefillJob job;
   job.request_id = "calibration";
@@ -138,7 +138,8 @@ absl::StatusOr<ComputeSpeed> MeasureRun(PrefillBackend* backend, int64_t num_tok
   HW_ASSIGN_OR_RETURN(job.plan, backend->Plan(*job.policy, kernels::DType::kBF16, num_tokens, num_tokens,
                                               num_tokens, 1, 0, job.strategy));
   PrefillResult last;
-  for (int round = 0; round < 2; ++round) {  // the first one warms up
+  const absl::Time start = SteadyNow();
+  for (int round = 0; round < 2 || SteadyNow() - start < settle; ++round) {
     DiscardingSender sender;
     JobControl control;
     PrefillContext context;
@@ -170,7 +171,7 @@ absl::StatusOr<ComputeSpeed> SpeedOf(const ModelConfig& config, int64_t num_toke
 }
 
 LinkRates DefaultLinkRates(bool gpu) {
-  if (gpu) return {100e9, 4.6e9, 30e-6, 0.3};
+  if (gpu) return {100e9, 7.2e9, 30e-6, 0.3};
   return {1e9, 0.75e9, 200e-6, 0.02};
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 
 #include "headwater/v1/worker.pb.h"
 #include "kernels/dtype.h"
@@ -22,9 +23,12 @@ struct PrefillResult;
 // a layer do. Errors of the model and of the kernel.
 absl::StatusOr<ComputeSpeed> MeasureModel(const Model& model);
 
-// Of a backend's whole loop: the second of two dense prompts of `num_tokens`, nothing sent.
-// FAILED_PRECONDITION: its memory does not hold one; else Run()'s errors.
-absl::StatusOr<ComputeSpeed> MeasureRun(PrefillBackend* backend, int64_t num_tokens);
+// Of a backend's whole loop: the last one of dense prompts of `num_tokens`, nothing sent, two at least and as
+// many as take `settle`: a GPU's clocks fall under load. FAILED_PRECONDITION: its memory does not hold one;
+// else Run()'s errors.
+absl::StatusOr<ComputeSpeed> MeasureRun(PrefillBackend* backend, int64_t num_tokens, absl::Duration settle);
+// What GPUs are given.
+inline constexpr absl::Duration kSettleTime = absl::Seconds(2);
 
 // Of a dense prompt of `num_tokens` on one rank that has run so. FAILED_PRECONDITION: its times tell nothing.
 absl::StatusOr<ComputeSpeed> SpeedOf(const ModelConfig& config, int64_t num_tokens,
@@ -40,8 +44,8 @@ struct LinkRates {
 
 // Of a device kind, "cpu" or "cuda", where the flags say nothing else. CPU: Gloo over TCP (1 GB/s) and a KV
 // stream of two cores (0.75 GB/s, bench/results/kv.jsonl). GPU: NCCL of one host (100 GB/s: less than NVLink,
-// more than PCIe) and eight channels (4.6 GB/s, README: a million tokens' cache in 28.8 s). Latencies are
-// assumed, not measured.
+// more than PCIe) and eight channels (7.2 GB/s, bench/results/scaling.jsonl: a million tokens' cache in 18.9
+// s of computing it in fp8, which is all hidden). Latencies are assumed, not measured.
 LinkRates DefaultLinkRates(bool gpu);
 
 // What the cost model needs of a model's shape, and what else a registration says of it; not its name and

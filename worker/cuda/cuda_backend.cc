@@ -31,7 +31,8 @@ constexpr int kMostLoadThreads = 8;
 // does not wait long for the one under way (about 0.7 s of an H100 at 8 billion parameters).
 constexpr int64_t kPackedTokens = 1 << 15, kLeastPackedTokens = 1 << 10;
 constexpr uint32_t kPackedPrompts = 128;
-// Enough to fill the device, and to teach time budgets the speed: 0.2 s of an H100 at 8 billion parameters.
+// Enough to fill the device, and to teach time budgets the speed: 0.2 s of an H100 at 8 billion parameters a
+// prompt.
 constexpr int64_t kCalibrationTokens = 1 << 13;
 // Token ids as the assignment's message, in its serialised form and as the loop takes them: host memory.
 constexpr uint64_t kBytesPerPromptToken = 16;
@@ -105,7 +106,7 @@ class Backend final : public PrefillBackend {
   }
 
   absl::StatusOr<ComputeSpeed> MeasureSpeed() override {
-    return MeasureRun(this, std::min(kCalibrationTokens, model_->config().max_position));
+    return MeasureRun(this, std::min(kCalibrationTokens, model_->config().max_position), kSettleTime);
   }
 
   std::string Describe() const override {
