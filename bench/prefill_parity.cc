@@ -46,6 +46,7 @@ struct ParityOptions {
   double tolerance = 2e-2;
   double ranks_tolerance = 1e-3;
   std::vector<int64_t> ranks = {1};
+  std::string partition = "all";
   // The CPU has it, too.
   bool cpu_policy = true;
 
@@ -222,6 +223,7 @@ absl::StatusOr<bool> CompareSharings(const ParityOptions& options, int64_t ranks
   HW_ASSIGN_OR_RETURN(const auto device, Open(shared));
   bool ok = true;
   for (const char* partition : {"contiguous", "zigzag", "striped"}) {
+    if (options.partition != "all" && options.partition != partition) continue;
     Outcome whole;  // by strategy allgather
     for (const absl::string_view strategy : {"allgather", "sparse", "ring"}) {
       if (strategy == "sparse" && !options.on_cpu()) continue;  // GPUs have none
@@ -293,6 +295,8 @@ FlagSet Declare(ParityOptions* options) {
                    ? absl::OkStatus()
                    : absl::InvalidArgumentError(absl::StrCat("over ", kMostRanks));
       });
+  flags.Choice("partition", &options->partition, {"all", "contiguous", "zigzag", "striped"},
+               "which tokens each of several ranks computes");
   flags.Choice("linear", &options->device.linear, {"auto", "bf16", "fp8", "f32"},
                "the device's type of linear layers; f32: of a CPU, which is its own reference");
   flags.String("policy", &options->device.policy.name,

@@ -124,7 +124,8 @@ def run_one(arguments, model: Path, tokens: Path, peer: Transformers) -> bool:
     is_golden = (model / "golden.safetensors").is_file()
     with tempfile.TemporaryDirectory() as folder:
         command = [str(arguments.program), f"--model={model}", f"--tokens={tokens}", f"--device={arguments.device}",
-                   f"--ranks={arguments.ranks}", f"--linear={arguments.linear}", f"--tolerance={arguments.tolerance}",
+                   f"--ranks={arguments.ranks}", f"--partition={arguments.partition}",
+                   f"--linear={arguments.linear}", f"--tolerance={arguments.tolerance}",
                    f"--ranks_tolerance={arguments.ranks_tolerance}", f"--logits={folder}/logits",
                    f"--policy={arguments.policy}", "--nosame_top" if is_golden else "--same_top"]
         if arguments.policy_parameters:
@@ -199,6 +200,7 @@ def main() -> int:
     running.add_argument("--tokens", type=Path, required=True, help="folder that prompts wrote")
     running.add_argument("--device", default="cuda:0", help="cuda:N, or cpu")
     running.add_argument("--ranks", default="1", help="over 1: so many share each prompt, too; 2,4,8: each of these")
+    running.add_argument("--partition", choices=["all", "contiguous", "zigzag", "striped"], default="all", help="of several ranks")
     running.add_argument("--linear", choices=["auto", "bf16", "fp8", "f32"], default="auto",
                          help="fp8 needs other tolerances; f32: of a CPU, its ranks against one")
     running.add_argument("--policy", default="dense", help="attention policy; one that a CPU has not needs --ranks")

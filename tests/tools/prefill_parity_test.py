@@ -89,6 +89,11 @@ class PrefillParityTest(unittest.TestCase):
                 # Keys behind a rank's last query stay where they are.
                 self.assertLessEqual(row["exchange_bytes"], rows[ranks, partition, "allgather"]["exchange_bytes"])
 
+    def test_one_partition_alone(self):
+        done = self.parity(f"--tokens={self.tokens}", "--linear=f32", "--ranks=2", "--partition=striped")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual([json.loads(line)["partition"] for line in done.stdout.splitlines()], 3 * ["striped"])
+
     def test_ranks_of_a_cpu_agree_where_attention_is_sparse(self):
         rows = self.shared("--policy=a_shape", "--policy_parameters=sink_tokens=128,window_tokens=200")
         for (ranks, partition, strategy), row in rows.items():
