@@ -60,8 +60,8 @@ absl::StatusOr<std::vector<PrefillResult>> RunRanks(
     int num_ranks, const std::function<absl::StatusOr<PrefillResult>(int rank)>& run);
 
 // Each loads the model that the options name, or makes it. Errors name the flag that they come from.
-// options.gpus ranks, processes of one host but for their memory: a copy of the model and a Gloo endpoint
-// each. The process must ignore SIGPIPE where they are several.
+// options.gpus ranks, each with a copy of the model and a Gloo endpoint of its own, as workers on one host;
+// the process must ignore SIGPIPE where they are several.
 absl::StatusOr<std::unique_ptr<PrefillDevice>> OpenCpu(const PrefillBenchOptions& options);
 // Only in builds with CUDA.
 absl::StatusOr<std::unique_ptr<PrefillDevice>> OpenGpu(const PrefillBenchOptions& options);
