@@ -136,27 +136,10 @@ class GpuDevice final : public PrefillDevice {
   absl::StatusOr<std::vector<PrefillResult>> Run(const PrefillJob& job, int first_rank,
                                                  absl::Span<KvSender* const> senders,
                                                  JobControl* control) override {
-    std::vector<absl::StatusOr<PrefillResult>> ended(ranks_.size());
-    std::vector<std::thread> threads;
-    const auto run = [&](size_t index) {
-      ended[index] = RunRank(index, first_rank + static_cast<int>(index), job, senders[index], control);
-    };
-    for (size_t index = 1; index < ranks_.size(); ++index) threads.emplace_back(run, index);
-    run(0);
-    for (std::thread& thread : threads) thread.join();
-    std::vector<PrefillResult> results;
-    absl::Status lost;  // what a rank ends with that another one left
-    for (absl::StatusOr<PrefillResult>& result : ended) {
-      if (result.ok()) {
-        results.push_back(*std::move(result));
-      } else if (absl::IsUnavailable(result.status())) {
-        lost.Update(result.status());
-      } else {
-        return result.status();
-      }
-    }
-    if (!lost.ok()) return lost;
-    return results;
+    return RunRanks(ranks_at_once(), [&](int index) {
+      const auto at = static_cast<size_t>(index);
+      return RunRank(at, first_rank + index, job, senders[at], control);
+    });
   }
 
   absl::StatusOr<std::optional<LinearRate>> MeasureLinear() override {

@@ -1,9 +1,10 @@
-// PrefillDevice: what a prefill benchmark times, the CPU, one GPU or several that share prompts, with its
-// model.
+// PrefillDevice: what a prefill benchmark times, the CPU, one GPU or several ranks that share prompts, with
+// its model.
 #ifndef HW_BENCH_PREFILL_DEVICE_H_
 #define HW_BENCH_PREFILL_DEVICE_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -65,7 +66,14 @@ v1::Partition PartitionOf(const PrefillBenchOptions& options);
 // Deals the job's tokens out to the device's ranks, as the options say.
 absl::Status DealOut(const PrefillBenchOptions& options, const PrefillDevice& device, PrefillJob* job);
 
+// Calls `run` of every rank, each on a thread of its own but for rank 0's, which is the caller's. Their
+// results in the order of the ranks, or the error of one that was not left by another.
+absl::StatusOr<std::vector<PrefillResult>> RunRanks(
+    int num_ranks, const std::function<absl::StatusOr<PrefillResult>(int rank)>& run);
+
 // Each loads the model that the options name, or makes it. Errors name the flag that they come from.
+// options.gpus ranks, each with a copy of the model and a Gloo endpoint of its own, as workers on one host;
+// the process must ignore SIGPIPE where they are several.
 absl::StatusOr<std::unique_ptr<PrefillDevice>> OpenCpu(const PrefillBenchOptions& options);
 // Only in builds with CUDA.
 absl::StatusOr<std::unique_ptr<PrefillDevice>> OpenGpu(const PrefillBenchOptions& options);

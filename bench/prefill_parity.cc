@@ -1,28 +1,34 @@
 // Holds one device's prefill of a prompt against the CPU's in f32: K and V of every layer, the last token's
-// logits; then, with --gpus over 1, several GPUs' against one's, in every partition and strategy. Prints one
-// JSON object a prefill; status 1 where a difference is over its tolerance. tools/prefill_parity.py holds the
-// logits against transformers, too.
+// logits; then, with --ranks over 1, several ranks' (GPUs, or endpoints of a CPU group over TCP) against
+// one's, in every partition and strategy, sparse against allgather bit by bit. Prints one JSON object a
+// prefill; status 1 where a difference is over its tolerance. tools/prefill_parity.py holds the logits
+// against transformers, too.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <iostream>
 #include <limits>
 #include <memory>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/string_view.h"
 #include "nlohmann/json.hpp"
+#include <signal.h>
 
 #include "base/flags.h"
 #include "base/status_macros.h"
 #include "bench/prefill_device.h"
 #include "bench/prefill_job.h"
+#include "kernels/attention/block_index.h"
 #include "kernels/dtype.h"
 #include "kvtransfer/discarding_sender.h"
 #include "tools/cli/exit_code.h"
@@ -31,14 +37,24 @@
 namespace headwater {
 namespace {
 
+constexpr int64_t kMostRanks = 64;
+
 struct ParityOptions {
   PrefillBenchOptions device;
   std::string tokens;
   std::string logits;
   double tolerance = 2e-2;
-  double gpus_tolerance = 1e-3;
+  double ranks_tolerance = 1e-3;
+  std::vector<int64_t> ranks = {1};
+  std::string partition = "all";
+  bool cpu = true;         // it is to compute the prompt
+  bool cpu_policy = true;  // it has the policy, too
+
+  bool on_cpu() const { return device.gpu == PrefillBenchOptions::kCpu; }
+  bool shares() const { return *std::max_element(ranks.begin(), ranks.end()) > 1; }
+  // Whether one rank of the device is held against the CPU in f32: not against itself.
+  bool has_reference() const { return cpu && cpu_policy && !(on_cpu() && device.linear == "f32"); }
   bool same_top = true;
-  bool cpu = true;
 };
 
 // Keeps the cache as f32.
@@ -58,6 +74,12 @@ class KeepingSender final : public DiscardingSender {
     return absl::OkStatus();
   }
 
+  // Bit by bit.
+  bool SameAs(const KeepingSender& other) const {
+    return values_.size() == other.values_.size() &&
+           std::memcmp(values_.data(), other.values_.data(), values_.size() * sizeof(float)) == 0;
+  }
+
   absl::Span<const float> Tensor(uint32_t layer, KvKind kind) const {
     const uint64_t count = geometry_.tensor_bytes() / geometry_.element_bytes();
     return {values_.data() + (2 * layer + static_cast<uint64_t>(kind)) * count, count};
@@ -74,6 +96,8 @@ struct Outcome {
   std::vector<float> logits;
   int32_t top = 0;
   int num_layers = 0;
+  double density = 1;
+  uint64_t exchange_bytes = 0;  // of K and V, on all ranks
 };
 
 absl::StatusOr<Outcome> Compute(const PrefillBenchOptions& options, PrefillDevice* device,
@@ -89,8 +113,8 @@ absl::StatusOr<Outcome> Compute(const PrefillBenchOptions& options, PrefillDevic
           absl::StrCat("--tokens: token id ", token, " is not below the vocabulary's ", config.vocab_size));
     }
   }
-  HW_ASSIGN_OR_RETURN(PrefillJob job,
-                      MakeBenchJob(config, {tokens.begin(), tokens.end()}, device->kv_dtype(), {}));
+  HW_ASSIGN_OR_RETURN(PrefillJob job, MakeBenchJob(config, {tokens.begin(), tokens.end()}, device->kv_dtype(),
+                                                   options.policy));
   job.top_logprobs = config.vocab_size;  // all of them
   HW_RETURN_IF_ERROR(DealOut(options, *device, &job));
   HW_RETURN_IF_ERROR(device->Plan(&job).status());
@@ -103,15 +127,26 @@ absl::StatusOr<Outcome> Compute(const PrefillBenchOptions& options, PrefillDevic
   const std::vector<KvSender*> senders(job.partition.size(), outcome.kv.get());
   HW_ASSIGN_OR_RETURN(const std::vector<PrefillResult> results, device->Run(job, 0, senders, &control));
   outcome.logits.resize(static_cast<size_t>(config.vocab_size));
+  uint64_t computed = 0, possible = 0;
   for (const PrefillResult& result : results) {
+    computed += result.progress.pairs_computed;
+    possible += result.progress.pairs_possible;
+    outcome.exchange_bytes += result.exchange_bytes;
     if (result.top.empty()) continue;  // another rank has the last token
     for (const TokenScore& score : result.top) outcome.logits[static_cast<size_t>(score.token)] = score.logit;
     outcome.top = result.top.front().token;
   }
+  if (possible > 0) outcome.density = static_cast<double>(computed) / static_cast<double>(possible);
   return outcome;
 }
 
-// ||a - b|| / ||b||, to four digits; a huge number where it is not finite, which JSON cannot say.
+// To four digits; a huge number where it is not finite, which JSON cannot say.
+double Rounded(double value) {
+  if (!std::isfinite(value)) return std::numeric_limits<double>::max();
+  return std::strtod(absl::StrFormat("%.4g", value).c_str(), nullptr);
+}
+
+// ||a - b|| / ||b||, rounded.
 double RelativeError(absl::Span<const float> a, absl::Span<const float> b) {
   double difference = 0, norm = 0;
   for (size_t i = 0; i < b.size(); ++i) {
@@ -119,9 +154,7 @@ double RelativeError(absl::Span<const float> a, absl::Span<const float> b) {
     difference += delta * delta;
     norm += static_cast<double>(b[i]) * b[i];
   }
-  const double error = std::sqrt(difference / norm);
-  if (!std::isfinite(error)) return std::numeric_limits<double>::max();
-  return std::strtod(absl::StrFormat("%.4g", error).c_str(), nullptr);
+  return Rounded(std::sqrt(difference / norm));
 }
 
 absl::Status WriteLogits(const std::string& path, const std::vector<float>& logits) {
@@ -155,7 +188,10 @@ bool Compare(const Outcome& got, const Outcome& wanted, double tolerance, bool s
       most = std::max(most, error);
     }
   }
-  const bool ok = most <= tolerance && (!same_top || got.top == wanted.top);
+  // Strategy sparse brings what allgather's blocks are computed from.
+  const auto same = row->find("equals_allgather");
+  const bool ok =
+      most <= tolerance && (!same_top || got.top == wanted.top) && (same == row->end() || same->get<bool>());
   (*row)["kv_error"] = most;
   (*row)["logits_error"] = RelativeError(got.logits, wanted.logits);
   (*row)["top"] = got.top;
@@ -163,45 +199,48 @@ bool Compare(const Outcome& got, const Outcome& wanted, double tolerance, bool s
   (*row)["tolerance"] = tolerance;
   (*row)["ok"] = ok;
   std::printf("%s\n", row->dump().c_str());
+  std::fflush(stdout);
   return ok;
 }
 
-// Of several GPUs against one.
-absl::StatusOr<bool> CompareSharings(const ParityOptions& options, const std::vector<uint32_t>& tokens,
-                                     const Outcome& one) {
+// What the rows of one device have first.
+nlohmann::ordered_json MakeRow(const ParityOptions& options, const PrefillDevice& device, size_t tokens,
+                               const char* reference) {
+  return {{"model", options.device.model_name()},
+          {"tokens", tokens},
+          {"device", device.name()},
+          {"linear", device.linear()},
+          {"policy", options.device.policy.name},
+          {"ranks", device.num_ranks()},
+          {"reference", reference}};
+}
+
+// Of several ranks against one.
+absl::StatusOr<bool> CompareSharings(const ParityOptions& options, int64_t ranks,
+                                     const std::vector<uint32_t>& tokens, const Outcome& one) {
   PrefillBenchOptions shared = options.device;
+  shared.gpus = ranks;
   HW_ASSIGN_OR_RETURN(const auto device, Open(shared));
   bool ok = true;
   for (const char* partition : {"contiguous", "zigzag", "striped"}) {
-    for (const char* strategy : {"allgather", "ring"}) {
+    if (options.partition != "all" && options.partition != partition) continue;
+    Outcome whole;  // by strategy allgather
+    for (const absl::string_view strategy : {"allgather", "sparse", "ring"}) {
+      if (strategy == "sparse" && !options.on_cpu()) continue;  // GPUs have none
       shared.partition = partition;
-      shared.strategy = strategy;
-      HW_ASSIGN_OR_RETURN(const Outcome got, Compute(shared, device.get(), tokens));
-      nlohmann::ordered_json row = {{"model", shared.model_name()}, {"tokens", tokens.size()},
-                                    {"device", device->name()},     {"linear", device->linear()},
-                                    {"gpus", shared.gpus},          {"partition", partition},
-                                    {"strategy", strategy},         {"reference", "one GPU"}};
-      ok &= Compare(got, one, options.gpus_tolerance, options.same_top, &row);
+      shared.strategy = std::string(strategy);
+      HW_ASSIGN_OR_RETURN(Outcome got, Compute(shared, device.get(), tokens));
+      nlohmann::ordered_json row = MakeRow(options, *device, tokens.size(), "one rank");
+      row["partition"] = partition;
+      row["strategy"] = strategy;
+      row["density"] = Rounded(got.density);
+      row["exchange_bytes"] = got.exchange_bytes;
+      if (strategy == "sparse") {
+        row["equals_allgather"] = got.kv->SameAs(*whole.kv) && got.logits == whole.logits;
+      }
+      ok &= Compare(got, one, options.ranks_tolerance, options.same_top, &row);
+      if (strategy == "allgather") whole = std::move(got);
     }
-  }
-  return ok;
-}
-
-// Of one device against the CPU, of which `row` has what was computed.
-absl::StatusOr<bool> CompareWithCpu(const ParityOptions& options, const std::vector<uint32_t>& tokens,
-                                    const Outcome& got, nlohmann::ordered_json row) {
-  PrefillBenchOptions reference = options.device;
-  reference.device = "cpu";
-  reference.linear = "f32";
-  reference.gpus = 1;
-  HW_ASSIGN_OR_RETURN(const auto cpu, Open(reference));
-  HW_ASSIGN_OR_RETURN(const Outcome wanted, Compute(reference, cpu.get(), tokens));
-  row["gpus"] = 1;
-  row["reference"] = "CPU, f32";
-  const bool ok = Compare(got, wanted, options.tolerance, options.same_top, &row);
-  if (!options.logits.empty()) {
-    HW_RETURN_IF_ERROR(WriteLogits(options.logits + ".device.f32", got.logits));
-    HW_RETURN_IF_ERROR(WriteLogits(options.logits + ".reference.f32", wanted.logits));
   }
   return ok;
 }
@@ -209,45 +248,68 @@ absl::StatusOr<bool> CompareWithCpu(const ParityOptions& options, const std::vec
 // True: all within their tolerances.
 absl::StatusOr<bool> Run(const ParityOptions& options) {
   HW_ASSIGN_OR_RETURN(const std::vector<uint32_t> tokens, ReadTokenFile(options.tokens, std::cin));
-  PrefillBenchOptions single = options.device;
-  single.gpus = 1;
-  Outcome got;
-  nlohmann::ordered_json row = {{"model", single.model_name()}, {"tokens", tokens.size()}};
+  PrefillBenchOptions reference = options.device;
+  reference.device = "cpu";
+  reference.linear = "f32";
+  Outcome one;
+  nlohmann::ordered_json row;
   {
-    HW_ASSIGN_OR_RETURN(const auto device, Open(single));
-    row["device"] = device->name();
-    row["linear"] = device->linear();
-    HW_ASSIGN_OR_RETURN(got, Compute(single, device.get(), tokens));
+    HW_ASSIGN_OR_RETURN(const auto device, Open(options.device));
+    row = MakeRow(options, *device, tokens.size(), "CPU, f32");
+    HW_ASSIGN_OR_RETURN(one, Compute(options.device, device.get(), tokens));
   }
   bool ok = true;
-  if (options.cpu) {
-    HW_ASSIGN_OR_RETURN(ok, CompareWithCpu(options, tokens, got, row));
+  if (!options.logits.empty()) HW_RETURN_IF_ERROR(WriteLogits(options.logits + ".device.f32", one.logits));
+  if (options.has_reference()) {
+    HW_ASSIGN_OR_RETURN(const auto cpu, Open(reference));
+    HW_ASSIGN_OR_RETURN(const Outcome wanted, Compute(reference, cpu.get(), tokens));
+    ok = Compare(one, wanted, options.tolerance, options.same_top, &row);
+    if (!options.logits.empty()) {
+      HW_RETURN_IF_ERROR(WriteLogits(options.logits + ".reference.f32", wanted.logits));
+    }
   }
-  if (options.device.gpus > 1) {
-    HW_ASSIGN_OR_RETURN(const bool shared_ok, CompareSharings(options, tokens, got));
+  for (const int64_t ranks : options.ranks) {
+    if (ranks == 1) continue;
+    HW_ASSIGN_OR_RETURN(const bool shared_ok, CompareSharings(options, ranks, tokens, one));
     ok &= shared_ok;
   }
   return ok;
 }
 
-absl::Status Parse(absl::Span<const std::string> arguments, ParityOptions* options, std::string* help) {
+FlagSet Declare(ParityOptions* options) {
   FlagSet flags(
       "prefill_parity --model=DIR --tokens=FILE [flags]\n\n"
-      "Holds a device's prefill against the CPU's in f32, and several GPUs' against one's: ||a - b|| / ||b|| "
-      "of K\n"
-      "and V, layer by layer.");
+      "Holds a device's prefill against the CPU's in f32, and several ranks' against one's: ||a - b|| / "
+      "||b|| of\n"
+      "K and V, layer by layer.");
   flags.String("model", &options->device.model, "checkpoint directory");
   flags.String("tokens", &options->tokens, "file of token ids");
   flags.String("device", &options->device.device, "cuda:N, or cpu");
-  flags.Int("gpus", &options->device.gpus, 1, 64,
-            "over 1: so many from --device on share the prompt, too, in every partition and strategy");
+  flags.Custom(
+      "ranks", "1",
+      "over 1: so many share the prompt, too, in every partition and strategy: GPUs from --device on, "
+      "or threads of a CPU that talk over TCP; 2,4,8 or 2..8 doubling",
+      [options](absl::string_view text) -> absl::Status {
+        HW_ASSIGN_OR_RETURN(options->ranks, ParseLengths(text));
+        return *std::max_element(options->ranks.begin(), options->ranks.end()) <= kMostRanks
+                   ? absl::OkStatus()
+                   : absl::InvalidArgumentError(absl::StrCat("over ", kMostRanks));
+      });
   flags.Bool("share_gpu", &options->device.share_gpu,
-             "they are threads that share --device, for want of others");
-  flags.Choice("linear", &options->device.linear, {"auto", "bf16", "fp8"},
-               "the device's type of linear layers");
+             "of GPU ranks: they are threads that share --device, for want of others");
+  flags.Choice("partition", &options->partition, {"all", "contiguous", "zigzag", "striped"},
+               "which tokens each of several ranks computes");
+  flags.Choice("linear", &options->device.linear, {"auto", "bf16", "fp8", "f32"},
+               "the device's type of linear layers; f32: of a CPU, which is its own reference");
+  flags.String("policy", &options->device.policy.name,
+               "which key blocks attention takes; where a CPU has it not, the reference is one GPU alone");
+  flags.Custom("policy_parameters", "", "parameters of the policy: name=value,...",
+               [options](absl::string_view text) {
+                 return ParseParameters(text, &options->device.policy.parameters);
+               });
   for (auto [name, value, what] :
        {std::tuple("tolerance", &options->tolerance, "of K's and V's differences"),
-        std::tuple("gpus_tolerance", &options->gpus_tolerance, "of those between several GPUs and one")}) {
+        std::tuple("ranks_tolerance", &options->ranks_tolerance, "of those between several ranks and one")}) {
     flags.Custom(name, absl::StrCat(*value), what, [value = value](absl::string_view text) {
       return absl::SimpleAtod(text, value) && *value > 0
                  ? absl::OkStatus()
@@ -256,9 +318,14 @@ absl::Status Parse(absl::Span<const std::string> arguments, ParityOptions* optio
   }
   flags.Bool("same_top", &options->same_top, "whether the best next token must be the same");
   flags.Bool("cpu", &options->cpu,
-             "whether the CPU computes the prompt; else several GPUs are held against one alone");
+             "whether the CPU computes the prompt; else several ranks are held against one alone");
   flags.String("logits", &options->logits,
                "prefix of files for the logits: raw f32 in .device.f32, .reference.f32");
+  return flags;
+}
+
+absl::Status Parse(absl::Span<const std::string> arguments, ParityOptions* options, std::string* help) {
+  FlagSet flags = Declare(options);
   HW_RETURN_IF_ERROR(flags.Parse(arguments));
   if (flags.help_requested()) {
     *help = flags.Help();
@@ -267,14 +334,26 @@ absl::Status Parse(absl::Span<const std::string> arguments, ParityOptions* optio
   if (options->device.model.empty()) return absl::InvalidArgumentError("--model: a directory is required");
   if (options->tokens.empty()) return absl::InvalidArgumentError("--tokens: a file is required");
   HW_RETURN_IF_ERROR(ParseDevice(options->device.device, &options->device.gpu));
-  if (!options->cpu && (options->device.gpus == 1 || !options->logits.empty())) {
-    return absl::InvalidArgumentError("--nocpu: wants --gpus=2 or more, and has no --logits to write");
+  HW_ASSIGN_OR_RETURN(const auto policy, MakeBenchPolicy(options->device.policy));
+  kernels::BlockIndex index;
+  options->cpu_policy =
+      policy->Select({0, 1, 1, 1, 0, 1}, &index).code() != kernels::StatusCode::kUnimplemented;
+  if (options->on_cpu() && !options->cpu_policy) {
+    return absl::InvalidArgumentError(absl::StrCat("--policy=", options->device.policy.name,
+                                                   " with --device=cpu: its block lists are made on GPUs"));
   }
-  if (options->device.gpus == 1 || options->device.gpu != PrefillBenchOptions::kCpu) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("--gpus=", options->device.gpus, " with --device=cpu"));
+  if (options->on_cpu() && options->device.linear == "fp8") {
+    return absl::InvalidArgumentError("--linear=fp8 with --device=cpu: a CPU computes in bf16 or f32");
+  }
+  if (!options->on_cpu() && options->device.linear == "f32") {
+    return absl::InvalidArgumentError("--linear=f32: a GPU computes in bf16 or fp8");
+  }
+  if (options->has_reference() || options->shares()) return absl::OkStatus();
+  return absl::InvalidArgumentError("--ranks=1: there is no other prefill to compare this one with");
 }
 
 int Main(int argc, char** argv) {
+  signal(SIGPIPE, SIG_IGN);  // for Gloo
   ParityOptions options;
   std::string help;
   absl::Status status = Parse(std::vector<std::string>(argv + 1, argv + argc), &options, &help);

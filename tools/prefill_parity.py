@@ -2,17 +2,17 @@
 """Holds a device's prefill of real checkpoints against the CPU's in f32 and against transformers.
 
     prefill_parity.py prompts MODEL_DIR... --output DIR          writes DIR/MODEL-*.tokens
-    prefill_parity.py run MODEL_DIR... --tokens DIR [--device cuda:0] [--gpus 2] [--share_gpu] [--no-cpu]
+    prefill_parity.py run MODEL_DIR... --tokens DIR [--device cuda:0] [--ranks 2] [--share_gpu] [--no-cpu]
+    prefill_parity.py run MODEL_DIR... --tokens DIR --device cpu --linear f32 --ranks 2,4,8 [--policy a_shape]
 
 prompts takes what a folder has: golden.safetensors' tokens (tests/model/golden); eval/*.jsonl's shortest prompts, or with
 --longest its longest one (longctx-36m); else the demo's document and question (needs the PyPI packages tokenizers and jinja2).
 
 run calls prefill_parity for each prompt: relative differences ||a - b|| / ||b|| of K and V at most --tolerance in every
-layer, and, but for golden models, whose weights are random, the same best token. With --gpus over 1 each prompt is then shared
-by so many, in every partition and strategy that they have, and held against one GPU, at most --gpus_tolerance; with --share_gpu
-they are threads that share one GPU, with --no-cpu the CPU computes nothing. Where torch and
-transformers are there, the last token's logits are held against transformers in f32 on the CPU, too, at most
---logits_tolerance. Exit status 1: a difference is too large.
+layer, and, but for golden models, whose weights are random, the same best token. With --ranks over 1 each prompt is then shared
+by so many GPUs (with --share_gpu threads on one), or CPU ranks over TCP, in every partition and strategy that they have, and
+held against one, at most --ranks_tolerance; with --no-cpu that is all. Where torch and transformers are there and the policy is dense, the last token's logits are held against
+transformers in f32 on the CPU, too, at most --logits_tolerance. Exit status 1: a difference is too large.
 """
 
 import argparse
@@ -101,16 +101,21 @@ class Transformers:
 
 
 def describe(row: dict) -> str:
-    ways = f", {row['gpus']} GPUs, {row['partition']}, {row['strategy']}" if row["gpus"] > 1 else ""
+    ways = "" if row["policy"] == "dense" else f", {row['policy']}"
+    if row["ranks"] > 1:
+        ways += f", {row['ranks']} ranks, {row['partition']}, {row['strategy']}"
+    if "equals_allgather" in row:
+        ways += f" ({'equal' if row['equals_allgather'] else 'NOT EQUAL'} to allgather)"
     return (f"{row['tokens']} tokens on {row['device']}, {row['linear']}{ways}: K {max(row['k_errors']):.4g}, V {max(row['v_errors']):.4g}, "
             f"logits {row['logits_error']:.4g}, top {row['top']} ({row['reference']}: {row['reference_top']})")
 
 
 def make_row(prompt: str, row: dict, arguments) -> dict:
-    extra = {"share_gpu": True} if arguments.share_gpu and row["gpus"] > 1 else {}
-    names = ("model", "tokens", "linear", "gpus", "partition", "strategy", "reference", "tolerance")
+    extra = {"share_gpu": True} if arguments.share_gpu and row["ranks"] > 1 else {}
+    names = ("model", "tokens", "linear", "policy", "ranks", "partition", "strategy", "reference", "tolerance")
     metrics = {"k_error": max(row["k_errors"]), "v_error": max(row["v_errors"]), "logits_error": row["logits_error"], "top": row["top"],
                "reference_top": row["reference_top"], "ok": row["ok"]}
+    metrics |= {name: row[name] for name in ("density", "exchange_bytes", "equals_allgather") if name in row}
     return {"bench": "prefill_parity", "device": row["device"], "commit": arguments.commit,
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "params": {"prompt": prompt, **{name: row[name] for name in names if name in row}, **extra}, "metrics": metrics, "peers": {}}
@@ -120,11 +125,15 @@ def run_one(arguments, model: Path, tokens: Path, peer: Transformers) -> bool:
     is_golden = (model / "golden.safetensors").is_file()
     with tempfile.TemporaryDirectory() as folder:
         command = [str(arguments.program), f"--model={model}", f"--tokens={tokens}", f"--device={arguments.device}",
-                   f"--gpus={arguments.gpus}", f"--linear={arguments.linear}", f"--tolerance={arguments.tolerance}",
-                   f"--gpus_tolerance={arguments.gpus_tolerance}", f"--logits={folder}/logits",
-                   "--nosame_top" if is_golden else "--same_top", *(["--share_gpu"] if arguments.share_gpu else [])]
+                   f"--ranks={arguments.ranks}", f"--partition={arguments.partition}",
+                   f"--linear={arguments.linear}", f"--tolerance={arguments.tolerance}",
+                   f"--ranks_tolerance={arguments.ranks_tolerance}", f"--logits={folder}/logits",
+                   f"--policy={arguments.policy}", "--nosame_top" if is_golden else "--same_top"]
+        command += ["--share_gpu"] if arguments.share_gpu else []
         if not arguments.cpu:
             command = [word for word in command if not word.startswith("--logits=")] + ["--nocpu"]
+        if arguments.policy_parameters:
+            command.append(f"--policy_parameters={arguments.policy_parameters}")
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit_s)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -140,11 +149,13 @@ def run_one(arguments, model: Path, tokens: Path, peer: Transformers) -> bool:
         if arguments.output:
             with open(arguments.output, "a", encoding="utf-8") as output:
                 output.writelines(json.dumps(make_row(tokens.stem, row, arguments)) + "\n" for row in rows)
-        if peer.why_not or not arguments.cpu:
+        if peer.why_not or arguments.policy != "dense" or not arguments.cpu:
             return ok
         wanted = peer.logits(model, [int(word) for word in tokens.read_text().split()])
         top = max(range(len(wanted)), key=wanted.__getitem__)
         for name, ours in (("device", rows[0]["top"]), ("reference", rows[0]["reference_top"])):
+            if not (Path(folder) / f"logits.{name}.f32").is_file():
+                continue  # the device was its own reference
             error = relative_error(read_logits(Path(folder) / f"logits.{name}.f32"), wanted)
             fits = error <= arguments.logits_tolerance and (is_golden or ours == top)
             print(f"  {name:9s} against transformers {peer.version}: logits {error:.4g}, top {ours} ({top}): "
@@ -192,13 +203,17 @@ def main() -> int:
     making.add_argument("--output", type=Path, required=True)
     making.add_argument("--longest", action="store_true", help="the longest prompt of each file of eval/, not the shortest")
     running.add_argument("--tokens", type=Path, required=True, help="folder that prompts wrote")
-    running.add_argument("--device", default="cuda:0", help="cuda:N, or cpu in bf16")
-    running.add_argument("--gpus", type=int, default=1, help="over 1: so many from --device on share each prompt, too")
-    running.add_argument("--share_gpu", action="store_true", help="they are threads that share --device")
-    running.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=True, help="hold one GPU against the CPU, too (yes)")
-    running.add_argument("--linear", choices=["auto", "bf16", "fp8"], default="auto", help="fp8 needs other tolerances")
+    running.add_argument("--device", default="cuda:0", help="cuda:N, or cpu")
+    running.add_argument("--ranks", default="1", help="over 1: so many share each prompt, too; 2,4,8: each of these")
+    running.add_argument("--share_gpu", action="store_true", help="of GPU ranks: they are threads that share --device")
+    running.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=True, help="hold one rank against the CPU, too (yes)")
+    running.add_argument("--partition", choices=["all", "contiguous", "zigzag", "striped"], default="all", help="of several ranks")
+    running.add_argument("--linear", choices=["auto", "bf16", "fp8", "f32"], default="auto",
+                         help="fp8 needs other tolerances; f32: of a CPU, its ranks against one")
+    running.add_argument("--policy", default="dense", help="attention policy; one that a CPU has not needs --ranks")
+    running.add_argument("--policy_parameters", default="", help="of the policy: name=value,...")
     running.add_argument("--tolerance", type=float, default=2e-2)
-    running.add_argument("--gpus_tolerance", type=float, default=1e-3)
+    running.add_argument("--ranks_tolerance", type=float, default=1e-3)
     running.add_argument("--logits_tolerance", type=float, default=3e-2)
     running.add_argument("--limit_s", type=float, default=300, help="for each prompt")
     running.add_argument("--output", type=Path, help="file that every comparison is added to, as JSON")

@@ -1,4 +1,4 @@
-"""Tests of prefill_parity and its driver on a golden model, the CPU's bf16 standing for a device's."""
+"""Tests of prefill_parity and its driver on a golden model: the CPU's bf16 stands for a device's, its ranks for GPUs."""
 
 import json
 import os
@@ -56,27 +56,69 @@ class PrefillParityTest(unittest.TestCase):
         self.assertEqual(done.returncode, 2)
         self.assertIn("token id 256 is not below the vocabulary's 256", done.stderr)
         self.assertEqual(self.parity("--tokens=/nonexistent").returncode, 2)
-        done = self.parity(f"--tokens={self.tokens}", "--gpus=2")
-        self.assertEqual(done.returncode, 2)
-        self.assertIn("--gpus=2 with --device=cpu", done.stderr)
+        for flag, wanted in (("--linear=fp8", "a CPU computes in bf16 or f32"), ("--linear=f32", "no other prefill to compare"),
+                             ("--policy=probe", "its block lists are made on GPUs"), ("--ranks=65", "--ranks: over 64")):
+            done = self.parity(f"--tokens={self.tokens}", flag)
+            self.assertEqual(done.returncode, 2)
+            self.assertIn(wanted, done.stderr)
+
+    def shared(self, *flags):
+        """Rows of two ranks, and of eight with a block of tokens each; the last block is short."""
+        tokens = self.folder / "long"
+        tokens.write_text(" ".join(str(i * i // 7 % 256) for i in range(7 * 256 + 100)))
+        done = self.parity(f"--tokens={tokens}", "--linear=f32", "--ranks=2,8", *flags)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        ways = [(ranks, partition, strategy) for ranks in (2, 8) for partition in ("contiguous", "zigzag", "striped")
+                for strategy in ("allgather", "sparse", "ring")]
+        self.assertEqual([(row["ranks"], row["partition"], row["strategy"]) for row in rows], ways)
+        for row in rows:
+            self.assertEqual(row["reference"], "one rank")
+            self.assertLess(row["kv_error"], 1e-5)
+            self.assertGreater(row["exchange_bytes"], 0)
+        return {way: row for way, row in zip(ways, rows, strict=True)}
+
+    def test_ranks_of_a_cpu_agree_with_one(self):
+        rows = self.shared()
+        # Their sums are in another order.
+        self.assertGreater(max(row["kv_error"] for row in rows.values()), 0)
+        for (ranks, partition, strategy), row in rows.items():
+            self.assertEqual(row["density"], 1)
+            if strategy == "sparse":
+                self.assertTrue(row["equals_allgather"])
+                # Keys behind a rank's last query stay where they are.
+                self.assertLessEqual(row["exchange_bytes"], rows[ranks, partition, "allgather"]["exchange_bytes"])
+
+    def test_one_partition_alone(self):
+        done = self.parity(f"--tokens={self.tokens}", "--linear=f32", "--ranks=2", "--partition=striped")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual([json.loads(line)["partition"] for line in done.stdout.splitlines()], 3 * ["striped"])
+
+    def test_ranks_of_a_cpu_agree_where_attention_is_sparse(self):
+        rows = self.shared("--policy=a_shape", "--policy_parameters=sink_tokens=128,window_tokens=200")
+        for (ranks, partition, strategy), row in rows.items():
+            self.assertLess(row["density"], 0.5)
+            if strategy == "sparse":
+                self.assertTrue(row["equals_allgather"])
+                self.assertLess(row["exchange_bytes"], rows[ranks, partition, "allgather"]["exchange_bytes"])
 
     def test_the_driver_judges_every_row(self):
-        row = {"model": "m", "tokens": 167, "device": "GPU", "linear": "bf16", "gpus": 1, "reference": "CPU, f32", "k_errors": [1e-3],
-               "v_errors": [1e-3], "kv_error": 1e-3, "logits_error": 1e-3, "top": 1, "reference_top": 1, "tolerance": 1, "ok": True}
-        shared = {**row, "gpus": 2, "partition": "striped", "strategy": "ring", "reference": "one GPU"}
+        row = {"model": "m", "tokens": 167, "device": "GPU", "linear": "bf16", "policy": "dense", "ranks": 1,
+               "reference": "CPU, f32", "k_errors": [1e-3], "v_errors": [1e-3], "kv_error": 1e-3, "logits_error": 1e-3, "top": 1, "reference_top": 1, "tolerance": 1, "ok": True}
+        shared = {**row, "ranks": 2, "partition": "striped", "strategy": "ring", "reference": "one rank"}
 
         def drive(status, *rows):
             program = self.folder / "program"
             program.write_text("#!/bin/sh\ncat <<'E'\n" + "\n".join(map(json.dumps, rows)) + f"\nE\nexit {status}\n")
             program.chmod(0o755)
             return self.run_words(sys.executable, "-S", DRIVER, "run", GOLDEN, "--tokens", self.folder, "--program", program,
-                                  "--gpus=2", "--output", self.folder / "rows.jsonl")
+                                  "--ranks=2", "--output", self.folder / "rows.jsonl")
 
         near = drive(0, row, shared)
         self.assertEqual(near.returncode, 0, near.stdout + near.stderr)
-        self.assertIn("2 GPUs, striped, ring", near.stdout)
+        self.assertIn("2 ranks, striped, ring", near.stdout)
         rows = [json.loads(line) for line in (self.folder / "rows.jsonl").read_text().splitlines()]
-        self.assertEqual([made["params"]["gpus"] for made in rows], [1, 2])
+        self.assertEqual([made["params"]["ranks"] for made in rows], [1, 2])
         self.assertEqual(rows[1]["params"]["partition"], "striped")
         self.assertEqual(rows[1]["metrics"]["k_error"], 1e-3)
         far = drive(1, row, {**shared, "ok": False})

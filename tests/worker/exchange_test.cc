@@ -4,6 +4,7 @@
 #include <numeric>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -223,6 +224,27 @@ TEST_F(ExchangeTest, GlooMovesWhatThreadsDo) {
         EXPECT_EQ(group->logits, expected->logits);
         EXPECT_NE(stores[1].Find("test", 0, 2, 0), nullptr);
       }
+    }
+  }
+}
+
+// Also prompts of fewer blocks than ranks: some have no tokens.
+TEST_F(ExchangeTest, FourAndEightRanksOverGlooAgreeWithOne) {
+  GlooGroups groups;
+  int formed = 0;
+  const auto over_gloo = [&](GroupRun run) {
+    const std::string name = absl::StrCat("group", ++formed);
+    run.join = [&groups, name, world = run.world_size](int rank) {
+      return groups.Join(name, rank, world, absl::Seconds(20)).value();
+    };
+    return run;
+  };
+  for (const int world : {4, 8}) {
+    for (const auto partition : kPartitions) {
+      ExpectParity(*model_, 40, world, partition, over_gloo, 0, 1e-5);
+      ExpectParity(
+          *model_, 1501, world, partition, [&](GroupRun run) { return AShape(over_gloo(std::move(run))); }, 0,
+          1e-5);
     }
   }
 }

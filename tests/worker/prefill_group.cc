@@ -89,6 +89,10 @@ std::unique_ptr<GroupResult> RunGroup(const Model& model, absl::Span<const int32
     });
   }
   for (std::thread& thread : threads) thread.join();
+  // Gloo takes up to 10 ms for each connection that it closes.
+  std::vector<std::thread> leaving;
+  for (auto& endpoint : endpoints) leaving.emplace_back([&endpoint] { endpoint.reset(); });
+  for (std::thread& thread : leaving) thread.join();
   for (const KvDigest& digest : digests) group->digest.Merge(digest);
   for (const PrefillResult& result : group->results) {
     if (result.top.empty()) continue;
