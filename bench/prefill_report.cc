@@ -264,6 +264,11 @@ std::string TableTitle(const PrefillReport& r, const PrefillBenchOptions& o) {
       absl::StrAppend(&text, "; without attention, which --attention_tflops adds\n");
     }
   }
+  if (r.predicted.has_value()) {
+    absl::StrAppend(&text,
+                    "predicted: the planner's cost model, at the speed that a worker here measures at its "
+                    "start\n");
+  }
   absl::StrAppend(&text, "peak: ",
                   on_gpu ? "most memory of the device in use, CUDA's own and other processes' too, looked at "
                            "every 5 ms"

@@ -139,6 +139,7 @@ TEST(PrefillReportTest, PredictionStandsBesideTheMeasurement) {
             R"({"ttft_s":3.5,"error":-0.125,"linear_s":2.0,"attention_s":1.0,"exchange_s":1.25,)"
             R"("exposed_s":0.5,"egress_s":0.25})");
   EXPECT_EQ(Columns(report).at("predicted s"), "3.5");
+  EXPECT_THAT(TableTitle(report, {}), HasSubstr("predicted: the planner's"));
 }
 
 TEST(PrefillReportTest, EmulatedGpusAreCalledSo) {
