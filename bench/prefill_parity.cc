@@ -342,6 +342,9 @@ absl::Status Parse(absl::Span<const std::string> arguments, ParityOptions* optio
     return absl::InvalidArgumentError(absl::StrCat("--policy=", options->device.policy.name,
                                                    " with --device=cpu: its block lists are made on GPUs"));
   }
+  if (options->device.share_gpu && (options->on_cpu() || !options->shares())) {
+    return absl::InvalidArgumentError("--share_gpu: wants ranks on a GPU, --ranks=2 or more");
+  }
   if (options->on_cpu() && options->device.linear == "fp8") {
     return absl::InvalidArgumentError("--linear=fp8 with --device=cpu: a CPU computes in bf16 or f32");
   }

@@ -32,6 +32,11 @@ class PrefillParityTest(unittest.TestCase):
     def test_prompts_are_the_golden_ones(self):
         self.assertEqual(len(self.tokens.read_text().split()), 167)
 
+    def test_ranks_that_share_a_gpu_need_one(self):
+        done = self.parity(f"--tokens={self.tokens}", "--ranks=2", "--share_gpu")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("--share_gpu", done.stderr)
+
     def test_bf16_is_near_f32_but_not_equal(self):
         done = self.parity(f"--tokens={self.tokens}", f"--logits={self.folder}/logits")
         self.assertEqual(done.returncode, 0, done.stderr)
