@@ -4,7 +4,7 @@
     plot_prefill.py [ROWS.jsonl ...] [--device H100] --output prefill.png
 
 One line a series (device, model, GPUs, partition, strategy, policy, linear layers, sink, checkpoints), dashed its floor, points its peers. Of rows with equal
-parameters the last one counts; rows of packed prompts (bench/packed_bench.py) are left out. Needs matplotlib (pip install
+parameters the last one counts; rows of packed prompts (bench/packed_bench.py) and of skipped lengths are left out. Needs matplotlib (pip install
 matplotlib); exit status 2 where it is missing.
 """
 
@@ -21,7 +21,8 @@ def series_name(row: dict, show_device: bool) -> str:
     params = row["params"]
     name = f"{params['model']}, {params['policy']}"
     if params.get("gpus", 0) > 1:
-        name += f", {params['gpus']} GPUs ({params['partition']}, {params['strategy']})"
+        emulated = " emulated" if params.get("emulated") else ""
+        name += f", {params['gpus']}{emulated} GPUs ({params['partition']}, {params['strategy']})"
     if params.get("density_mode") == "forced":
         name += f" at {row['metrics']['density']:.2g}"
     name += f", {params['linear']}" + {"verify": ", KV verified", "memory": ", KV kept"}.get(params.get("sink"), "")
@@ -41,6 +42,8 @@ def read_series(paths: list, device: str = "") -> dict:
                     raise ValueError(f"bench is {row['bench']!r}")
                 if row["params"].get("case") == "packed":
                     continue  # many prompts, of many lengths
+                if "skipped" in row:
+                    continue  # the device does not hold it
                 row["metrics"]["ttft_s"], row["params"]["tokens"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}:{number}: not a prefill row ({error})") from error

@@ -32,7 +32,7 @@ def way_of(row: dict) -> tuple:
     """How it was run."""
     params = row["params"]
     return (params.get("gpus", 0), bool(params.get("emulated")), params.get("strategy", ""), params.get("partition", ""),
-            params.get("sink", ""), params.get("checkpoint_layers", 0))
+            params.get("sink", ""), params.get("checkpoint_layers", 0), params.get("link_gbytes_per_s", 0))
 
 
 def read_rows(paths: list, device: str) -> dict:

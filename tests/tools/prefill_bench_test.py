@@ -120,6 +120,12 @@ class ReadSeriesTest(unittest.TestCase):
         series = self.read(packed, {**ROW, "params": {**params, "tokens": 5}})
         self.assertEqual([[row["params"]["tokens"] for row in rows] for rows in series.values()], [[5]])
 
+    def test_skipped_lengths_are_left_out_and_emulated_groups_are_called_so(self):
+        params = {"model": "m", "policy": "dense", "linear": "bf16", "tokens": 5, "gpus": 2, "partition": "zigzag", "strategy": "ring"}
+        skipped = {**ROW, "params": {**params, "tokens": 9}, "metrics": {"planned_device_bytes": 9}, "skipped": "too large"}
+        series = self.read(skipped, {**ROW, "params": params}, {**ROW, "params": {**params, "emulated": True}})
+        self.assertEqual(sorted(series), ["m, dense, 2 GPUs (zigzag, ring), bf16", "m, dense, 2 emulated GPUs (zigzag, ring), bf16"])
+
     def test_series_differ_in_all_that_the_runs_did(self):
         params = {"model": "m", "policy": "dense", "linear": "bf16", "tokens": 5}
         group = {**params, "gpus": 2, "partition": "zigzag", "strategy": "ring"}
