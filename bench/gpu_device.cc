@@ -270,12 +270,6 @@ absl::Status FormGroup(const PrefillBenchOptions& options, std::vector<Rank>* ra
   return absl::OkStatus();
 }
 
-EmulatedLink LinkOf(const PrefillBenchOptions& options) {
-  const LinkRates usual = DefaultLinkRates(true);
-  return {options.link_gbytes_per_s > 0 ? 1e9 * options.link_gbytes_per_s : usual.link_bytes_per_s,
-          usual.exchange_step_s};
-}
-
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<PrefillDevice>> OpenGpu(const PrefillBenchOptions& options) {
@@ -301,7 +295,9 @@ absl::StatusOr<std::unique_ptr<PrefillDevice>> OpenGpu(const PrefillBenchOptions
   if (ranks.size() > 1) HW_RETURN_IF_ERROR(FormGroup(options, &ranks));
   HW_RETURN_IF_ERROR(FromCuda(cudaSetDevice(options.gpu), flag));
   std::optional<EmulatedLink> emulated;
-  if (options.emulate) emulated = LinkOf(options);
+  if (options.emulate) {
+    emulated = EmulatedLink{1e9 * options.link_gbytes_per_s, DefaultLinkRates(true).exchange_step_s};
+  }
   return std::make_unique<GpuDevice>(options, std::move(ranks), properties.name, free, emulated);
 }
 

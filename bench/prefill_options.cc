@@ -13,6 +13,7 @@
 #include "base/flags.h"
 #include "base/status_macros.h"
 #include "model/presets.h"
+#include "worker/calibration.h"
 
 namespace headwater {
 namespace {
@@ -195,8 +196,11 @@ absl::Status CheckMeasureRecall(const PrefillBenchOptions& o) {
 }
 
 // Of what the others would say of their own rows there is nothing.
-absl::Status CheckEmulate(const PrefillBenchOptions& o) {
+absl::Status CheckEmulate(PrefillBenchOptions* options) {
+  const PrefillBenchOptions& o = *options;
   if (!o.emulate) return absl::OkStatus();
+  // Rows are to name it.
+  if (o.link_gbytes_per_s == 0) options->link_gbytes_per_s = DefaultLinkRates(true).link_bytes_per_s / 1e9;
   const char* why = nullptr;
   if (o.gpus == 1) why = "one GPU has no others; --gpus=2 or more is wanted";
   if (o.quality.any()) why = "a quality depends on all ranks' recall";
@@ -219,7 +223,7 @@ absl::Status Check(const FlagSet& flags, PrefillBenchOptions* o) {
     return absl::InvalidArgumentError(
         "--device=cpu: random weights are made on a GPU; a CPU needs --model=DIR");
   }
-  HW_RETURN_IF_ERROR(CheckEmulate(*o));
+  HW_RETURN_IF_ERROR(CheckEmulate(o));
   if (!on_gpu && o->gpus > 1) {
     return absl::InvalidArgumentError(absl::StrCat("--gpus=", o->gpus, " with --device=cpu"));
   }

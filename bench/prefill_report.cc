@@ -138,8 +138,8 @@ Json ParamsOf(const PrefillReport& r, const PrefillBenchOptions& options) {
   if (r.gpus > 1) {
     params["partition"] = options.partition;
     params["strategy"] = options.strategy;
-    if (options.emulate) params["emulated"] = true;
-    if (options.emulate && options.link_gbytes_per_s > 0) {
+    if (options.emulate) {
+      params["emulated"] = true;
       params["link_gbytes_per_s"] = options.link_gbytes_per_s;
     }
     if (options.checkpoint_layers > 0) params["checkpoint_layers"] = options.checkpoint_layers;

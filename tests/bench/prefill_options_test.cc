@@ -182,6 +182,9 @@ TEST(PrefillBenchOptionsTest, EmulationWantsRanksThatNeedNothingOfEachOther) {
   EXPECT_TRUE(options.emulate);
   EXPECT_EQ(options.gpus, 8);
   EXPECT_DOUBLE_EQ(options.link_gbytes_per_s, 250);
+  options = {};
+  ASSERT_TRUE(ParsePrefillBenchOptions({"--emulate", "--gpus=8"}, &options, &help).ok());
+  EXPECT_DOUBLE_EQ(options.link_gbytes_per_s, 100);  // as workers
   EXPECT_THAT(ErrorOf({"--emulate"}), AllOf(HasSubstr("--emulate"), HasSubstr("--gpus=2 or more")));
   EXPECT_THAT(ErrorOf({"--emulate", "--gpus=2", "--measure_recall"}), HasSubstr("--emulate: recall"));
   EXPECT_THAT(ErrorOf({"--emulate", "--gpus=2", "--policy=headwater", "--max_density=0.1"}),
