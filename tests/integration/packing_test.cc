@@ -63,8 +63,18 @@ class PackingServiceTest : public ::testing::Test {
   void AwaitLeave() {
     absl::MutexLock lock(&mutex_);
     const auto left = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return passes_left_ > 0; };
+    ++passes_held_;
     EXPECT_TRUE(mutex_.AwaitWithTimeout(absl::Condition(&left), absl::Seconds(30)));
+    --passes_held_;
     --passes_left_;
+  }
+  // Until a pass has its prompts and waits for leave: the worker can't end what runs before it is given.
+  void AwaitAHeldPass() {
+    absl::MutexLock lock(&mutex_);
+    const auto held = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+      return passes_held_ > 0 && passes_left_ <= 0;
+    };
+    EXPECT_TRUE(mutex_.AwaitWithTimeout(absl::Condition(&held), absl::Seconds(30)));
   }
   void SetPassesLeft(int passes) {
     absl::MutexLock lock(&mutex_);
@@ -82,6 +92,7 @@ class PackingServiceTest : public ::testing::Test {
 
   absl::Mutex mutex_;
   int passes_left_ ABSL_GUARDED_BY(mutex_) = 1'000'000;
+  int passes_held_ ABSL_GUARDED_BY(mutex_) = 0;
   std::unique_ptr<Cluster> cluster_;
   PackingBackend* backend_ = nullptr;
   std::unique_ptr<Worker> worker_;
@@ -150,6 +161,7 @@ TEST_F(PackingServiceTest, AClientThatGoesAwayFreesTheWorkerOfAllItsPrompts) {
     while (reader->Read(&event) && !event.response().has_completed()) {
     }
     EXPECT_TRUE(event.response().has_completed());
+    AwaitAHeldPass();
     EXPECT_GT(RequestsAtTheWorker(), 0u);
     context.TryCancel();
     SetPassesLeft(1'000'000);
@@ -180,6 +192,7 @@ TEST_F(PackingServiceTest, ADrainEndsWhatRunsAndTheRestWaitsForAnotherWorker) {
   while (completed.empty() && reader->Read(&event)) {
     if (event.response().has_completed()) completed.insert(event.item());
   }
+  AwaitAHeldPass();
   bool drained = false;
   std::thread drain([&] { drained = worker_->Drain(absl::Seconds(30)); });
   // The drain has begun when the worker gives back what waited there for the next pass.
