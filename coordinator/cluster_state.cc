@@ -11,6 +11,7 @@
 #include "base/log.h"
 #include "base/rpc/grpc_status.h"
 #include "coordinator/job.h"
+#include "coordinator/registration.h"
 
 namespace headwater {
 namespace {
@@ -63,7 +64,7 @@ std::vector<PlanWorker> ForPlanner(const std::vector<const Worker*>& workers, co
     planned.worker_id = registration.worker_id();
     planned.memory = registration.memory();
     planned.max_world_size = registration.max_world_size();
-    planned.rates = registration.rates();
+    planned.rates = RatesOf(*worker);
     planned.device = registration.device().substr(0, registration.device().find(':'));
     for (const int strategy : registration.strategies())
       planned.strategies.push_back(static_cast<v1::Strategy>(strategy));
@@ -173,6 +174,43 @@ bool ClusterState::SetDraining(Worker* worker) {
   return true;
 }
 
+v1::ComputeRates RatesOf(const Worker& worker) {
+  v1::ComputeRates rates = worker.registration.rates();
+  if (worker.found.link_bytes_per_s() > 0) rates.set_link_bytes_per_s(worker.found.link_bytes_per_s());
+  if (worker.found.egress_bytes_per_s() > 0) rates.set_egress_bytes_per_s(worker.found.egress_bytes_per_s());
+  return rates;
+}
+
+void ClusterState::FoundLinks(Worker* worker, const v1::LinkRates& links, absl::Time now) {
+  const v1::ComputeRates known = RatesOf(*worker);
+  if (links.link_bytes_per_s() > 0 && known.link_bytes_per_s() > 0 && IsRate(links.link_bytes_per_s())) {
+    worker->found.set_link_bytes_per_s(links.link_bytes_per_s());
+    worker->link_until = now + kLinksHold;
+    ++version_;
+  }
+  const double egress = links.egress_bytes_per_s();
+  if (egress <= 0 || known.egress_bytes_per_s() <= 0 || !IsRate(egress)) return;
+  if (!links.egress_waited() && egress <= known.egress_bytes_per_s()) return;
+  worker->found.set_egress_bytes_per_s(egress);
+  worker->egress_until = now + kLinksHold;
+  ++version_;
+}
+
+void ClusterState::ForgetLinks(absl::Time now) {
+  bool forgot = false;
+  for (auto& [id, worker] : workers_) {
+    if (worker.found.link_bytes_per_s() > 0 && worker.link_until <= now) {
+      worker.found.clear_link_bytes_per_s();
+      forgot = true;
+    }
+    if (worker.found.egress_bytes_per_s() > 0 && worker.egress_until <= now) {
+      worker.found.clear_egress_bytes_per_s();
+      forgot = true;
+    }
+  }
+  if (forgot) ++version_;
+}
+
 size_t ClusterState::NumDraining() const {
   return static_cast<size_t>(std::count_if(workers_.begin(), workers_.end(),
                                            [](const auto& entry) { return entry.second.draining; }));
@@ -277,6 +315,7 @@ v1::WorkerSummary ClusterState::Summarize(const Worker& worker, absl::Time now) 
   out.set_num_tokens(worker.held_tokens);
   out.set_kv_unacked_bytes(worker.kv_unacked_bytes);
   out.set_draining(worker.draining);
+  if (worker.registration.has_rates()) *out.mutable_rates() = RatesOf(worker);
   return out;
 }
 

@@ -52,6 +52,11 @@ struct Worker {
   // two tenants' requests of one id do not meet at a worker.
   std::map<std::string, HeldJob> held;
   uint64_t held_tokens = 0;
+  // The planner goes by these in place of the registration's rates until then; see
+  // ClusterState::FoundLinks().
+  absl::Time link_until = absl::InfinitePast();
+  absl::Time egress_until = absl::InfinitePast();
+  v1::LinkRates found;
   // The job that it took last. It keeps no checkpoint of an earlier one.
   uint64_t last_serial = 0;
 
@@ -66,6 +71,12 @@ struct Worker {
   // False: it does not have this job.
   bool Release(const std::string& request_id, uint64_t serial, absl::Time now);
 };
+
+// A link that was slow once, and that the planner avoids for it, is tried again after this long.
+inline constexpr absl::Duration kLinksHold = absl::Minutes(10);
+
+// As registered, with what was found since.
+v1::ComputeRates RatesOf(const Worker& worker);
 
 // What a prompt asks of its workers.
 struct WorkerNeeds {
@@ -120,6 +131,11 @@ class ClusterState {
   // It gets nothing new from now on. False: it did not before.
   bool SetDraining(Worker* worker);
   size_t NumDraining() const;
+  // A worker has measured links: the planner takes them for kLinksHold, then what was registered. Rates that
+  // are out of range, or of a worker that registered none, mean nothing.
+  void FoundLinks(Worker* worker, const v1::LinkRates& links, absl::Time now);
+  // Forgets what is older.
+  void ForgetLinks(absl::Time now);
   // Changes whenever LivingWorkers() may.
   uint64_t version() const { return version_; }
 

@@ -144,6 +144,8 @@ absl::Status CheckPacking(const v1::WorkerRegistration& registration) {
 
 }  // namespace
 
+bool IsRate(double value) { return value >= kLeastRate && value <= kMostRate; }
+
 absl::Status CheckRegistration(const v1::WorkerRegistration& registration) {
   HW_RETURN_IF_ERROR(Version(registration.protocol_version()));
   HW_RETURN_IF_ERROR(Text("worker_id", registration.worker_id()));

@@ -18,6 +18,9 @@ namespace headwater {
 inline constexpr uint32_t kMaxPackedPrompts = 256;
 inline constexpr uint64_t kMaxPackedTokens = uint64_t{1} << 20;
 
+// Of FLOP or bytes a second: possible at all. NaN is not.
+bool IsRate(double value);
+
 // INVALID_ARGUMENT, BAD_FIELD: an id, address, model shape, memory model, rate or packed pass out of range.
 // FAILED_PRECONDITION, BAD_FIELD: another protocol version.
 absl::Status CheckRegistration(const v1::WorkerRegistration& registration);

@@ -194,6 +194,7 @@ void Scheduler::TickPeers(absl::Time now) {
                              absl::StrCat("worker ", id, " has not been heard of for ",
                                           absl::FormatDuration(silence))));
   }
+  cluster_.ForgetLinks(now);
   auto& nodes = cluster_.decode_nodes();
   for (auto it = nodes.begin(); it != nodes.end();) {
     DecodeNode& node = it->second;

@@ -155,6 +155,7 @@ class Scheduler {
   void OpenSession(Job& job);
   void OnOpened(uint64_t serial, const absl::Status& status);
   void AssignRanks(Job& job);
+  bool MeasuresLinks(const Job& job) const;
   v1::PrefillAssignment MakeAssignment(const Job& job, uint32_t rank, const std::string& rendezvous) const;
   void OnRankProgress(Worker& worker, const v1::RankProgress& progress);
   void OnRankCompleted(Worker& worker, const v1::RankCompleted& completed);

@@ -136,11 +136,24 @@ v1::PrefillAssignment Scheduler::MakeAssignment(const Job& job, uint32_t rank,
   out.set_traceparent(job.prepared.trace.Traceparent());
   out.set_tracestate(job.prepared.trace.state);
   if (job.resume.has_value()) *out.mutable_resume() = job.resume->point;
+  out.set_measure_links(MeasuresLinks(job));
   if (job.deadline != absl::InfiniteFuture()) {
     out.set_deadline_ms(
         static_cast<uint64_t>(std::max<int64_t>(1, absl::ToInt64Milliseconds(job.deadline - clock_->Now()))));
   }
   return out;
+}
+
+// Where all ranks can, and of one at least the last measurement is forgotten.
+bool Scheduler::MeasuresLinks(const Job& job) const {
+  if (job.ranks.size() < 2) return false;
+  bool known = true;
+  for (const Rank& rank : job.ranks) {
+    const auto worker = cluster_.workers().find(rank.worker_id);
+    if (worker == cluster_.workers().end() || !worker->second.registration.measures_links()) return false;
+    known = known && worker->second.found.link_bytes_per_s() > 0;
+  }
+  return !known;
 }
 
 void Scheduler::AssignRanks(Job& job) {
@@ -228,6 +241,7 @@ void Scheduler::OnRankCompleted(Worker& worker, const v1::RankCompleted& complet
   AddRankTimeline(*job, completed.rank(), completed.trace(), clock_->Now(), &job->epoch_traces.back());
   rank->completed = completed;
   rank->completed.clear_trace();
+  if (valid.ok()) cluster_.FoundLinks(&worker, completed.links(), clock_->Now());
   BoundLayers(*job, rank->completed.mutable_layer_densities(), rank->completed.mutable_layer_recalls());
   rank->state = valid.ok() ? Rank::State::kCompleted : Rank::State::kStopped;
   ReleaseWorker(rank->worker_id, *job);

@@ -34,7 +34,7 @@ inline constexpr absl::Duration kSettleTime = absl::Seconds(2);
 absl::StatusOr<ComputeSpeed> SpeedOf(const ModelConfig& config, int64_t num_tokens,
                                      const PrefillResult& result);
 
-// What cannot be measured alone.
+// What cannot be measured alone: assumed until a group, or a KV stream, has worked (link_probe.h).
 struct LinkRates {
   double link_bytes_per_s = 0;
   double egress_bytes_per_s = 0;

@@ -11,6 +11,7 @@
 #include "base/trace_context.h"
 #include "kernels/ops/linear.h"
 #include "worker/assignment_queue.h"
+#include "worker/link_probe.h"
 #include "worker/prefill.h"
 #include "worker/rank_trace.h"
 #include "worker/ring_attention.h"
@@ -194,6 +195,7 @@ v1::ConnectRequest PrefillExecutor::Report(const v1::PrefillAssignment& assignme
   v1::ConnectRequest message;
   FillCompleted(*job, outcome->result, outcome->sent, outcome->egress_tail, total,
                 message.mutable_completed());
+  FillLinks(*outcome, total, message.mutable_completed());
   *message.mutable_completed()->mutable_trace() =
       MakeRankTrace(outcome->result.layers, outcome->sent_layers, outcome->received, start, start + total);
   options_.metrics->prompt_tokens.Increment(static_cast<double>(NumTokens(job->local())));
@@ -241,6 +243,20 @@ v1::ConnectRequest PrefillExecutor::Run(const v1::PrefillAssignment& assignment,
   options_.metrics->planned_bytes.Set(0);
   options_.metrics->checkpoint_bytes.Set(static_cast<double>(checkpoints_.bytes()));
   return Report(assignment, &*job, outcome, start);
+}
+
+void PrefillExecutor::FillLinks(const Outcome& outcome, absl::Duration total,
+                                v1::RankCompleted* completed) const {
+  EgressRate egress;
+  if (options_.measure_egress) {
+    egress = MeasureEgress(outcome.sent.bytes_acked, outcome.sent_layers, outcome.result.egress_stall,
+                           outcome.egress_tail, total);
+  }
+  if (outcome.result.link_bytes_per_s <= 0 && egress.bytes_per_s <= 0) return;
+  v1::LinkRates* const links = completed->mutable_links();
+  links->set_link_bytes_per_s(outcome.result.link_bytes_per_s);
+  links->set_egress_bytes_per_s(egress.bytes_per_s);
+  links->set_egress_waited(egress.waited);
 }
 
 GroupSpec PrefillExecutor::SpecOf(const v1::PrefillAssignment& assignment, const PrefillJob& job) const {
@@ -303,6 +319,7 @@ absl::Status PrefillExecutor::RunWithSender(const v1::PrefillAssignment& assignm
   context.group = &spec;
   context.checkpoints = &checkpoints_;
   context.checkpoint_layers = options_.checkpoint_layers;
+  context.measure_link = assignment.measure_links() && collectives != nullptr;
   absl::Status status;
   {
     const JobControl::CancelHook hook(control, [&] {

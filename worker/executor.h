@@ -32,7 +32,8 @@ struct ExecutorOptions {
   std::string worker_id;
   int num_threads = 1;  // of the calling thread's OpenMP team
   int kv_channels = 2;
-  int checkpoint_layers = 0;  // see PrefillContext
+  int checkpoint_layers = 0;   // see PrefillContext
+  bool measure_egress = true;  // what the KV streams carry is reported
   absl::Duration collective_timeout = absl::Seconds(30);
   absl::Duration kv_stall_timeout = absl::Seconds(30);
   WorkerMetrics* metrics = nullptr;
@@ -87,6 +88,7 @@ class PrefillExecutor final : public AssignmentRunner {
   // `job` must outlive the context.
   PrefillContext MakeContext(const PrefillJob& job, KvSender* sender, JobControl* control,
                              std::function<void(const v1::RankProgress&)> progress) const;
+  void FillLinks(const Outcome& outcome, absl::Duration total, v1::RankCompleted* completed) const;
   // `job` may be null where the outcome is an error.
   v1::ConnectRequest Report(const v1::PrefillAssignment& assignment, const PrefillJob* job,
                             const absl::StatusOr<Outcome>& outcome, absl::Time start);

@@ -141,10 +141,11 @@ void Declare(WorkerOptions* o, FlagSet* flags) {
   GigabytesPerSecond(
       "link_gbytes_per_s", &o->link_gbytes_per_s,
       "what this worker gets from others of a group, in 1e9 bytes a second, for the cost model; "
-      "0: 1 on a CPU, 100 on a GPU",
+      "0: 1 on a CPU, 100 on a GPU, and what its groups measure from then on",
       flags);
   GigabytesPerSecond("egress_gbytes_per_s", &o->egress_gbytes_per_s,
-                     "what this worker sends to a decode node, likewise; 0: 0.75 on a CPU, 7.2 on a GPU",
+                     "what this worker sends to a decode node, likewise; 0: 0.75 on a CPU, 7.2 on a GPU, and "
+                     "what its streams carry from then on",
                      flags);
   flags->Duration("collective_timeout", &o->collective_timeout, absl::Milliseconds(100), most,
                   "how long a peer may stay away, besides the time that a slow machine needs");

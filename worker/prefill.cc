@@ -15,6 +15,7 @@
 #include "worker/agreement.h"
 #include "worker/egress.h"
 #include "worker/layer_kv.h"
+#include "worker/link_probe.h"
 #include "worker/ring.h"
 #include "worker/ring_attention.h"
 
@@ -72,6 +73,7 @@ class PrefillLoop {
     HW_RETURN_IF_ERROR(
         AgreeOnPlan(job_, absl::StrCat(context_.model->fingerprint(), " ", kernels::NameOf(compute_)),
                     context_.collectives, context_.control, &checkpoint_layers_));
+    HW_RETURN_IF_ERROR(ProbeLink());
     HW_RETURN_IF_ERROR(job_.resume.has_value() ? Resume() : Embed());
     if (TakesCheckpoints()) {
       context_.checkpoints->Begin(job_.request_id, job_.epoch, job_.rank, job_.partition,
@@ -115,6 +117,15 @@ class PrefillLoop {
     if (plan.selection > 0) exchange_.selection = reinterpret_cast<uint64_t*>(arena->Take(plan.selection));
     logits_ = reinterpret_cast<float*>(arena->Take(plan.logits));
     return egress;
+  }
+
+  absl::Status ProbeLink() {
+    if (!context_.measure_link || context_.collectives == nullptr) return absl::OkStatus();
+    const JobControl::Waiting waiting(context_.control);
+    const absl::StatusOr<double> rate = MeasureLink(context_.collectives);
+    if (!rate.ok()) return CollectiveError(rate.status(), *context_.control);
+    result_.link_bytes_per_s = *rate;
+    return absl::OkStatus();
   }
 
   bool HoldsLastToken() const { return !segments_.empty() && segments_.back().range.end == num_tokens_; }

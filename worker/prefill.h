@@ -80,6 +80,7 @@ struct PrefillContext {
   JobControl* control = nullptr;
   CheckpointStore* checkpoints = nullptr;  // null: the job has no resume point, and none are taken
   int checkpoint_layers = 0;               // before every multiple of its ranks' largest; 0 on one: none
+  bool measure_link = false;               // before the first layer; the same on all ranks
   Arena* arena = nullptr;                  // Reset() to at least plan.arena_bytes()
   WorkerMetrics* metrics = nullptr;        // may be null
   absl::Duration stall_timeout = absl::Seconds(30);
@@ -113,6 +114,8 @@ struct PrefillResult {
   // K/V received from other ranks, and what strategy allgather would have brought.
   uint64_t exchange_bytes = 0;
   uint64_t exchange_bytes_allgather = 0;
+  // Of the group, the same on all ranks; 0: not measured.
+  double link_bytes_per_s = 0;
   // Where more is known than the pairs.
   std::optional<v1::AttentionReport> attention_report;
 };

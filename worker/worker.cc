@@ -105,6 +105,8 @@ v1::WorkerRegistration MakeRegistration(const WorkerOptions& options, const Pref
   served->set_name(options.model_name);
   served->set_fingerprint(backend.fingerprint());
   if (rates.has_value()) *registration.mutable_rates() = *rates;
+  // A flag is the operator's word, which no measurement replaces.
+  registration.set_measures_links(rates.has_value() && options.link_gbytes_per_s == 0);
   return registration;
 }
 
@@ -150,6 +152,7 @@ class WorkerProcess final : public Worker {
     executor.num_threads = threads;
     executor.kv_channels = static_cast<int>(options.kv_channels);
     executor.checkpoint_layers = static_cast<int>(options.checkpoint_layers);
+    executor.measure_egress = options.egress_gbytes_per_s == 0;
     executor.collective_timeout = options.collective_timeout;
     executor.kv_stall_timeout = options.kv_stall_timeout;
     executor.metrics = &worker_metrics_;

@@ -235,6 +235,43 @@ TEST_F(CudaGroupGpuTest, TheSameRunTwiceIsBitwiseEqual) {
   }
 }
 
+TEST_F(CudaGroupGpuTest, MeasuringTheLinkChangesNothingElse) {
+  HW_REQUIRE_SM90();
+  LoadOnOneGpu(3);
+  const std::vector<int32_t> tokens = RandomTokens(3000, 512);
+  for (const char* const policy : {"dense", "headwater", "share"}) {
+    for (const v1::Partition partition : {v1::PARTITION_CONTIGUOUS, v1::PARTITION_ZIGZAG}) {
+      SCOPED_TRACE(absl::StrCat(policy, " ", v1::Partition_Name(partition)));
+      GroupRun run = HeadwaterRun(3, partition);
+      run.policy = policy;
+      if (run.policy == "dense") run.parameters.clear();
+      if (run.policy == "share") {
+        run.parameters = {
+            {"dense_below_tokens", 0}, {"gamma", 0.5}, {"pivots_per_layer", 1}, {"min_budget_tokens", 128}};
+      }
+      const auto plain = Run(tokens, run, MakeOneGpuGroup);
+      run.measure_link = true;
+      const auto measured = Run(tokens, run, MakeOneGpuGroup);
+      run.least_probe_bytes = uint64_t{1} << 40;
+      const auto too_short = Run(tokens, run, MakeOneGpuGroup);
+      for (const auto* const group : {&plain, &measured, &too_short}) {
+        ASSERT_THAT((*group)->statuses, ::testing::Each(absl::OkStatus()));
+        EXPECT_TRUE((*group)->kv.bytes() == plain->kv.bytes());
+        EXPECT_EQ((*group)->logits, plain->logits);
+      }
+      for (size_t rank = 0; rank < 3; ++rank) {
+        EXPECT_EQ(plain->results[rank].link_bytes_per_s, 0);
+        EXPECT_EQ(too_short->results[rank].link_bytes_per_s, 0);
+        // Copies within one GPU.
+        EXPECT_GT(measured->results[rank].link_bytes_per_s, 1e7);
+        EXPECT_LT(measured->results[rank].link_bytes_per_s, 1e13);
+        EXPECT_EQ(measured->results[rank].link_bytes_per_s, measured->results[0].link_bytes_per_s);
+        EXPECT_EQ(measured->results[rank].exchange_bytes, plain->results[rank].exchange_bytes);
+      }
+    }
+  }
+}
+
 TEST_F(CudaGroupGpuTest, OneRanksEndEndsAll) {
   HW_REQUIRE_SM90();
   LoadOnOneGpu(2, 6);

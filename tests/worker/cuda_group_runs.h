@@ -79,6 +79,8 @@ class CudaGroupTest : public ::testing::Test {
         if (rank < run.checkpoints.size()) context.checkpoints = run.checkpoints[rank];
         context.checkpoint_layers = run.checkpoint_layers;
         context.least_checkpoint_tokens = 0;
+        context.measure_link = run.measure_link;
+        context.least_probe_bytes = run.least_probe_bytes;
         auto result = std::move(RunCudaPrefill({&prompt, 1}, context)[0]);
         if (result.ok()) {
           group->results[rank] = *std::move(result);

@@ -102,6 +102,31 @@ TEST_F(ExecutorTest, PrefillsOverTwoRanksIntoACacheThatCommits) {
   ExpectStored(assignment);
 }
 
+TEST_F(ExecutorTest, MeasuresTheGroupsLinkWhereItIsAskedTo) {
+  PrefillExecutor first(Options(0));
+  PrefillExecutor second(Options(1));
+  for (const bool asked : {true, false}) {
+    v1::PrefillAssignment assignments[2] = {Make(200, 2, 0), Make(200, 2, 1)};
+    for (v1::PrefillAssignment& assignment : assignments) {
+      assignment.set_measure_links(asked);
+      assignment.set_request_id(asked ? "measured" : "plain");
+    }
+    receiver_.Open(assignments[0]);
+    v1::ConnectRequest results[2];
+    std::thread peer([&] { results[1] = RunIn(&second, assignments[1]); });
+    results[0] = RunIn(&first, assignments[0]);
+    peer.join();
+    ASSERT_TRUE(results[0].has_completed() && results[1].has_completed()) << results[0].DebugString();
+    const double link = results[0].completed().links().link_bytes_per_s();
+    EXPECT_EQ(link > 1e5, asked) << link;
+    EXPECT_EQ(results[1].completed().links().link_bytes_per_s(), link);
+    EXPECT_EQ(results[0].completed().links().egress_bytes_per_s(), 0) << "of so few bytes";
+    EXPECT_EQ(results[0].completed().has_links(), asked);
+    ASSERT_TRUE(receiver_.Commit(assignments[0], {results[0].completed(), results[1].completed()}).ok());
+    ExpectStored(assignments[0]);
+  }
+}
+
 TEST_F(ExecutorTest, ARankWithoutTokensCompletesWithNothingToSend) {
   PrefillExecutor first(Options(0));
   PrefillExecutor second(Options(1));

@@ -74,6 +74,7 @@ std::unique_ptr<GroupResult> RunGroup(const Model& model, absl::Span<const int32
       context.arena = &arena;
       if (!run.checkpoints.empty()) context.checkpoints = run.checkpoints[at];
       context.checkpoint_layers = run.checkpoint_layers;
+      context.measure_link = run.measure_link;
       context.stall_timeout = run.stall_timeout;
       context.flop_per_step = run.flop_per_step;
       context.progress = [&](const PrefillProgress& progress) {

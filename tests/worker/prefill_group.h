@@ -35,6 +35,8 @@ struct GroupRun {
   // Of the ranks; empty: no checkpoints.
   std::vector<CheckpointStore*> checkpoints;
   int checkpoint_layers = 0;
+  bool measure_link = false;
+  uint64_t least_probe_bytes = 1;  // on GPUs
   std::function<void(int rank, PrefillContext* context)> change_context;
   // Changes a rank's job before it runs.
   std::function<void(int rank, PrefillJob* job)> change_job;

@@ -191,6 +191,7 @@ class Backend final : public PrefillBackend {
     const JobControl::CancelHook hook(context.control, [&] { (*devices)->Abort(); });
     pass.collectives = context.collectives;
     pass.devices = devices->get();
+    pass.measure_link = context.measure_link;
     absl::StatusOr<PrefillResult> result = std::move(RunPass({&prompt, 1}, pass)[0]);
     if (!result.ok()) context.collectives->Abort();  // whatever refused the pass, the others need not wait
     return result;

@@ -50,6 +50,8 @@ class CudaPass {
 
   absl::Status Prepare();
   absl::Status BeginExchange();
+  // What the links carry when a layer's exchange has nothing to hide behind.
+  absl::Status ProbeLink();
   bool TakesCheckpoints() const { return shared() && checkpoint_layers_ > 0; }
   // 0: none are taken. What this rank has room for.
   int WantedCheckpointLayers() const;

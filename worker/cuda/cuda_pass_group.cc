@@ -104,6 +104,31 @@ absl::Status CudaPass::BeginExchange() {
   return absl::OkStatus();
 }
 
+// Two exchanges of arrays whose content is of no matter yet: the ranks' streams meet in the first, the second
+// is timed.
+absl::Status CudaPass::ProbeLink() {
+  if (!shared() || !context_.measure_link) return absl::OkStatus();
+  double most_bytes = -static_cast<double>(layer_exchange_bytes_);
+  HW_RETURN_IF_ERROR(policy_group_->Least(&most_bytes));
+  most_bytes = -most_bytes;
+  if (most_bytes < static_cast<double>(context_.least_probe_bytes)) return absl::OkStatus();
+  const std::vector<SharedArray> arrays = SharedArrays(kv_[0], kv_[0] + num_tokens_ * kv_width_ * 2);
+  CudaEvent begin, end;
+  HW_RETURN_IF_ERROR(begin.Create(cudaEventDefault));
+  HW_RETURN_IF_ERROR(end.Create(cudaEventDefault));
+  HW_RETURN_IF_ERROR(exchange_->Finish(arrays, stream_));
+  HW_RETURN_IF_ERROR(begin.Record(stream_));
+  HW_RETURN_IF_ERROR(exchange_->Finish(arrays, stream_));
+  HW_RETURN_IF_ERROR(end.Record(stream_));
+  HW_RETURN_IF_ERROR(pacer_.Drain());
+  float milliseconds = 0;
+  HW_RETURN_IF_ERROR(FromCuda(cudaEventElapsedTime(&milliseconds, begin.get(), end.get()), "an event"));
+  double longest = -std::max(1e-6, 1e-3 * static_cast<double>(milliseconds));
+  HW_RETURN_IF_ERROR(policy_group_->Least(&longest));
+  sequences_[0].result.link_bytes_per_s = most_bytes / -longest;
+  return absl::OkStatus();
+}
+
 // The slowest rank's, where a time budget depends on it.
 absl::StatusOr<ComputeSpeed> CudaPass::Speed() const {
   const PrefillJob& job = *sequences_[0].prompt->job;

@@ -76,6 +76,7 @@ absl::Status CudaPass::RunLayers() {
   HW_RETURN_IF_ERROR(Prepare());
   // Memory is made while no rank waits for another on its device: that might wait for it in turn.
   HW_RETURN_IF_ERROR(WaitForPeers(context_.collectives, sequences_[0].prompt->control));
+  HW_RETURN_IF_ERROR(ProbeLink());
   HW_RETURN_IF_ERROR(first_layer_ > 0 ? Resume() : Embed());
   if (checkpoints_) {
     const PrefillJob& job = *sequences_[0].prompt->job;

@@ -38,6 +38,9 @@ struct CudaPrefillContext {
   CheckpointStore* checkpoints = nullptr;
   int checkpoint_layers = 0;
   int64_t least_checkpoint_tokens = kLeastCheckpointTokens;
+  // As PrefillContext's, where some rank receives this much of a layer: of less, latency is too much.
+  bool measure_link = false;
+  uint64_t least_probe_bytes = uint64_t{64} << 20;
 };
 
 // One prompt of a pass.
