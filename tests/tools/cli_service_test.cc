@@ -237,6 +237,7 @@ class FakeAdmin final : public v1::AdminService::Service {
     worker.set_num_requests(1);
     worker.set_incarnation(draining && lists_until_gone-- <= 0 ? "second" : "first");
     worker.set_draining(draining);
+    if (!draining) worker.mutable_rates()->set_link_bytes_per_s(2.5e9);
     return grpc::Status::OK;
   }
   grpc::Status ListDecodeNodes(grpc::ServerContext* /*context*/,
@@ -481,6 +482,7 @@ TEST_F(CliServiceTest, WritesATimeline) {
 TEST_F(CliServiceTest, ListsAndCancels) {
   EXPECT_THAT(Run({"workers"}).out, AllOf(HasSubstr("w0"), HasSubstr("busy-with-this")));
   EXPECT_EQ(Run({"workers", "--json"}).events.back()["workers"][0]["model"], "tiny");
+  EXPECT_EQ(Run({"workers", "--json"}).events.back()["workers"][0]["rates"]["link_bytes_per_s"], 2.5e9);
   EXPECT_THAT(Run({"nodes"}).out, AllOf(HasSubstr("d0"), HasSubstr("connected")));
   EXPECT_EQ(Run({"nodes", "--json"}).events.back()["decode_nodes"][0]["kv_dtypes"], Json({"bf16"}));
   EXPECT_EQ(Run({"cancel", "r9"}).out, "cancelled\n");

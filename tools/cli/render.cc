@@ -246,6 +246,13 @@ Json ToJson(const v1::ListWorkersResponse& workers) {
     json["num_requests"] = worker.num_requests();
     json["num_tokens"] = worker.num_tokens();
     json["kv_unacked_bytes"] = worker.kv_unacked_bytes();
+    if (worker.has_rates()) {
+      const v1::ComputeRates& rates = worker.rates();
+      json["rates"] = {{"linear_flops", rates.linear_flops()},
+                       {"attention_flops", rates.attention_flops()},
+                       {"link_bytes_per_s", rates.link_bytes_per_s()},
+                       {"egress_bytes_per_s", rates.egress_bytes_per_s()}};
+    }
     list.push_back(json);
   }
   return {{"workers", list}};
