@@ -77,6 +77,7 @@ struct Job {
   JobPhase phase = JobPhase::kWaiting;
   bool accepted = false;
   bool abandoned = false;
+  bool detached = false;  // goes on without watchers
   v1::ServedModel model;
   // The request's, or the workers' default when it was judged.
   std::string policy;

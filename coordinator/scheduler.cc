@@ -30,6 +30,12 @@ absl::Status QueueFull(absl::string_view what, uint64_t value, uint64_t limit) {
       absl::Seconds(1));
 }
 
+absl::Status UnknownRequest(const JobKey& key) {
+  return MakeError(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_REQUEST,
+                   absl::StrCat("request_id \"", Printable(key.request_id), "\" is not known"),
+                   {{"value", Printable(key.request_id)}});
+}
+
 }  // namespace
 
 Scheduler::Scheduler(const CoordinatorOptions& options, const Clock* clock, DecodeClient* decode,
@@ -89,6 +95,7 @@ void Scheduler::SubmitUnsettled(PreparedRequest prepared, std::shared_ptr<JobWat
   job.serial = next_serial_++;
   job.key = key;
   job.prepared = std::move(prepared);
+  job.detached = job.prepared.detached;
   job.arrived = now;
   job.arrived_wall = WallNow();
   absl::StatusOr<bool> ready = Judge(job);
@@ -121,26 +128,59 @@ void Scheduler::Attach(Job& job, PreparedRequest prepared, std::shared_ptr<JobWa
     job.successors.emplace_back(std::move(prepared), std::move(watcher));
     return;
   }
+  job.detached = job.detached || prepared.detached;
   if (job.accepted) watcher->OnEvent(std::make_shared<v1::PrefillResponse>(MakeAccepted(job)));
   job.watchers.push_back(std::move(watcher));
 }
 
-void Scheduler::Detach(const std::vector<Watch>& watches) {
-  for (const Watch& watch : watches) DetachUnsettled(watch);
+void Scheduler::Watch(const JobKey& key, std::shared_ptr<JobWatcher> watcher) {
+  table_.Expire(clock_->Now());
+  const RequestTable::Record* record = table_.Find(key);
+  if (record == nullptr) {
+    watcher->OnRejected(UnknownRequest(key));
+    return;
+  }
+  if (record->terminal != nullptr) {
+    watcher->OnEvent(record->terminal);
+    return;
+  }
+  Job& job = *FindJob(record->serial);
+  if (job.accepted) watcher->OnEvent(std::make_shared<v1::PrefillResponse>(MakeAccepted(job)));
+  job.watchers.push_back(std::move(watcher));
+}
+
+absl::StatusOr<v1::PrefillResponse> Scheduler::Get(const JobKey& key) {
+  const absl::Time now = clock_->Now();
+  table_.Expire(now);
+  const RequestTable::Record* record = table_.Find(key);
+  if (record == nullptr) return UnknownRequest(key);
+  if (record->terminal != nullptr) return *record->terminal;
+  const Job& job = *FindJob(record->serial);
+  v1::PrefillResponse last;
+  if (job.accepted && job.phase == JobPhase::kRunning) {
+    *last.mutable_progress() = MakeProgress(job, now);
+  } else if (job.accepted) {
+    last = MakeAccepted(job);
+  }
+  return last;
+}
+
+void Scheduler::Detach(const std::vector<JobWatch>& watches) {
+  for (const JobWatch& watch : watches) DetachUnsettled(watch);
   Settle();
 }
 
-void Scheduler::DetachUnsettled(const Watch& watch) {
+void Scheduler::DetachUnsettled(const JobWatch& watch) {
   const RequestTable::Record* record = table_.Find(watch.key);
   Job* job = record == nullptr ? nullptr : FindJob(record->serial);
   if (job == nullptr) return;
   const auto successor = std::find_if(job->successors.begin(), job->successors.end(),
                                       [&](const auto& entry) { return entry.second == watch.watcher; });
-  if (successor != job->successors.end()) job->successors.erase(successor);
+  if (successor != job->successors.end() && !successor->first.detached) job->successors.erase(successor);
   const auto it = std::find(job->watchers.begin(), job->watchers.end(), watch.watcher);
   if (it == job->watchers.end()) return;
   job->watchers.erase(it);
-  if (!job->watchers.empty()) return;
+  if (!job->watchers.empty() || job->detached) return;
   job->abandoned = true;
   Stop(*job, MakeError(absl::StatusCode::kCancelled, v1::ERROR_REASON_CANCELLED,
                        absl::StrCat("the client of request ", watch.key.request_id, " went away")));
@@ -149,9 +189,7 @@ void Scheduler::DetachUnsettled(const Watch& watch) {
 void Scheduler::Cancel(const JobKey& key, std::function<void(absl::StatusOr<bool>)> done) {
   const RequestTable::Record* record = table_.Find(key);
   if (record == nullptr) {
-    done(MakeError(absl::StatusCode::kNotFound, v1::ERROR_REASON_UNKNOWN_REQUEST,
-                   absl::StrCat("request_id \"", Printable(key.request_id), "\" is not known"),
-                   {{"value", Printable(key.request_id)}}));
+    done(UnknownRequest(key));
     return;
   }
   Job* job = FindJob(record->serial);

@@ -35,7 +35,7 @@
 namespace headwater {
 
 // A watcher of the job with this key.
-struct Watch {
+struct JobWatch {
   JobKey key;
   std::shared_ptr<JobWatcher> watcher;
 };
@@ -52,8 +52,14 @@ class Scheduler {
   // event. A request that failed with UNAVAILABLE or RESOURCE_EXHAUSTED, or because its client went away, is
   // not replayed: it starts anew.
   void Submit(PreparedRequest prepared, std::shared_ptr<JobWatcher> watcher);
-  // The call that these watchers belong to has ended. Jobs left without watchers are cancelled.
-  void Detach(const std::vector<Watch>& watches);
+  // Attaches `watcher` to a request that runs, or replays the terminal event of one that has ended; a
+  // rejection with NOT_FOUND, UNKNOWN_REQUEST: neither running nor kept.
+  void Watch(const JobKey& key, std::shared_ptr<JobWatcher> watcher);
+  // The last event, made now; nothing is set of one that is not accepted yet. NOT_FOUND as Watch().
+  absl::StatusOr<v1::PrefillResponse> Get(const JobKey& key);
+  // The call that these watchers belong to has ended. Jobs left without watchers are cancelled, but for those
+  // that were submitted detached.
+  void Detach(const std::vector<JobWatch>& watches);
   // `done` gets true once compute has stopped and the KV session is freed, false if the job ended otherwise;
   // NOT_FOUND, UNKNOWN_REQUEST: no such id.
   void Cancel(const JobKey& key, std::function<void(absl::StatusOr<bool>)> done);
@@ -101,7 +107,7 @@ class Scheduler {
   using QueueKey = std::pair<int32_t, uint64_t>;
 
   // scheduler.cc: clients and time.
-  void DetachUnsettled(const Watch& watch);
+  void DetachUnsettled(const JobWatch& watch);
   void SubmitUnsettled(PreparedRequest prepared, std::shared_ptr<JobWatcher> watcher);
   void Attach(Job& job, PreparedRequest prepared, std::shared_ptr<JobWatcher> watcher);
   void Reject(const std::shared_ptr<JobWatcher>& watcher, const absl::Status& status);

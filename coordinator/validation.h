@@ -43,6 +43,8 @@ struct PreparedRequest {
   uint32_t max_token_id = 0;
   uint64_t max_token_position = 0;
   TraceContext trace;
+  // It goes on although nobody watches it.
+  bool detached = false;
 };
 
 // All checks that need no knowledge of the cluster. O(tokens); thread-safe. traceparent, tracestate: the

@@ -1,6 +1,7 @@
 #include "coordinator/service/client_services.h"
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -24,9 +25,11 @@ bool IsTerminal(const v1::PrefillResponse& event) { return event.has_completed()
 using SingleStream = EventStream<v1::PrefillResponse>;
 using BatchStream = EventStream<v1::BatchPrefillResponse>;
 
-class SingleWatcher final : public JobWatcher {
+// Of a call that is about one job.
+template <typename Stream>
+class StreamWatcher final : public JobWatcher {
  public:
-  explicit SingleWatcher(std::shared_ptr<SingleStream> stream) : stream_(std::move(stream)) {}
+  explicit StreamWatcher(std::shared_ptr<Stream> stream) : stream_(std::move(stream)) {}
 
   void OnEvent(std::shared_ptr<const v1::PrefillResponse> event) override {
     const bool terminal = IsTerminal(*event);
@@ -36,7 +39,40 @@ class SingleWatcher final : public JobWatcher {
   void OnRejected(const absl::Status& status) override { stream_->End(ToGrpcStatus(status)); }
 
  private:
-  const std::shared_ptr<SingleStream> stream_;
+  const std::shared_ptr<Stream> stream_;
+};
+
+// Answers a submission with the first event. The response must live until then.
+class AcceptanceWatcher final : public JobWatcher, public std::enable_shared_from_this<AcceptanceWatcher> {
+ public:
+  AcceptanceWatcher(grpc::ServerUnaryReactor* reactor, v1::SubmitPrefillResponse* response)
+      : reactor_(reactor), response_(response) {}
+  // Runs once an event has been answered, not a rejection.
+  void set_answered(std::function<void(std::shared_ptr<JobWatcher>)> answered) {
+    answered_ = std::move(answered);
+  }
+
+  void OnEvent(std::shared_ptr<const v1::PrefillResponse> event) override {
+    if (reactor_ == nullptr) return;
+    if (event->has_accepted()) {
+      response_->set_request_id(event->accepted().request_id());
+      response_->set_trace_id(event->accepted().trace_id());
+    } else {
+      response_->set_request_id(event->has_completed()  ? event->completed().request_id()
+                                : event->has_progress() ? event->progress().request_id()
+                                                        : event->failed().request_id());
+    }
+    std::exchange(reactor_, nullptr)->Finish(grpc::Status::OK);
+    answered_(shared_from_this());
+  }
+  void OnRejected(const absl::Status& status) override {
+    if (reactor_ != nullptr) std::exchange(reactor_, nullptr)->Finish(ToGrpcStatus(status));
+  }
+
+ private:
+  grpc::ServerUnaryReactor* reactor_;  // null: answered
+  v1::SubmitPrefillResponse* const response_;
+  std::function<void(std::shared_ptr<JobWatcher>)> answered_;
 };
 
 // One item of a batch. The stream ends with the last item's terminal event.
@@ -101,8 +137,8 @@ grpc::ServerWriteReactor<v1::PrefillResponse>* PrefillServiceAdapter::Prefill(
     stream->End(ToGrpcStatus(prepared.status()));
     return stream.get();
   }
-  const auto watcher = std::make_shared<SingleWatcher>(stream);
-  stream->Start([this, watch = Watch{KeyOf(*prepared), watcher}] {
+  const auto watcher = std::make_shared<StreamWatcher<SingleStream>>(stream);
+  stream->Start([this, watch = JobWatch{KeyOf(*prepared), watcher}] {
     loop_->Post([this, watch] { scheduler_->Detach({watch}); });
   });
   const bool posted =
@@ -123,7 +159,7 @@ grpc::ServerWriteReactor<v1::BatchPrefillResponse>* PrefillServiceAdapter::Batch
   }
   const auto items_left = std::make_shared<std::atomic<int>>(request->items_size());
   std::vector<std::pair<PreparedRequest, std::shared_ptr<JobWatcher>>> submissions;
-  std::vector<Watch> watches;
+  std::vector<JobWatch> watches;
   std::vector<std::pair<std::shared_ptr<JobWatcher>, absl::Status>> refused;
   for (int i = 0; i < request->items_size(); ++i) {
     const auto watcher = std::make_shared<ItemWatcher>(stream, items_left, static_cast<uint32_t>(i),
@@ -164,25 +200,54 @@ grpc::ServerUnaryReactor* PrefillServiceAdapter::CancelPrefill(grpc::CallbackSer
 }
 
 grpc::ServerUnaryReactor* PrefillServiceAdapter::SubmitPrefill(grpc::CallbackServerContext* context,
-                                                               const v1::SubmitPrefillRequest*,
-                                                               v1::SubmitPrefillResponse*) {
-  return FinishNow(context, NotImplemented("PrefillService.SubmitPrefill"));
+                                                               const v1::SubmitPrefillRequest* request,
+                                                               v1::SubmitPrefillResponse* response) {
+  auto prepared = Prepare(*context, request->request(), scheduler_->options());
+  if (!prepared.ok()) {
+    scheduler_->CountRejection(prepared.status());
+    return FinishNow(context, prepared.status());
+  }
+  prepared->detached = true;
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  const auto watcher = std::make_shared<AcceptanceWatcher>(reactor, response);
+  // It has nothing to watch once it has answered; the job must not collect such ones.
+  watcher->set_answered([this, key = KeyOf(*prepared)](std::shared_ptr<JobWatcher> answered) {
+    loop_->Post([this, watch = JobWatch{key, std::move(answered)}] { scheduler_->Detach({watch}); });
+  });
+  const bool posted =
+      loop_->TryPost([this, submitted = *prepared, watcher] { scheduler_->Submit(submitted, watcher); });
+  if (!posted) reactor->Finish(ToGrpcStatus(Overloaded()));
+  return reactor;
 }
 
 grpc::ServerWriteReactor<v1::WatchPrefillResponse>* PrefillServiceAdapter::WatchPrefill(
-    grpc::CallbackServerContext*, const v1::WatchPrefillRequest*) {
-  class Refusal final : public grpc::ServerWriteReactor<v1::WatchPrefillResponse> {
-   public:
-    Refusal() { Finish(ToGrpcStatus(NotImplemented("PrefillService.WatchPrefill"))); }
-    void OnDone() override { delete this; }
-  };
-  return new Refusal();
+    grpc::CallbackServerContext* /*context*/, const v1::WatchPrefillRequest* request) {
+  using WatchStream = EventStream<v1::WatchPrefillResponse>;
+  auto stream = std::make_shared<WatchStream>();
+  const auto watcher = std::make_shared<StreamWatcher<WatchStream>>(stream);
+  const JobKey key{request->tenant(), request->request_id()};
+  stream->Start([this, watch = JobWatch{key, watcher}] {
+    loop_->Post([this, watch] { scheduler_->Detach({watch}); });
+  });
+  const bool posted = loop_->TryPost([this, key, watcher] { scheduler_->Watch(key, watcher); });
+  if (!posted) stream->End(ToGrpcStatus(Overloaded()));
+  return stream.get();
 }
 
 grpc::ServerUnaryReactor* PrefillServiceAdapter::GetPrefill(grpc::CallbackServerContext* context,
-                                                            const v1::GetPrefillRequest*,
-                                                            v1::GetPrefillResponse*) {
-  return FinishNow(context, NotImplemented("PrefillService.GetPrefill"));
+                                                            const v1::GetPrefillRequest* request,
+                                                            v1::GetPrefillResponse* response) {
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  const JobKey key{request->tenant(), request->request_id()};
+  const bool posted = loop_->TryPost([this, key, response, reactor] {
+    absl::StatusOr<v1::PrefillResponse> last = scheduler_->Get(key);
+    if (last.ok() && last->event_case() != v1::PrefillResponse::EVENT_NOT_SET) {
+      *response->mutable_last() = *std::move(last);
+    }
+    reactor->Finish(ToGrpcStatus(last.status()));
+  });
+  if (!posted) reactor->Finish(ToGrpcStatus(Overloaded()));
+  return reactor;
 }
 
 grpc::ServerUnaryReactor* AdminServiceAdapter::ListWorkers(grpc::CallbackServerContext* context,

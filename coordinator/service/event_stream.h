@@ -16,6 +16,9 @@
 namespace headwater {
 
 inline void FillResponse(const EventQueue::Entry& entry, v1::PrefillResponse* out) { *out = *entry.event; }
+inline void FillResponse(const EventQueue::Entry& entry, v1::WatchPrefillResponse* out) {
+  *out->mutable_response() = *entry.event;
+}
 inline void FillResponse(const EventQueue::Entry& entry, v1::BatchPrefillResponse* out) {
   out->set_item(entry.item);
   *out->mutable_response() = *entry.event;

@@ -143,6 +143,45 @@ class Client:
         request = decode_pb2.ReleaseRequest(session_id=result.session_id)
         return self._unary(stub.Release, request, timeout_s).bytes_reclaimed
 
+    def submit(self, token_ids: Optional[Sequence[int]] = None, *, text: Optional[str] = None,
+               messages: Optional[Sequence[Mapping]] = None, options: PrefillOptions = PrefillOptions(),
+               request_id: Optional[str] = None, timeout_s: Optional[float] = None,
+               traceparent: Optional[str] = None) -> str:
+        """Starts a prefill that goes on although nobody watches it; returns its id once it is accepted. See watch()."""
+        request = options.to_request(request_id or uuid.uuid4().hex, self._tokens(token_ids, text, messages))
+        metadata = [("traceparent", traceparent)] if traceparent else None
+        return self._unary(lambda message, timeout: self._prefill.SubmitPrefill(message, timeout=timeout, metadata=metadata),
+                           prefill_pb2.SubmitPrefillRequest(request=request), timeout_s).request_id
+
+    def watch(self, request_id: str, *, tenant: str = "", on_progress: Optional[OnProgress] = None,
+              timeout_s: Optional[float] = None) -> PrefillResult:
+        """Waits for the end of a request that another call, or submit(), has started. Leaving by an exception leaves one of
+        submit() running. NOT_FOUND: it is not known, or ended over ten minutes ago."""
+        call = self._prefill.WatchPrefill(prefill_pb2.WatchPrefillRequest(request_id=request_id, tenant=tenant),
+                                          timeout=self._limit(timeout_s))
+        try:
+            for message in call:
+                ended = self._event(message.response, on_progress)
+                if isinstance(ended, HeadwaterError):
+                    raise ended
+                if ended is not None:
+                    return ended
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        finally:
+            call.cancel()
+        raise HeadwaterError(grpc.StatusCode.INTERNAL, f"the event stream of request {request_id} ended without a result")
+
+    def status(self, request_id: str, *, tenant: str = "",
+               timeout_s: Optional[float] = None) -> Union[Progress, PrefillResult, HeadwaterError, None]:
+        """How far a request is: its progress, its result, or the error that it ended with (not raised). None: it waits for
+        workers of its model. NOT_FOUND as watch()."""
+        request = prefill_pb2.GetPrefillRequest(request_id=request_id, tenant=tenant)
+        response = self._unary(self._prefill.GetPrefill, request, timeout_s)
+        progress: List[Progress] = []
+        ended = self._event(response.last, progress.append)
+        return ended if ended is not None else progress[0] if progress else None
+
     def cancel(self, request_id: str, *, tenant: str = "", timeout_s: Optional[float] = None) -> bool:
         """Cancels a request (tenant as in the request: ids are names within a tenant); True once compute has stopped
         and its blocks are reclaimed, False where it had ended."""

@@ -215,7 +215,7 @@ std::shared_ptr<RecordingWatcher> FakeCluster::Submit(const v1::PrefillRequest& 
 }
 
 void FakeCluster::Detach(const std::string& request_id, std::shared_ptr<JobWatcher> watcher) {
-  scheduler.Detach({Watch{JobKey{"", request_id}, std::move(watcher)}});
+  scheduler.Detach({JobWatch{JobKey{"", request_id}, std::move(watcher)}});
 }
 
 v1::PrefillAssignment FakeCluster::TakeAssignment(const std::string& id) {

@@ -93,6 +93,60 @@ class FakePrefill final : public v1::PrefillService::Service {
   std::string decode_address;
   v1::PrefillRequest last;  // of the last Prefill call
   std::vector<v1::CancelPrefillRequest> cancels;
+  v1::GetPrefillRequest asked;
+
+  grpc::Status SubmitPrefill(grpc::ServerContext* context, const v1::SubmitPrefillRequest* request,
+                             v1::SubmitPrefillResponse* response) override {
+    last = request->request();
+    traced = context->client_metadata().count("traceparent") > 0;
+    if (last.token_ids(0) == 404) {
+      return ToGrpcStatus(MakeError(absl::StatusCode::kInvalidArgument, v1::ERROR_REASON_TOKEN_OUT_OF_RANGE,
+                                    "token 404", {{"limit", "256"}}));
+    }
+    response->set_request_id(last.request_id());
+    response->set_trace_id("0123");
+    return grpc::Status::OK;
+  }
+  bool traced = false;
+
+  grpc::Status WatchPrefill(grpc::ServerContext* context, const v1::WatchPrefillRequest* request,
+                            grpc::ServerWriter<v1::WatchPrefillResponse>* writer) override {
+    v1::PrefillRequest known;
+    known.set_request_id(request->request_id());
+    known.add_token_ids(request->request_id() == "bad" ? 404 : 1);
+    v1::WatchPrefillResponse message;
+    message.mutable_response()->mutable_progress()->set_layers_done(1);
+    message.mutable_response()->mutable_progress()->set_num_layers(2);
+    writer->Write(message);
+    if (request->request_id() == "endless") {
+      std::unique_lock<std::mutex> lock(mutex_);
+      running_ = true;
+      changed_.notify_all();
+      while (!context->IsCancelled()) changed_.wait_for(lock, std::chrono::milliseconds(20));
+      return grpc::Status::CANCELLED;
+    }
+    *message.mutable_response() = Result(known);
+    writer->Write(message);
+    return grpc::Status::OK;
+  }
+
+  grpc::Status GetPrefill(grpc::ServerContext* /*context*/, const v1::GetPrefillRequest* request,
+                          v1::GetPrefillResponse* response) override {
+    asked = *request;
+    v1::PrefillRequest known;
+    known.set_request_id(request->request_id());
+    known.add_token_ids(request->request_id() == "bad" ? 404 : 1);
+    if (request->request_id() == "queued")
+      response->mutable_last()->mutable_accepted()->set_queue_position(4);
+    if (request->request_id() == "running") {
+      response->mutable_last()->mutable_progress()->set_layers_done(1);
+      response->mutable_last()->mutable_progress()->set_num_layers(2);
+    }
+    if (request->request_id() == "done" || request->request_id() == "bad") {
+      *response->mutable_last() = Result(known);
+    }
+    return grpc::Status::OK;
+  }
 
   grpc::Status Prefill(grpc::ServerContext* context, const v1::PrefillRequest* request,
                        grpc::ServerWriter<v1::PrefillResponse>* writer) override {
@@ -477,6 +531,58 @@ TEST_F(CliServiceTest, WritesATimeline) {
   EXPECT_EQ(Run({"trace", "r1"}).exit_code, 3);
   EXPECT_EQ(Run({"trace"}).exit_code, 2);
   EXPECT_EQ(Run({"submit", "--token_ids=1", "--traceparent=00-1-2-3"}).exit_code, 2);
+}
+
+TEST_F(CliServiceTest, SubmitsDetachedAndPrintsTheId) {
+  const Outcome outcome = Run({"submit", "--token_ids=1,2", "--request_id=r1", "--detach", "--tenant=t",
+                               "--traceparent=00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"});
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
+  EXPECT_EQ(outcome.out, "r1\n");
+  EXPECT_EQ(prefill_.last.tenant(), "t");
+  EXPECT_TRUE(prefill_.traced);
+  const Outcome json = Run({"submit", "--token_ids=1", "--request_id=r2", "--detach", "--json"});
+  EXPECT_EQ(json.events.back()["request_id"], "r2");
+  EXPECT_EQ(json.events.back()["trace_id"], "0123");
+  EXPECT_EQ(Run({"submit", "--token_ids=404", "--detach"}).exit_code, 3);
+  for (const char* flag : {"--generate=2", "--release", "--explain"}) {
+    const Outcome wrong = Run({"submit", "--token_ids=1", "--detach", flag});
+    EXPECT_EQ(wrong.exit_code, 2);
+    EXPECT_THAT(wrong.err, HasSubstr("--detach and --"));
+  }
+}
+
+TEST_F(CliServiceTest, WatchShowsTheEndOfARequest) {
+  const Outcome outcome = Run({"watch", "r1"});
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
+  EXPECT_THAT(outcome.err, HasSubstr("layer 1/2"));
+  EXPECT_THAT(outcome.out, HasSubstr("session-of-r1"));
+  const Outcome json = Run({"watch", "r1", "--json"});
+  EXPECT_EQ(json.events.front()["event"], "progress");
+  EXPECT_EQ(json.events.back()["event"], "result");
+  EXPECT_EQ(json.events.back()["session_id"], "session-of-r1");
+  EXPECT_EQ(Run({"watch", "bad"}).exit_code, 3);
+  EXPECT_EQ(Run({"watch"}).exit_code, 2);
+
+  Outcome left;
+  std::thread watching([&] { left = Run({"watch", "endless"}); });
+  EXPECT_TRUE(prefill_.WaitForRunning());
+  EXPECT_TRUE(interrupt_.Raise());
+  watching.join();
+  EXPECT_EQ(left.exit_code, 130);
+  EXPECT_TRUE(prefill_.cancels.empty()) << "leaving cancels nothing";
+}
+
+TEST_F(CliServiceTest, StatusSaysHowFarARequestIs) {
+  EXPECT_EQ(Run({"status", "waiting", "--tenant=t"}).out, "waiting for workers of its model\n");
+  EXPECT_EQ(prefill_.asked.tenant(), "t");
+  EXPECT_EQ(Run({"status", "queued"}).out, "accepted, position 4\n");
+  EXPECT_THAT(Run({"status", "running"}).out, HasSubstr("running: layer 1/2"));
+  EXPECT_THAT(Run({"status", "done"}).out, HasSubstr("session-of-done"));
+  const Outcome bad = Run({"status", "bad"});
+  EXPECT_EQ(bad.exit_code, 0) << "it could be told";
+  EXPECT_THAT(bad.out, HasSubstr("failed: INVALID_ARGUMENT: token 404"));
+  EXPECT_EQ(Run({"status", "bad", "--json"}).events.back()["last"]["event"], "failed");
+  EXPECT_TRUE(Run({"status", "waiting", "--json"}).events.back()["last"].is_null());
 }
 
 TEST_F(CliServiceTest, ListsAndCancels) {

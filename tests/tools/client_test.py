@@ -94,6 +94,40 @@ class FakeService(prefill_pb2_grpc.PrefillServiceServicer, decode_pb2_grpc.Decod
                 yield prefill_pb2.BatchPrefillResponse(item=index, response=prefill_pb2.PrefillResponse(
                     failed=prefill_pb2.PrefillFailed(error=error)))
 
+    def SubmitPrefill(self, request, context):
+        self.requests.append(request)
+        self.metadata = dict(context.invocation_metadata())
+        if self.refusals:
+            code, reason, kwargs = self.refusals.pop(0)
+            abort(context, code, reason, f"refused: {reason}", **kwargs)
+        return prefill_pb2.SubmitPrefillResponse(request_id=request.request.request_id)
+
+    def last_of(self, request):
+        self.requests.append(request)
+        if request.request_id == "unknown":
+            return None
+        if request.request_id == "waits":
+            return prefill_pb2.PrefillResponse()
+        if request.request_id == "runs":
+            return prefill_pb2.PrefillResponse(progress=prefill_pb2.PrefillProgress(layers_done=3, num_layers=30))
+        if self.failure is not None:
+            return prefill_pb2.PrefillResponse(failed=prefill_pb2.PrefillFailed(error=self.failure))
+        return self.completed(prefill_pb2.PrefillRequest(request_id=request.request_id, token_ids=[1, 2]))
+
+    def WatchPrefill(self, request, context):
+        last = self.last_of(request)
+        if last is None:
+            abort(context, grpc.StatusCode.NOT_FOUND, "UNKNOWN_REQUEST", "no such request")
+        yield prefill_pb2.WatchPrefillResponse(response=prefill_pb2.PrefillResponse(
+            progress=prefill_pb2.PrefillProgress(layers_done=1, num_layers=30)))
+        yield prefill_pb2.WatchPrefillResponse(response=last)
+
+    def GetPrefill(self, request, context):
+        last = self.last_of(request)
+        if last is None:
+            abort(context, grpc.StatusCode.NOT_FOUND, "UNKNOWN_REQUEST", "no such request")
+        return prefill_pb2.GetPrefillResponse(last=last)
+
     def CancelPrefill(self, request, context):
         if request.request_id == "gone":
             abort(context, grpc.StatusCode.NOT_FOUND, "UNKNOWN_REQUEST", "no request gone")
@@ -296,6 +330,33 @@ class ClientTest(unittest.TestCase):
         self.assertEqual(caught.exception.reason, "UNKNOWN_REQUEST")
         self.assertEqual([worker.worker_id for worker in self.client.workers()], ["w0"])
         self.assertEqual([node.decode_node for node in self.client.decode_nodes()], ["d0"])
+
+    def test_a_submitted_prompt_is_watched_and_asked_for(self):
+        self.assertEqual(self.client.submit([1, 2], request_id="r", traceparent="00-aa-bb-01",
+                                            options=PrefillOptions(tenant="acme")), "r")
+        self.assertEqual(self.service.metadata["traceparent"], "00-aa-bb-01")
+        self.assertEqual((self.service.requests[-1].request.tenant, list(self.service.requests[-1].request.token_ids)), ("acme", [1, 2]))
+        seen = []
+        result = self.client.watch("r", tenant="acme", on_progress=seen.append)
+        self.assertEqual((result.request_id, [p.layers_done for p in seen]), ("r", [1]))
+        self.assertEqual(self.service.requests[-1].tenant, "acme")
+        self.assertEqual(self.client.status("r").request_id, "r")
+        self.assertEqual(self.client.status("runs").layers_done, 3)
+        self.assertIsNone(self.client.status("waits"))
+        for call in (self.client.watch, self.client.status):
+            with self.assertRaises(HeadwaterError) as caught:
+                call("unknown")
+            self.assertEqual(caught.exception.reason, "UNKNOWN_REQUEST")
+
+    def test_a_submitted_prompt_that_failed_raises_where_it_is_watched(self):
+        self.service.failure = make_status(grpc.StatusCode.UNAVAILABLE, "WORKER_LOST", "lost")
+        with self.assertRaises(HeadwaterError) as caught:
+            self.client.watch("r")
+        self.assertEqual(caught.exception.reason, "WORKER_LOST")
+        self.assertEqual(self.client.status("r").reason, "WORKER_LOST")
+        self.service.refusals = [(grpc.StatusCode.INVALID_ARGUMENT, "EMPTY_PROMPT", {})]
+        with self.assertRaises(HeadwaterError):
+            self.client.submit([])
 
     def test_wrong_arguments_are_refused_before_anything_is_sent(self):
         with self.assertRaises(ValueError):

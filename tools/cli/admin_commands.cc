@@ -21,31 +21,6 @@ constexpr absl::Duration kListLimit = absl::Seconds(10);
 // Cancelling ends when compute has stopped and the KV blocks are reclaimed.
 constexpr absl::Duration kCancelLimit = absl::Seconds(60);
 
-// Dials, calls, and shows the response as JSON or as text.
-template <typename Response>
-int CallAndShow(const CommonFlags& common, const Console& console, absl::Duration limit,
-                const std::function<grpc::Status(const std::shared_ptr<grpc::Channel>&, grpc::ClientContext*,
-                                                 Response*)>& call,
-                const std::function<Json(const Response&)>& json,
-                const std::function<std::string(const Response&)>& text) {
-  const auto channel = Connect(Role::kCoordinator, common.coordinator, common, console);
-  if (!channel.ok()) return ReportError(channel.status(), common, console);
-  grpc::ClientContext context;
-  SetDeadline(limit, &context);
-  const Interrupt::Scope scope(console.interrupt, [&context](int) { context.TryCancel(); });
-  Response response;
-  const absl::Status status = FromGrpcStatus(call(*channel, &context, &response));
-  if (!status.ok()) return ReportError(status, common, console);
-  if (common.json) {
-    Json result = {{"event", "result"}, {"ok", true}, {"exit_code", 0}};
-    result.update(json(response));
-    console.out << DumpJson(result) << std::endl;
-  } else {
-    console.out << text(response);
-  }
-  return kExitOk;
-}
-
 }  // namespace
 
 int RunWorkers(absl::Span<const std::string> arguments, const Console& console) {

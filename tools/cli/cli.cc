@@ -21,6 +21,8 @@ struct Subcommand {
 constexpr Subcommand kSubcommands[] = {
     {"submit", "prefill one prompt, show progress and the result; generate from it", RunSubmit},
     {"batch", "prefill many prompts from a file", RunBatch},
+    {"watch", "show progress and the result of a request that was submitted before", RunWatch},
+    {"status", "say how far a request is", RunStatus},
     {"cancel", "cancel a request", RunCancel},
     {"generate", "generate from a prefilled cache", RunGenerate},
     {"release", "free a prefilled cache", RunRelease},

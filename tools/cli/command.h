@@ -14,9 +14,11 @@
 #include <grpcpp/client_context.h>
 
 #include "base/flags.h"
+#include "base/rpc/grpc_status.h"
 #include "base/rpc/transport.h"
 #include "headwater/v1/decode.pb.h"
 #include "tools/cli/console.h"
+#include "tools/cli/exit_code.h"
 #include "tools/cli/render.h"
 
 namespace headwater {
@@ -32,6 +34,8 @@ void DeclareCommon(CommonFlags* common, FlagSet* flags);
 // Each takes the arguments after the subcommand's name and returns the exit code.
 int RunSubmit(absl::Span<const std::string> arguments, const Console& console);
 int RunBatch(absl::Span<const std::string> arguments, const Console& console);
+int RunWatch(absl::Span<const std::string> arguments, const Console& console);
+int RunStatus(absl::Span<const std::string> arguments, const Console& console);
 int RunCancel(absl::Span<const std::string> arguments, const Console& console);
 int RunGenerate(absl::Span<const std::string> arguments, const Console& console);
 int RunRelease(absl::Span<const std::string> arguments, const Console& console);
@@ -59,6 +63,31 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> Connect(Role server, const std::s
                                                        const CommonFlags& common, const Console& console);
 
 void SetDeadline(absl::Duration limit, grpc::ClientContext* context);
+
+// Dials, calls, and shows the response as JSON or as text.
+template <typename Response>
+int CallAndShow(const CommonFlags& common, const Console& console, absl::Duration limit,
+                const std::function<grpc::Status(const std::shared_ptr<grpc::Channel>&, grpc::ClientContext*,
+                                                 Response*)>& call,
+                const std::function<Json(const Response&)>& json,
+                const std::function<std::string(const Response&)>& text) {
+  const auto channel = Connect(Role::kCoordinator, common.coordinator, common, console);
+  if (!channel.ok()) return ReportError(channel.status(), common, console);
+  grpc::ClientContext context;
+  SetDeadline(limit, &context);
+  const Interrupt::Scope scope(console.interrupt, [&context](int) { context.TryCancel(); });
+  Response response;
+  const absl::Status status = FromGrpcStatus(call(*channel, &context, &response));
+  if (!status.ok()) return ReportError(status, common, console);
+  if (common.json) {
+    Json result = {{"event", "result"}, {"ok", true}, {"exit_code", 0}};
+    result.update(json(response));
+    console.out << DumpJson(result) << std::endl;
+  } else {
+    console.out << text(response);
+  }
+  return kExitOk;
+}
 
 // Streams a session's tokens. Ctrl-C ends the call.
 absl::Status StreamTokens(const std::shared_ptr<grpc::Channel>& channel, const v1::GenerateRequest& request,

@@ -9,6 +9,7 @@
 #include "base/rpc/server.h"
 #include "base/status_macros.h"
 #include "base/trace_context.h"
+#include "headwater/v1/prefill.grpc.pb.h"
 #include "tools/cli/command.h"
 #include "tools/cli/exit_code.h"
 #include "tools/cli/prefill_call.h"
@@ -21,6 +22,8 @@ namespace headwater {
 namespace {
 
 constexpr int64_t kMaxNewTokens = 65536;
+// A request waits to be accepted where its model has no workers yet: longer than coordinators let it.
+constexpr absl::Duration kDetachLimit = absl::Minutes(5);
 
 struct SubmitFlags {
   CommonFlags common;
@@ -33,6 +36,7 @@ struct SubmitFlags {
   int64_t generate = 0;
   bool release = false;
   bool explain = false;
+  bool detach = false;
 };
 
 void Declare(SubmitFlags* submit, FlagSet* flags) {
@@ -50,6 +54,8 @@ void Declare(SubmitFlags* submit, FlagSet* flags) {
       "explain", &submit->explain,
       "print every plan that came into question, what each was predicted to take, and why one was taken");
   flags->Bool("release", &submit->release, "free the cache at the end");
+  flags->Bool("detach", &submit->detach,
+              "end when the request is accepted and print its id, for 'headwater watch' and 'status'");
   flags->Custom(
       "traceparent", "", "the trace that this request belongs to (W3C Trace Context); empty: a new one",
       [submit](absl::string_view text) {
@@ -69,6 +75,11 @@ absl::Status Complete(const FlagSet& flags, std::istream& standard_in, SubmitFla
   }
   if (flags.IsSet("decode_node") && flags.IsSet("decode_pool")) {
     return absl::InvalidArgumentError("--decode_node and --decode_pool exclude each other");
+  }
+  for (const char* const name : {"generate", "release", "explain"}) {
+    if (submit->detach && flags.IsSet(name)) {
+      return absl::InvalidArgumentError(absl::StrCat("--detach and --", name, " exclude each other"));
+    }
   }
   const bool from_file = flags.IsSet("tokens");
   const absl::StatusOr<std::vector<uint32_t>> ids =
@@ -195,6 +206,21 @@ class SubmitRun {
   uint64_t released_ = 0;
 };
 
+int Detach(const SubmitFlags& submit, const Console& console) {
+  v1::SubmitPrefillRequest request;
+  *request.mutable_request() = submit.request;
+  return CallAndShow<v1::SubmitPrefillResponse>(
+      submit.common, console, kDetachLimit,
+      [&](const auto& channel, grpc::ClientContext* context, v1::SubmitPrefillResponse* response) {
+        if (!submit.traceparent.empty()) context->AddMetadata(kTraceparent, submit.traceparent);
+        return v1::PrefillService::NewStub(channel)->SubmitPrefill(context, request, response);
+      },
+      [](const v1::SubmitPrefillResponse& response) {
+        return Json{{"request_id", response.request_id()}, {"trace_id", response.trace_id()}};
+      },
+      [](const v1::SubmitPrefillResponse& response) { return Printable(response.request_id()) + "\n"; });
+}
+
 }  // namespace
 
 int RunSubmit(absl::Span<const std::string> arguments, const Console& console) {
@@ -206,7 +232,7 @@ int RunSubmit(absl::Span<const std::string> arguments, const Console& console) {
   if (!ParseFlags("submit", &flags, arguments, 0, console, &exit_code)) return exit_code;
   const absl::Status status = Complete(flags, console.in, &submit);
   if (!status.ok()) return UsageError("submit", status.message(), console);
-  return SubmitRun(submit, console).Run();
+  return submit.detach ? Detach(submit, console) : SubmitRun(submit, console).Run();
 }
 
 }  // namespace headwater
