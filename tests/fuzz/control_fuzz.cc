@@ -63,7 +63,7 @@ class Coordinator {
         break;
       case ControlStep::kCancel:
         if (!watched_.empty()) {
-          const Watch& watch = watched_[step.cancel() % watched_.size()];
+          const JobWatch& watch = watched_[step.cancel() % watched_.size()];
           cluster_.scheduler.Cancel(watch.key, [](const absl::StatusOr<bool>&) {});
         }
         break;
@@ -142,7 +142,7 @@ class Coordinator {
   testing::FakeCluster cluster_;
   std::vector<Worker> workers_;
   std::vector<std::shared_ptr<testing::RecordingWatcher>> watchers_;
-  std::vector<Watch> watched_;
+  std::vector<JobWatch> watched_;
 };
 
 void Run(absl::string_view input) {
