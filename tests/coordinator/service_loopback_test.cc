@@ -154,25 +154,6 @@ TEST_F(ServiceLoopbackTest, ErrorsBeforeAcceptanceAreStatusesWithReasons) {
   EXPECT_EQ(ReasonOf(unknown.status), v1::ERROR_REASON_UNKNOWN_DECODE_NODE);
 }
 
-TEST_F(ServiceLoopbackTest, UnbuiltMethodsAreUnimplemented) {
-  Start();
-  const auto expect_unimplemented = [](const grpc::Status& status) {
-    EXPECT_EQ(status.error_code(), grpc::StatusCode::UNIMPLEMENTED);
-    EXPECT_EQ(ReasonOf(FromGrpcStatus(status)), v1::ERROR_REASON_NOT_IMPLEMENTED);
-  };
-  grpc::ClientContext submit;
-  grpc::ClientContext watch;
-  grpc::ClientContext get;
-  v1::SubmitPrefillResponse submitted;
-  v1::GetPrefillResponse got;
-  v1::WatchPrefillResponse watched;
-  expect_unimplemented(prefill_->SubmitPrefill(&submit, {}, &submitted));
-  expect_unimplemented(prefill_->GetPrefill(&get, {}, &got));
-  const auto reader = prefill_->WatchPrefill(&watch, {});
-  EXPECT_FALSE(reader->Read(&watched));
-  expect_unimplemented(reader->Finish());
-}
-
 TEST_F(ServiceLoopbackTest, AKilledWorkersPromptIsRetriedOnTheLiving) {
   Start();
   AddWorker("w0", ScriptedWorker::Stall);
